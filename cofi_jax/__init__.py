@@ -1,0 +1,71 @@
+"""CoFi structured pruning of Transformer encoders in JAX.
+
+`import cofi_jax as cofi` has what notebooks need: masks and their transforms, the
+exact and the expected sparsity, slicing, saved models.
+"""
+
+from cofi_jax import hard_concrete
+from cofi_jax.checkpoint import load_model, load_tokenizer, read_about, save_model
+from cofi_jax.config import KINDS, Config, UserError
+from cofi_jax.masks import (
+    chain,
+    drop_empty,
+    evaluation_masks,
+    harden,
+    init_log_alpha,
+    keep_at_least,
+    mask_shapes,
+    only,
+    prob_active,
+    sample,
+    without,
+)
+from cofi_jax.model import Encoder, EncoderConfig, init_params
+from cofi_jax.slicing import PrunedSpec, fold, prune, take
+from cofi_jax.sparsity import (
+    expected_sparsity,
+    lagrangian,
+    max_sparsity,
+    meet_target,
+    num_params,
+    exact_sparsity,
+    target_at,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KINDS",
+    "Config",
+    "Encoder",
+    "EncoderConfig",
+    "PrunedSpec",
+    "UserError",
+    "chain",
+    "drop_empty",
+    "evaluation_masks",
+    "expected_sparsity",
+    "fold",
+    "hard_concrete",
+    "harden",
+    "init_log_alpha",
+    "init_params",
+    "keep_at_least",
+    "lagrangian",
+    "load_model",
+    "load_tokenizer",
+    "mask_shapes",
+    "max_sparsity",
+    "meet_target",
+    "num_params",
+    "only",
+    "prob_active",
+    "prune",
+    "read_about",
+    "sample",
+    "save_model",
+    "exact_sparsity",
+    "take",
+    "target_at",
+    "without",
+]

@@ -1,0 +1,212 @@
+"""What goes to disk and comes back; the only file that imports orbax.
+
+Two things are stored: a stage's resumable state, in numbered checkpoints of which
+the newest two are kept, and saved models,
+
+    <path>/model.json    sizes, what was kept of the dense model, task and labels
+    <path>/params/       orbax
+    <path>/tokenizer/    Hugging Face
+
+Both appear under their names only once they are complete.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from cofi_jax import pretrained
+from cofi_jax.config import reject
+from cofi_jax.model import Encoder, EncoderConfig, abstract_params
+from cofi_jax.slicing import PrunedSpec
+
+_KEEP = 2
+_FORMAT = 1
+_FILES = ("model.json", "params", "tokenizer")
+
+
+class Checkpoints:
+    """The states of one stage, saved in the background.
+
+    Attributes:
+      skipped: one line for each checkpoint that `restore` could not read.
+    """
+
+    def __init__(self, path: Path):
+        self.skipped: list[str] = []
+        self._path = Path(path).absolute()
+        self._manager = ocp.training.Checkpointer(
+            self._path,
+            preservation_policy=ocp.training.preservation_policies.LatestN(_KEEP),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.close()
+
+    def save(self, state: Any) -> None:
+        """Starts to write `state` under its `step`; waits for the write before."""
+        # Checksums of our own: the storage format finds truncation, not every flip.
+        digest = _digest(jax.device_get(_storable(state)))
+        self._manager.save_async(
+            int(jax.device_get(state.step)),
+            _storable(state),
+            force=True,
+            overwrite=True,  # a damaged one may stand there
+            custom_metadata={"crc32": digest},
+        )
+
+    def restore(self, like: Any) -> Any | None:
+        """The newest state that can be read, or None; `like` gives tree and shapes.
+
+        What could not be read is reported in `skipped`.
+        """
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            _storable(like),
+        )
+        for found in sorted(self._manager.checkpoints, key=lambda c: -c.step):
+            try:
+                stored = self._manager.load(found.step, abstract)
+                digest = self._manager.metadata(found.step).custom_metadata["crc32"]
+                if _digest(jax.device_get(stored)) == digest:
+                    return _restored(stored, like)
+                reason = "checksum mismatch"
+            # Whatever a damaged file makes of itself inside the storage library.
+            except Exception as error:
+                reason = type(error).__name__
+            self.skipped.append(f"{self._path}/{found.step} is damaged ({reason})")
+        return None
+
+
+def _storable(state):
+    return state.replace(key=jax.random.key_data(state.key))
+
+
+def _restored(stored, like):
+    key = jax.random.wrap_key_data(stored.key, impl=jax.random.key_impl(like.key))
+    return stored.replace(key=key)
+
+
+def _digest(tree) -> int:
+    digest = 0
+    for leaf in jax.tree.leaves(tree):
+        digest = zlib.crc32(np.ascontiguousarray(leaf).data, digest)
+    return digest
+
+
+def save_model(
+    path: str | Path,
+    params: dict,
+    config: EncoderConfig,
+    spec: PrunedSpec | None = None,
+    *,
+    tokenizer: Any,
+    about: dict,
+) -> None:
+    """Writes a model that loads without knowing how it was trained.
+
+    Args:
+      path: a folder that does not exist yet; it appears once it is complete.
+      params: the parameters.
+      config: their sizes (of the sliced model where it is one).
+      spec: what was kept of the dense model; None for a dense one.
+      tokenizer: the Hugging Face tokenizer.
+      about: JSON-able: `task`, `labels`, `metric`, `max_length`, `dense`, ...
+
+    Raises:
+      UserError: where `path` exists.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise reject("path", str(path), "exists; nothing is written over")
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    ocp.save(partial / "params", params)
+    tokenizer.save_pretrained(partial / "tokenizer")
+    described = {
+        "format": _FORMAT,
+        "config": dataclasses.asdict(config),
+        "spec": spec and dataclasses.asdict(spec),
+        "about": about,
+    }
+    (partial / "model.json").write_text(json.dumps(described, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether `path` is a folder that `save_model` wrote."""
+    return (Path(path) / "model.json").is_file()
+
+
+def read_about(path: str | Path) -> tuple[EncoderConfig, PrunedSpec | None, dict]:
+    """Sizes, spec and description of a saved model, without its parameters.
+
+    Raises:
+      UserError: where there is no such model, or a newer version wrote it.
+    """
+    path = Path(path)
+    if not is_model(path):
+        found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
+        raise reject(
+            "model", str(path), f"must be a folder with {_FILES}; found {found}"
+        )
+    try:
+        described = json.loads((path / "model.json").read_text())
+        version = described["format"]
+        if version > _FORMAT:
+            raise reject(
+                "model",
+                str(path),
+                f"written in format {version} by a newer cofi-jax; this one reads "
+                f"up to {_FORMAT}",
+            )
+        config = EncoderConfig.from_json(described["config"])
+        spec = described["spec"] and PrunedSpec.from_json(described["spec"])
+        return config, spec, described["about"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise reject(
+            "model", str(path), f"model.json is damaged ({error!r})"
+        ) from error
+
+
+def load_model(path: str | Path) -> tuple[Encoder, dict, PrunedSpec | None]:
+    """A saved model: the module, its parameters and what it kept of the dense one.
+
+    Raises:
+      UserError: where there is no such model, it is damaged or too new.
+    """
+    path = Path(path).absolute()
+    config, spec, _ = read_about(path)
+    model = Encoder(config)
+    abstract = abstract_params(config)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
+    )
+    try:
+        params = ocp.load(path / "params", abstract)
+    except Exception as error:  # whatever the storage library makes of the damage
+        reason = f"params are damaged ({type(error).__name__})"
+        raise reject("model", str(path), reason) from error
+    return model, params, spec
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a saved model.
+
+    Raises:
+      UserError: where it is missing or damaged.
+    """
+    return pretrained.load_tokenizer(Path(path) / "tokenizer", "model")

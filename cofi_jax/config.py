@@ -1,0 +1,275 @@
+"""What a run is told: plain dataclasses, checked once at the start.
+
+A file in `configs/` returns a `Config`; the command line overrides single
+fields (`--config.prune.target_sparsity=0.9`); the run writes the result to
+`config.json`. Nothing changes a config after `validate`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+KINDS = ("head", "mha", "intermediate", "ffn", "hidden")
+
+
+class UserError(ValueError):
+    """Something the user can mend, said in one line; programs exit with 2."""
+
+
+def reject(field: str, value: Any, legal: str) -> UserError:
+    """The one shape of every complaint: the field, its value, what is legal."""
+    return UserError(f"{field}={value!r}: {legal}")
+
+
+@dataclasses.dataclass
+class Model:
+    """The pretrained encoder; with an empty `path`, a new one of these sizes."""
+
+    path: str = "bert-base-uncased"  # hub name or folder with model.safetensors
+    num_layers: int = 12
+    num_heads: int = 12
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    dropout: float = 0.1
+    dtype: str = "float32"  # of the matrix work: float32 or bfloat16
+
+
+@dataclasses.dataclass
+class Data:
+    """The task and where its rows come from."""
+
+    task: str = "sst2"  # a row of data.TASKS
+    path: str = "nyu-mll/glue"  # hub name, or a folder with train.* and validation.*
+    max_length: int = 128  # tokens, special ones included
+    buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)  # padded lengths
+
+
+@dataclasses.dataclass
+class Teacher:
+    """The model to imitate: loaded from `path`, or trained when that is empty."""
+
+    path: str = ""  # a saved model or a Hugging Face folder with a classifier
+    train_rows: int = 0  # 0: all
+    epochs: int = 3
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    schedule: str = "linear"  # linear decay to 0, or constant
+    warmup_steps: int = 0
+    freeze_embeddings: bool = False
+
+
+@dataclasses.dataclass
+class Distill:
+    """How the student imitates the teacher (paper, section 3.2)."""
+
+    logits: float = 0.1  # weight of the logit term; 0 turns it off
+    layers: float = 0.9  # weight of the layer term; 0 turns it off
+    temperature: float = 2.0
+    match: str = "closest"  # closest, or ordered (student layers keep their order)
+    num_layers: int = 4  # teacher layers to imitate, evenly spaced
+
+
+@dataclasses.dataclass
+class Prune:
+    """The pruning stage (paper, section 3.1 and appendix A)."""
+
+    kinds: tuple[str, ...] = KINDS
+    target_sparsity: float = 0.95
+    sparsity_epsilon: float = 0.01  # a checkpoint this close to the target may be best
+    train_rows: int = 0
+    epochs: int = 20  # prepruning_epochs included
+    prepruning_epochs: int = 1  # distillation alone, before any gate moves
+    warmup_epochs: int = 2  # the target rises linearly from 0 meanwhile
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    mask_learning_rate: float = 0.01
+    mask_schedule: str = "constant"
+    multiplier_learning_rate: float = 0.01
+    multiplier_schedule: str = "constant"
+    freeze_embeddings: bool = True
+
+
+@dataclasses.dataclass
+class Finetune:
+    """Training of the sliced model, with the same distillation."""
+
+    train_rows: int = 0
+    epochs: int = 20
+    batch_size: int = 32
+    learning_rate: float = 2e-5
+    schedule: str = "constant"
+    freeze_embeddings: bool = True
+
+
+@dataclasses.dataclass
+class Benchmark:
+    """The dense and the pruned model, timed in turn on the run's device."""
+
+    batch_size: int = 128
+    seq_length: int = 128
+    repeats: int = 30
+
+
+@dataclasses.dataclass
+class Config:
+    """A whole run: teacher, prune, slice, fine-tune, measure."""
+
+    seed: int = 57
+    model: Model = dataclasses.field(default_factory=Model)
+    data: Data = dataclasses.field(default_factory=Data)
+    teacher: Teacher = dataclasses.field(default_factory=Teacher)
+    distill: Distill = dataclasses.field(default_factory=Distill)
+    prune: Prune = dataclasses.field(default_factory=Prune)
+    finetune: Finetune = dataclasses.field(default_factory=Finetune)
+    benchmark: Benchmark = dataclasses.field(default_factory=Benchmark)
+    eval_batch_size: int = 64
+    log_every: int = 50  # steps
+    eval_every: int = 500  # steps
+    checkpoint_every: int = 500  # steps
+
+
+def to_json(config: Config) -> str:
+    """The exact config as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def flatten(config: Config | str) -> dict[str, Any]:
+    """`{"prune.target_sparsity": 0.95, ...}` of a config or of its JSON."""
+
+    def walk(node, prefix):
+        for name, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    text = config if isinstance(config, str) else to_json(config)
+    return dict(walk(json.loads(text), ""))
+
+
+def validate(config: Config) -> None:
+    """Checks what can be known without reading data or model.
+
+    Raises:
+      UserError: names the first field that is wrong, its value and what is legal.
+    """
+    _check_types(config, Config(), "")
+    prune, data = config.prune, config.data
+    if not 0 <= prune.target_sparsity < 1:
+        raise reject(
+            "prune.target_sparsity", prune.target_sparsity, "must be in [0, 1)"
+        )
+    check_kinds("prune.kinds", prune.kinds)
+    choices = {
+        "model.dtype": ("float32", "bfloat16"),
+        "teacher.schedule": ("linear", "constant"),
+        "prune.schedule": ("linear", "constant"),
+        "prune.mask_schedule": ("linear", "constant"),
+        "prune.multiplier_schedule": ("linear", "constant"),
+        "finetune.schedule": ("linear", "constant"),
+        "distill.match": ("closest", "ordered"),
+    }
+    flat = flatten(config)
+    for field, legal in choices.items():
+        if flat[field] not in legal:
+            raise reject(field, flat[field], f"must be one of {', '.join(legal)}")
+    for field, value in flat.items():
+        name = field.rsplit(".", 1)[-1]
+        if name in _AT_LEAST_ONE and value < 1:
+            raise reject(field, value, "must be at least 1")
+        if name in _NOT_NEGATIVE and value < 0:
+            raise reject(field, value, "must not be negative")
+        if name.endswith("learning_rate") and not 0 < value < 100:
+            raise reject(field, value, "must be in (0, 100)")
+    if not 0 <= config.model.dropout < 1:
+        raise reject("model.dropout", config.model.dropout, "must be in [0, 1)")
+    if config.distill.temperature <= 0:
+        raise reject(
+            "distill.temperature", config.distill.temperature, "must be above 0"
+        )
+    if config.distill.logits == config.distill.layers == 0:
+        raise reject("distill.logits", 0.0, "must be above 0 where distill.layers is 0")
+    if config.model.hidden_size % config.model.num_heads:
+        raise reject(
+            "model.hidden_size",
+            config.model.hidden_size,
+            f"must be a multiple of model.num_heads={config.model.num_heads}",
+        )
+    if prune.epochs <= prune.prepruning_epochs:
+        raise reject(
+            "prune.epochs",
+            prune.epochs,
+            f"must be above prune.prepruning_epochs={prune.prepruning_epochs}",
+        )
+    if prune.prepruning_epochs + prune.warmup_epochs > prune.epochs:
+        raise reject(
+            "prune.warmup_epochs",
+            prune.warmup_epochs,
+            f"must be at most {prune.epochs - prune.prepruning_epochs}, the epochs "
+            "left after prune.prepruning_epochs",
+        )
+    buckets = tuple(data.buckets)
+    if not buckets or buckets != tuple(sorted(set(buckets))) or buckets[0] < 1:
+        raise reject("data.buckets", buckets, "must be lengths >= 1 in rising order")
+    if data.max_length < 3:
+        raise reject("data.max_length", data.max_length, "must be at least 3")
+
+
+def check_kinds(field: str, kinds: Sequence[str]) -> None:
+    """Raises UserError unless `kinds` are known, at least one and none twice."""
+    if isinstance(kinds, str) or not kinds:
+        raise reject(field, kinds, f"must be a tuple of one or more of {KINDS}")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise reject(field, kind, f"unknown mask kind; must be among {KINDS}")
+    if len(set(kinds)) != len(kinds):
+        raise reject(field, tuple(kinds), "names a kind twice")
+
+
+_AT_LEAST_ONE = {
+    "num_layers",
+    "num_heads",
+    "hidden_size",
+    "intermediate_size",
+    "batch_size",
+    "eval_batch_size",
+    "seq_length",
+    "repeats",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "epochs",
+}
+_NOT_NEGATIVE = {
+    "seed",
+    "train_rows",
+    "warmup_steps",
+    "prepruning_epochs",
+    "warmup_epochs",
+    "sparsity_epsilon",
+    "logits",
+    "layers",
+}
+
+
+def _check_types(node: Any, like: Any, prefix: str) -> None:
+    for field in dataclasses.fields(like):
+        name, value = prefix + field.name, getattr(node, field.name)
+        want = getattr(like, field.name)
+        if dataclasses.is_dataclass(want):
+            if type(value) is not type(want):
+                raise reject(name, value, f"must be a {type(want).__name__}")
+            _check_types(value, want, name + ".")
+        elif isinstance(want, tuple):
+            item = type(want[0])
+            if not isinstance(value, tuple | list) or not all(
+                type(x) is item for x in value
+            ):
+                raise reject(name, value, f"must be a tuple of {item.__name__}")
+        elif isinstance(want, float):
+            if type(value) not in (int, float) or value != value:
+                raise reject(name, value, "must be a number")
+        elif type(value) is not type(want):
+            raise reject(name, value, f"must be of type {type(want).__name__}")

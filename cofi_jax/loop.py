@@ -1,0 +1,195 @@
+"""The loop around the step: batches in, evaluations, checkpoints and log lines out."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from cofi_jax import data as data_lib
+from cofi_jax.config import UserError
+from cofi_jax.training import TrainState
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found; only one that `counts` may become the best."""
+
+    score: float
+    counts: bool = True
+    values: dict[str, float] = {}
+
+
+def predict_all(
+    predict: Callable,
+    params: dict,
+    gates: Mapping[str, jax.Array],
+    examples: data_lib.Examples,
+    *,
+    batch_size: int,
+    buckets: Sequence[int],
+) -> np.ndarray:
+    """Logits (N, C) of all `examples`, in their order."""
+    rows, outputs = [], []
+    for chosen, batch in data_lib.eval_batches(
+        examples, batch_size=batch_size, buckets=buckets
+    ):
+        rows.append(chosen)
+        outputs.append(predict(params, gates, jax.device_put(batch)))
+    logits = np.concatenate(
+        [
+            logits[: len(chosen)]
+            for chosen, logits in zip(rows, jax.device_get(outputs), strict=True)
+        ]
+    )
+    return logits[np.argsort(np.concatenate(rows))]
+
+
+def _batches(
+    examples, batch_size, buckets, seed, first_step
+) -> Iterator[dict[str, np.ndarray]]:
+    """The endless stream of batches from `first_step` on."""
+    epoch, skip = divmod(first_step, data_lib.steps_per_epoch(len(examples), batch_size))
+    while True:
+        plan = data_lib.epoch_plan(
+            examples.lengths,
+            batch_size=batch_size,
+            buckets=buckets,
+            seed=seed,
+            epoch=epoch,
+        )
+        for length, rows in plan[skip:]:
+            yield data_lib.make_batch(
+                examples, rows, length=length, batch_size=batch_size
+            )
+        epoch, skip = epoch + 1, 0
+
+
+def fit(
+    state: TrainState,
+    *,
+    stage: str,
+    step: Callable,
+    context: dict,
+    examples: data_lib.Examples,
+    batch_size: int,
+    buckets: Sequence[int],
+    seed: int,
+    total_steps: int,
+    evaluate: Callable[[dict, dict], Evaluation],
+    checkpoints: Any,
+    log: Any,
+    log_every: int,
+    eval_every: int,
+    checkpoint_every: int,
+) -> tuple[TrainState, float]:
+    """Runs a stage to its end, from its newest checkpoint where it has one.
+
+    Args:
+      state: the stage's state at step 0.
+      stage: its name, in the log and on the progress bar.
+      step: from `training.make_step`.
+      context: the pytree that the objective reads, on the device.
+      examples: the training rows.
+      batch_size: B.
+      buckets: padded lengths.
+      seed: of the order of the examples.
+      total_steps: where the stage ends.
+      evaluate: (theta, frozen) to an `Evaluation`; the best one's theta is kept.
+      checkpoints: a `checkpoint.Checkpoints`.
+      log: a `report.MetricsLog`.
+      log_every: steps between lines of the log.
+      eval_every: steps between evaluations; one more at the end.
+      checkpoint_every: steps between checkpoints; one more at the end.
+
+    Returns:
+      The last state, and the seconds that the stage took, restarts included.
+
+    Raises:
+      UserError: at a loss that is not finite; the last good checkpoint stays.
+    """
+    resumed = checkpoints.restore(state)
+    for line in checkpoints.skipped:
+        tqdm.write(f"warning: {line}; falling back to the one before")
+    state = state if resumed is None else resumed
+    first = int(jax.device_get(state.step))
+    seconds = log.rewind(stage, first if resumed is not None else -1)
+    started = time.perf_counter() - seconds
+
+    def due(now, every):
+        return now % every == 0 or now == total_steps
+
+    window, window_started = [], time.perf_counter()
+    batches = _batches(examples, batch_size, buckets, seed, first)
+    bar = tqdm(
+        total=total_steps,
+        initial=first,
+        desc=stage,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.5,
+        disable=first == total_steps,
+    )
+    with bar:
+        for now in range(first + 1, total_steps + 1):
+            state, metrics = step(state, context, jax.device_put(next(batches)))
+            window.append(metrics)
+            bar.update()
+            if not any(
+                due(now, n) for n in (log_every, eval_every, checkpoint_every)
+            ):
+                continue
+            window = jax.device_get(window)
+            _check_finite(stage, now - len(window), window)
+            last = {name: float(value) for name, value in window[-1].items()}
+            now_seconds = time.perf_counter()
+            rate = batch_size * len(window) / (now_seconds - window_started)
+            log.write(
+                stage=stage,
+                step=now,
+                seconds=now_seconds - started,
+                examples_per_second=rate,
+                **last,
+            )
+            bar.set_postfix(
+                {
+                    name: f"{last[name]:.4g}"
+                    for name in ("loss", "expected_sparsity", "target_sparsity")
+                    if name in last
+                }
+            )
+            if due(now, eval_every):
+                found = evaluate(state.theta, state.frozen)
+                state = _with_best(state, found)
+                log.write(stage=stage, step=now, score=found.score, **found.values)
+            if due(now, checkpoint_every):
+                checkpoints.save(state)
+            window, window_started = [], time.perf_counter()
+    if first == total_steps:
+        return state, seconds
+    return state, time.perf_counter() - started
+
+
+def _with_best(state, found):
+    if not found.counts or found.score <= float(jax.device_get(state.best_score)):
+        return state
+    # Copied, because the next step donates theta.
+    return state.replace(
+        best=jax.tree.map(jnp.copy, state.theta),
+        best_score=jax.device_put(np.float32(found.score)),
+    )
+
+
+def _check_finite(stage, before, window):
+    """Raises at the first step of the window with a term that is not finite."""
+    for number, metrics in enumerate(window, start=before + 1):
+        terms = [name for name in metrics if name != "loss"] + ["loss"]
+        for name in terms:
+            if not np.isfinite(metrics[name]):
+                raise UserError(
+                    f"{stage}: {name}={float(metrics[name])} at step {number} is not "
+                    "finite; the last good checkpoint is kept: try a lower learning "
+                    "rate, in a new --workdir"
+                )

@@ -1,0 +1,266 @@
+"""The encoder: one linen module is the dense, the masked and the sliced model.
+
+Post-LayerNorm BERT. With the gates of the collection `masks` (any subset of the
+kinds; hidden gates z act on every vector of width D):
+
+    e  = norm(z * (word + position + type))
+    y  = norm(x + z * mha_l * attention(x))          or x where the block is absent
+    x' = norm(y + z * ffn_l * down(int_l * gelu(up(y))))       or y, likewise
+
+where `norm` takes its statistics over the open hidden dimensions and multiplies
+its result by z, and head gates multiply the heads' outputs before the output
+projection. A block is absent when its own gate or all gates inside it are 0.
+
+Shapes: B batch, T tokens, D hidden, L layers, H heads, d head width, F
+intermediate, C classes.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cofi_jax.config import KINDS
+
+Batch = dict[str, jax.Array]
+
+_INIT = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of an encoder; a width of 0 means that the block is absent."""
+
+    vocab_size: int
+    hidden_size: int
+    heads: tuple[int, ...]  # per layer
+    head_size: int
+    intermediate: tuple[int, ...]  # per layer
+    pooler_size: int
+    num_labels: int
+    max_positions: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    dtype: str = "float32"  # of the matrix work; parameters stay float32
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "EncoderConfig":
+        """The inverse of `dataclasses.asdict` after a passage through JSON."""
+        lists = {name: tuple(fields[name]) for name in ("heads", "intermediate")}
+        return cls(**fields | lists)
+
+    def widths(self) -> dict:
+        """JSON-able `hidden`, and `heads` and `intermediate` per layer."""
+        return {
+            "hidden": self.hidden_size,
+            "heads": list(self.heads),
+            "intermediate": list(self.intermediate),
+        }
+
+
+class Output(NamedTuple):
+    """Logits (B, C) and L + 1 hidden states (B, T, D), the embeddings' first."""
+
+    logits: jax.Array
+    hidden_states: tuple[jax.Array, ...]
+
+
+class Norm(nn.Module):
+    """LayerNorm over the open hidden dimensions, times the hidden gates."""
+
+    epsilon: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gates: jax.Array | None) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        x = x.astype(jnp.float32)
+        if gates is None:
+            mean = x.mean(-1, keepdims=True)
+            centred = x - mean
+            variance = jnp.square(centred).mean(-1, keepdims=True)
+        else:
+            weights = (gates > 0) / jnp.maximum((gates > 0).sum(), 1)
+            mean = (x @ weights)[..., None]
+            centred = x - mean
+            variance = (jnp.square(centred) @ weights)[..., None]
+            # Folded here, on D numbers, as slicing folds them into the parameters.
+            scale, bias = scale * gates, bias * gates
+        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
+        return (normal * scale + bias).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention with gated heads, (B, T, D) to (B, T, D)."""
+
+    heads: int
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, attention_mask, head_gates, *, train):
+        config = self.config
+
+        def project(name):
+            return nn.DenseGeneral(
+                (self.heads, config.head_size),
+                dtype=config.dtype,
+                kernel_init=_INIT,
+                name=name,
+            )(x)
+
+        query, key, value = project("query"), project("key"), project("value")
+        scores = jnp.einsum("bthd,bshd->bhts", query, key) * config.head_size**-0.5
+        scores = jnp.where(
+            attention_mask[:, None, None, :] > 0, scores.astype(jnp.float32), -1e9
+        )
+        weights = jax.nn.softmax(scores).astype(config.dtype)
+        weights = nn.Dropout(config.dropout, deterministic=not train)(weights)
+        context = jnp.einsum("bhts,bshd->bthd", weights, value)
+        if head_gates is not None:
+            context = context * head_gates[:, None].astype(context.dtype)
+        return nn.DenseGeneral(
+            config.hidden_size,
+            axis=(-2, -1),
+            dtype=config.dtype,
+            kernel_init=_INIT,
+            name="output",
+        )(context)
+
+
+class FeedForward(nn.Module):
+    """Two projections with gated units between, (B, T, D) to (B, T, D)."""
+
+    width: int
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, unit_gates):
+        dtype = self.config.dtype
+        x = nn.Dense(self.width, dtype=dtype, kernel_init=_INIT, name="up")(x)
+        x = nn.gelu(x, approximate=False)
+        if unit_gates is not None:
+            x = x * unit_gates.astype(x.dtype)
+        return nn.Dense(
+            self.config.hidden_size, dtype=dtype, kernel_init=_INIT, name="down"
+        )(x)
+
+
+class Layer(nn.Module):
+    """One Transformer layer; `gates` holds this layer's rows of the masks."""
+
+    heads: int
+    width: int
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, attention_mask, gates, *, train):
+        if self.heads:
+            y = Attention(self.heads, self.config, name="attention")(
+                x, attention_mask, gates.get("head"), train=train
+            )
+            x = self._join(x, y, gates, "mha", "head", "attention_norm", train)
+        if self.width:
+            y = FeedForward(self.width, self.config, name="ffn")(
+                x, gates.get("intermediate")
+            )
+            x = self._join(x, y, gates, "ffn", "intermediate", "ffn_norm", train)
+        return x
+
+    def _join(self, x, y, gates, block, inner, norm_name, train):
+        hidden = gates.get("hidden")
+        gate = gates.get(block)
+        for factor in (gate, hidden):
+            if factor is not None:
+                y = y * factor.astype(y.dtype)
+        y = nn.Dropout(self.config.dropout, deterministic=not train)(y)
+        norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=norm_name)
+        joined = norm(x + y, hidden)
+        present = True
+        if gate is not None:
+            present = gate > 0
+        if inner in gates:
+            present &= (gates[inner] > 0).any()
+        return joined if present is True else jnp.where(present, joined, x)
+
+
+class Encoder(nn.Module):
+    """BERT for sequence classification.
+
+    `apply({"params": params, "masks": masks}, batch)` with `batch` of
+    input_ids, attention_mask and token_type_ids, each (B, T) int32; `masks` may be
+    left out. With `train=True` pass `rngs={"dropout": key}`.
+
+    Raises:
+      ValueError: for a kind of mask that does not exist.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch, *, train: bool = False) -> Output:
+        config = self.config
+        masks = self.variables.get("masks", {})
+        if unknown := set(masks) - set(KINDS):
+            raise ValueError(f"masks {sorted(unknown)}: kinds are {KINDS}")
+        hidden = masks.get("hidden")
+        x = Embeddings(config, name="embeddings")(batch, hidden, train=train)
+        states = [x]
+        for i, (heads, width) in enumerate(
+            zip(config.heads, config.intermediate, strict=True)
+        ):
+            gates = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
+            layer = Layer(heads, width, config, name=f"layer_{i}")
+            x = layer(x, batch["attention_mask"], gates, train=train)
+            states.append(x)
+        first = nn.Dense(
+            config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
+        )(x[:, 0])
+        pooled = nn.Dropout(config.dropout, deterministic=not train)(jnp.tanh(first))
+        logits = nn.Dense(config.num_labels, kernel_init=_INIT, name="classifier")(
+            pooled.astype(jnp.float32)
+        )
+        return Output(logits, tuple(states))
+
+
+class Embeddings(nn.Module):
+    """Word, position and token type embeddings, normalised: (B, T, D)."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, batch, hidden, *, train):
+        config = self.config
+        ids = batch["input_ids"]
+
+        def table(name, rows):
+            return self.param(name, _INIT, (rows, config.hidden_size))
+
+        x = (
+            table("word", config.vocab_size)[ids]
+            + table("position", config.max_positions)[: ids.shape[1]]
+            + table("type", config.type_vocab_size)[batch["token_type_ids"]]
+        )
+        if hidden is not None:
+            x = x * hidden
+        x = Norm(config.layer_norm_eps, config.dtype, name="norm")(x, hidden)
+        return nn.Dropout(config.dropout, deterministic=not train)(x)
+
+
+def _example() -> Batch:
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return {"input_ids": ids, "attention_mask": ids + 1, "token_type_ids": ids}
+
+
+def init_params(config: EncoderConfig, key: jax.Array) -> dict:
+    """Fresh parameters: normal(0, 0.02) kernels, zero biases, float32."""
+    return jax.jit(Encoder(config).init)(key, _example())["params"]
+
+
+def abstract_params(config: EncoderConfig) -> dict:
+    """Shapes and dtypes of the parameters, nothing allocated."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(Encoder(config).init, key, _example())["params"]

@@ -1,0 +1,219 @@
+"""What is minimised: the task's loss, or imitation of the teacher, or both players' game.
+
+    distillation = a * T^2 KL(teacher || student) + b * sum_k mse(t_k, W s_m(k))
+    pruning      = distillation under sampled gates + lagrangian(s, target)
+
+t_k is the output of the k-th taught teacher layer, s_m(k) that of the student
+layer it is matched with, W a learned D x D map (paper, section 3.2).
+
+An `Objective` maps (theta, frozen, context, batch, key) to (loss, metrics). Theta
+holds what is trained, `frozen` the embeddings where they are not; `context` is the
+pytree of everything else that the loss needs, so that nothing is a constant of the
+compiled program.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cofi_jax import masks as masks_lib
+from cofi_jax import sparsity as sparsity_lib
+from cofi_jax.config import Distill
+from cofi_jax.model import Batch, Encoder
+
+Metrics = dict[str, jax.Array]
+Objective = Callable[..., tuple[jax.Array, Metrics]]
+
+
+def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """Mean of `values` under non-negative `weights` of the same shape."""
+    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+
+
+def task_loss(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
+    """Cross-entropy of (B, C) logits, mean over rows of weight 1."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return weighted_mean(losses, weight)
+
+
+def distill_logits(
+    student: jax.Array, teacher: jax.Array, weight: jax.Array, temperature: float
+) -> jax.Array:
+    """T^2 * KL(teacher || student) of (B, C) logits at temperature T, mean over rows.
+
+    The direction is that of the authors' code; the paper writes the other one.
+    """
+    p = jax.nn.log_softmax(teacher / temperature)
+    q = jax.nn.log_softmax(student / temperature)
+    divergence = jnp.sum(jnp.exp(p) * (p - q), -1)
+    return temperature**2 * weighted_mean(divergence, weight)
+
+
+def taught_layers(num_layers: int, count: int) -> tuple[int, ...]:
+    """Ids of `count` teacher layers, evenly spaced up to the last (12, 4: 2 5 8 11)."""
+    count = min(count, num_layers)
+    return tuple(int(num_layers * (k + 1) / count + 0.5) - 1 for k in range(count))
+
+
+def match_layers(costs: jax.Array, alive: jax.Array, *, ordered: bool) -> jax.Array:
+    """The student layer that each taught teacher layer is compared with.
+
+    Args:
+      costs: (K, L) distance of teacher layer k and student layer l.
+      alive: (L,) whether the student layer still has a block.
+      ordered: going from the last teacher layer down, only layers below the one
+        matched before; with none left, the lowest alive one. Otherwise each teacher
+        layer takes the closest alive layer.
+
+    Returns:
+      (K,) int32 layer ids; 0 where no layer is alive.
+    """
+    ids = jnp.arange(costs.shape[1])
+    lowest = jnp.argmax(alive)
+    if not ordered:
+        closest = jnp.argmin(jnp.where(alive, costs, jnp.inf), axis=1)
+        return jnp.where(alive.any(), closest, 0).astype(jnp.int32)
+    matched, bound = [], costs.shape[1]
+    for row in costs[::-1]:
+        candidate = alive & (ids < bound)
+        closest = jnp.argmin(jnp.where(candidate, row, jnp.inf))
+        bound = jnp.where(candidate.any(), closest, lowest)
+        matched.append(bound)
+    return jnp.stack(matched[::-1]).astype(jnp.int32)
+
+
+def distill_layers(
+    student: jax.Array,
+    teacher: jax.Array,
+    projection: jax.Array,
+    token_weight: jax.Array,
+    alive: jax.Array,
+    *,
+    ordered: bool,
+) -> jax.Array:
+    """Sum over teacher layers of the mean squared error to the matched student layer.
+
+    Args:
+      student: (L, B, T, D') outputs of the student's layers.
+      teacher: (K, B, T, D) outputs of the taught layers.
+      projection: (D', D), from the student's width to the teacher's.
+      token_weight: (B, T), 0 for padding.
+      alive: (L,) student layers that may be chosen.
+      ordered: see `match_layers`.
+    """
+
+    def distance(t, s):  # (B, T, D), (B, T, D)
+        return weighted_mean(jnp.square(t - s).mean(-1), token_weight)
+
+    # The choice carries no gradient, so only the chosen layers are differentiated.
+    projected = jax.lax.stop_gradient(student) @ jax.lax.stop_gradient(projection)
+    costs = jax.vmap(lambda t: jax.vmap(lambda s: distance(t, s))(projected))(teacher)
+    chosen = student[match_layers(costs, alive, ordered=ordered)]
+    return jax.vmap(distance)(teacher, chosen @ projection).sum()
+
+
+def alive_layers(config, masks: masks_lib.Masks) -> jax.Array:
+    """(L,) booleans: the layer has a block that is not absent."""
+    alive = jnp.zeros(len(config.heads), bool)
+    for block, inner, widths in (
+        ("mha", "head", config.heads),
+        ("ffn", "intermediate", config.intermediate),
+    ):
+        present = jnp.asarray(widths) > 0
+        if block in masks:
+            present &= masks[block] > 0
+        if inner in masks:
+            present &= (masks[inner] > 0).any(-1)
+        alive |= present
+    return alive
+
+
+def whole_params(theta: dict, frozen: dict) -> dict:
+    """The model's parameters from the trained and the frozen part."""
+    return {**theta["params"], **frozen}
+
+
+def task_objective(model: Encoder) -> Objective:
+    """Cross-entropy of the labels: how the teacher is trained."""
+
+    def objective(theta, frozen, context, batch, key):
+        del context
+        variables = {"params": whole_params(theta, frozen)}
+        output = model.apply(variables, batch, train=True, rngs={"dropout": key})
+        loss = task_loss(output.logits, batch["labels"], batch["weight"])
+        return loss, {"loss_task": loss}
+
+    return objective
+
+
+def distillation_objective(
+    student: Encoder, teacher: Encoder, distill: Distill
+) -> Objective:
+    """Imitation of the teacher by a dense or sliced student.
+
+    Context: `teacher`, the teacher's parameters. Theta: `params` and, for the layer
+    term, `distill_projection` (D', D).
+    """
+    taught = taught_layers(len(teacher.config.heads), distill.num_layers)
+
+    def objective(theta, frozen, context, batch, key, masks=None):
+        masks = masks or {}
+        target = teacher.apply({"params": context["teacher"]}, batch)
+        target = jax.lax.stop_gradient(target)
+        variables = {"params": whole_params(theta, frozen), "masks": masks}
+        output = student.apply(variables, batch, train=True, rngs={"dropout": key})
+        loss, metrics = 0.0, {}
+        if distill.logits:
+            metrics["loss_logits"] = distill_logits(
+                output.logits, target.logits, batch["weight"], distill.temperature
+            )
+            loss += distill.logits * metrics["loss_logits"]
+        if distill.layers:
+            token_weight = batch["attention_mask"] * batch["weight"][:, None]
+            metrics["loss_layers"] = distill_layers(
+                jnp.stack(output.hidden_states[1:]).astype(jnp.float32),
+                jnp.stack([target.hidden_states[1 + k] for k in taught]).astype(
+                    jnp.float32
+                ),
+                theta["distill_projection"],
+                token_weight,
+                alive_layers(student.config, masks),
+                ordered=distill.match == "ordered",
+            )
+            loss += distill.layers * metrics["loss_layers"]
+        return loss, metrics
+
+    return objective
+
+
+def pruning_objective(
+    student: Encoder, teacher: Encoder, distill: Distill
+) -> Objective:
+    """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
+
+    Context: `teacher`, and the scalars `target_sparsity`, `warmup_steps` and `step`.
+    Theta: as in `distillation_objective`, and `log_alpha` and `multipliers`.
+    """
+    imitate = distillation_objective(student, teacher, distill)
+
+    def objective(theta, frozen, context, batch, key):
+        mask_key, dropout_key = jax.random.split(key)
+        masks = masks_lib.sample(theta["log_alpha"], mask_key)
+        loss, metrics = imitate(theta, frozen, context, batch, dropout_key, masks)
+        expected = sparsity_lib.expected_sparsity(theta["log_alpha"], student.config)
+        target = sparsity_lib.target_at(
+            context["step"], context["target_sparsity"], context["warmup_steps"]
+        )
+        penalty = sparsity_lib.lagrangian(expected, target, theta["multipliers"])
+        metrics |= {
+            "loss_lagrangian": penalty,
+            "expected_sparsity": expected,
+            "target_sparsity": target,
+            "multiplier_linear": theta["multipliers"]["linear"],
+            "multiplier_quadratic": theta["multipliers"]["quadratic"],
+        }
+        return loss + penalty, metrics
+
+    return objective

@@ -1,0 +1,338 @@
+"""What came out of a run, from plain data: `report.json`, tables and pictures.
+
+Everything is written atomically: a reader sees the old file or the new one,
+whatever moment the run is killed at.
+"""
+
+import io
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_BLUE, _RED, _GREEN, _PURPLE, _ORANGE = (
+    "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00".split()
+)
+_INK, _GREY, _PALE = "#333333", "#8A8A8A", "#ECEFF1"
+
+
+def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
+    """Replaces the file at `path`, or leaves it as it was."""
+    path = pathlib.Path(path)
+    # Beside its destination, because a rename is atomic only in one file system.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
+    """Writes `content` as indented JSON, atomically."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; one cut off at the end is left out.
+
+    Raises:
+      ValueError: a line before the last is not JSON.
+    """
+    lines = pathlib.Path(path).read_bytes().splitlines()
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON") from error
+    return metrics
+
+
+class MetricsLog:
+    """Appends to a `metrics.jsonl`, one JSON object a line.
+
+    Each line goes to the operating system at once, so a killed run loses at most
+    the line it was writing; the next run's `MetricsLog` removes a broken one.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        """Opens the log at `path`, new or continued."""
+        self.path = pathlib.Path(path)
+        self._rewrite(read_metrics(path) if self.path.exists() else [])
+
+    def rewind(self, stage: str, step: int) -> float:
+        """Forgets the lines of `stage` after `step`, where the stage resumes.
+
+        Lines at `step` itself stay, so a run logs a step before it saves it. A
+        stage that starts over passes -1.
+
+        Returns:
+          The seconds that the stage had taken at the last line left, or 0.
+        """
+        lines = [
+            line
+            for line in read_metrics(self.path)
+            if line["stage"] != stage or line["step"] <= step
+        ]
+        self._rewrite(lines)
+        return max(
+            (line.get("seconds", 0.0) for line in lines if line["stage"] == stage),
+            default=0.0,
+        )
+
+    def write(self, *, stage: str, step: int, **values: Any) -> None:
+        """Adds a line; scalars may be Python's, NumPy's or JAX's."""
+        line = _line({"stage": stage, "step": step} | values)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def _rewrite(self, metrics: Iterable[dict[str, Any]]) -> None:
+        write_atomically(self.path, "".join(map(_line, metrics)))
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, default=lambda scalar: scalar.item()) + "\n"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The `report.json` in `report` as two tables, in GitHub-flavoured markdown."""
+    before, after = report["teacher"]["score"], report["pruned"]["score"]
+    note = f"{after - before:+.4f}"
+    if "score_before_finetune" in report["pruned"]:
+        note += f"; {report['pruned']['score_before_finetune']:.4f} before fine-tuning"
+    rows = [("", "dense", "pruned", "")]
+    rows.append((report["metric"], f"{before:.4f}", f"{after:.4f}", note))
+    for part, name in (("encoder", "encoder parameters"), ("total", "all parameters")):
+        dense, pruned = (report["params"][part][key] for key in ("dense", "pruned"))
+        left = f"{_percent(pruned / dense)} left"
+        rows.append((name, _count(dense), _count(pruned), left))
+    target = f"target {_percent(report['target_sparsity'])}"
+    rows.append(("sparsity", "-", _percent(report["sparsity"]), target))
+    hidden = [str(report[key]["hidden"]) for key in ("dense", "kept")]
+    rows.append(("hidden width", *hidden, ""))
+    latency = [f"{report['latency_ms'][key]:.2f} ms" for key in ("dense", "pruned")]
+    low, high = report["speedup_spread"]
+    gain = f"{report['speedup']:.1f}x as fast ({low:.1f}x to {high:.1f}x)"
+    rows.append(("latency of a batch", *latency, gain))
+    how = report["benchmark"]
+    where = (
+        f"Latency on {how['device']}, {how['dtype']}, batches of "
+        f"{how['batch_size']} x {how['seq_length']} tokens."
+    )
+    tables = _grid(rows, "<>><"), _grid(_layer_rows(report), ">>>")
+    return f"\n\n{where}\n\n".join(tables)
+
+
+def _layer_rows(report: dict[str, Any]) -> list[Sequence[str]]:
+    columns = []
+    for key in ("heads", "intermediate"):
+        pairs = zip(report["kept"][key], report["dense"][key], strict=True)
+        columns.append([f"{kept} / {of}" if kept else "-" for kept, of in pairs])
+    names = map(str, range(1, len(columns[0]) + 1))
+    rows = zip(names, *columns, strict=True)
+    return [("layer", "heads kept", "FFN width kept"), *rows]
+
+
+def _grid(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """A markdown table whose columns also line up on a terminal."""
+    columns = []
+    for side, column in zip(alignment, zip(*rows, strict=True), strict=True):
+        width = max(map(len, column))
+        title, *cells = (f"{cell:{side}{width}}" for cell in column)
+        rule = "-" * (width - 1) + (":" if side == ">" else "-")
+        columns.append((title, rule, *cells))
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _count(number: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.99995 * size:  # 999 950 would read 1000.0 k
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def evaluation(result: dict[str, Any]) -> str:
+    """What `eval.py` found for one model, as GitHub-flavoured markdown."""
+    how, kept = result["benchmark"], result["kept"]
+    low, high = how["latency_spread_ms"]["model"]
+    rate = how["examples_per_second"]["model"]
+    rows = [
+        ("", result["model"]),
+        (result["metric"], f"{result['score']:.4f} of {result['examples']} examples"),
+        ("encoder parameters", _count(result["params"]["encoder"])),
+        ("all parameters", _count(result["params"]["total"])),
+        ("sparsity", _percent(result["sparsity"])),
+        ("hidden width", str(kept["hidden"])),
+        ("heads", " ".join(str(n or "-") for n in kept["heads"])),
+        ("feed-forward width", " ".join(str(n or "-") for n in kept["intermediate"])),
+        (
+            "latency of a batch",
+            f"{_milliseconds(result['latency_ms']['model'])} ({_milliseconds(low)} to "
+            f"{_milliseconds(high)}), {rate:,.0f} examples/s",
+        ),
+    ]
+    if "speedup" in result:
+        low, high = result["speedup_spread"]
+        rows.append(("speedup", f"{result['speedup']:.1f}x ({low:.1f}x to {high:.1f}x)"))
+    where = (
+        f"Latency on {how['device']}, {how['dtype']}, batches of {how['batch_size']} x "
+        f"{how['seq_length']} tokens, median of {how['repeats']}."
+    )
+    return f"{_grid(rows, 'll')}\n\n{where}"
+
+
+def markdown(report: dict[str, Any], config_json: str) -> str:
+    """The text of `report.md`, which shows the pictures that lie beside it."""
+    seconds, versions = report["seconds"].items(), report["versions"].items()
+    return f"""# Pruned for {report["task"]}
+
+{_percent(report["sparsity"])} of the encoder's parameters are gone; the model runs \
+{report["speedup"]:.1f}x as fast, with {report["metric"]} \
+{report["pruned"]["score"]:.4f} where the dense one has \
+{report["teacher"]["score"]:.4f}.
+
+{table(report)}
+
+![What is left of each layer](structure.png)
+
+![Sparsity, multipliers and losses while pruning](sparsity.png)
+
+## How it was measured
+
+- Score: {report["metric"]} on the validation set; dense is the teacher, pruned the \
+sliced model after fine-tuning.
+- Encoder parameters: weights and biases of attention and feed-forward blocks. \
+Sparsity is the fraction of them that was removed. All parameters: those and \
+embeddings, LayerNorms, pooler and head.
+- Latency: the median of {report["benchmark"]["repeats"]} passes, both models timed \
+in turn in one process after warming up. Speedup: the ratio of the medians, in \
+brackets the 5th and 95th percentile of the ratios taken pair by pair.
+- On real batches the outputs of the masked and the sliced model differ by at most \
+{report["masked_vs_sliced_max_abs_diff"]:.1e}.
+- Time: {", ".join(f"{stage} {time / 60:.1f} min" for stage, time in seconds)}.
+- Seed {report["seed"]}; {", ".join(f"{name} {v}" for name, v in versions)}.
+
+<details>
+<summary>Config</summary>
+
+```json
+{config_json.strip()}
+```
+
+</details>
+"""
+
+
+def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
+    """Draws sparsity, multipliers and losses over the steps of the pruning stage.
+
+    Args:
+      metrics: the lines of `metrics.jsonl`; keys that are absent are not drawn.
+      path: of the PNG file.
+
+    Returns:
+      The `matplotlib.figure.Figure`, three panels.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    lines = [line for line in metrics if line["stage"] == "prune"]
+    losses = sorted({key for line in lines for key in line if key.startswith("loss")})
+    names = {key: key.removeprefix("loss_") for key in losses} | {"loss": "total"}
+    dots = {"color": _RED, "ls": "none", "marker": "o", "mec": "white", "zorder": 4}
+    colors = itertools.cycle((_INK, _ORANGE, _BLUE, _GREEN, _PURPLE))
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    panels = figure.subplots(3, sharex=True, height_ratios=(4, 3, 3))
+    for panel, key, label, style in (
+        (0, "expected_sparsity", "expected", {"color": _BLUE, "lw": 2.4}),
+        (0, "sparsity", "exact, as evaluated", dots),
+        (0, "target_sparsity", "target", {"color": _INK, "ls": "--"}),
+        (1, "multiplier_linear", "linear", {"color": _GREEN}),
+        (1, "multiplier_quadratic", "quadratic", {"color": _PURPLE}),
+        *((2, key, names[key], {"color": next(colors)}) for key in losses),
+    ):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            steps, values = zip(*points, strict=True)
+            panels[panel].plot(steps, values, label=label, **{"lw": 1.6} | style)
+    for axes, ylabel in zip(panels, ("sparsity", "multiplier", "loss"), strict=True):
+        _clean(axes)
+        axes.set(ylabel=ylabel, xmargin=0.01)
+        axes.grid(color=_PALE, lw=0.8)
+        if axes.lines:  # above the panel, where it hides nothing
+            place = {"loc": "lower left", "bbox_to_anchor": (0, 0.98), "ncols": 4}
+            axes.legend(frameon=False, labelcolor=_INK, borderaxespad=0.2, **place)
+    panels[0].set_ylim(-0.03, 1.03)
+    panels[0].yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.0f} %")
+    if all(line[key] > 0 for line in lines for key in losses if key in line):
+        panels[2].set_yscale("log")
+    panels[2].set_xlabel("optimizer step of the pruning stage")
+    panels[2].xaxis.set_major_formatter("{x:,.0f}")
+    figure.align_ylabels()
+    return _save(figure, path)
+
+
+def plot_structure(report: dict[str, Any], path: str | os.PathLike):
+    """Draws the heads and the feed-forward width that each layer keeps.
+
+    Args:
+      report: the content of `report.json`.
+      path: of the PNG file.
+
+    Returns:
+      The `matplotlib.figure.Figure`, two panels.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    kept, dense = report["kept"], report["dense"]
+    layers = range(1, len(kept["heads"]) + 1)
+    figure = Figure(figsize=(8, 1.3 + 0.3 * len(layers)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, key, label, color in (
+        (panels[0], "heads", "attention heads kept", _BLUE),
+        (panels[1], "intermediate", "feed-forward width kept", _ORANGE),
+    ):
+        end = max(1, *dense[key])
+        for layer, width, full in zip(layers, kept[key], dense[key], strict=True):
+            look = {"color": _PALE} if width else {"fc": "none", "ec": "#D5DADD"}
+            axes.barh(layer, full or end, 0.7, hatch=None if width else "////", **look)
+            axes.barh(layer, width, 0.7, color=color)
+            text, ink = (f"{width} / {full}", _INK) if width else ("absent", _GREY)
+            axes.text(end * 1.03, layer, text, color=ink, va="center")
+        _clean(axes)
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.set(xlabel=label, xlim=(0, end), ylim=(len(layers) + 0.6, 0.4))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set(ylabel="layer", yticks=layers)
+    title = f"What is left: hidden width {kept['hidden']} of {dense['hidden']}"
+    figure.suptitle(title, color=_INK, fontsize=13)
+    return _save(figure, path)
+
+
+def _clean(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_GREY)
+    axes.tick_params(which="both", color=_GREY, labelcolor=_INK)
+    axes.xaxis.label.set(color=_INK, fontsize=11)
+    axes.yaxis.label.set(color=_INK, fontsize=11)
+
+
+def _save(figure, path: str | os.PathLike):
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomically(path, picture.getvalue())
+    return figure

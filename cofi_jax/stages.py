@@ -1,0 +1,244 @@
+"""The stages of a run: calls of the same `fit` with another objective.
+
+    teacher -> prepruning -> prune -> (slice) -> finetune
+"""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cofi_jax import checkpoint, loop, masks, objective, sparsity, training
+from cofi_jax import config as config_lib
+from cofi_jax import data as data_lib
+from cofi_jax.metrics import METRICS
+from cofi_jax.model import Encoder
+from cofi_jax.objective import whole_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages share: the settings, the rows, and where to write."""
+
+    config: config_lib.Config
+    workdir: pathlib.Path
+    train: data_lib.Examples
+    validation: data_lib.Examples
+    log: Any  # report.MetricsLog
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Padded lengths."""
+        return data_lib.bucket_lengths(self.config.data)
+
+    def examples(self, field: str) -> data_lib.Examples:
+        """The training rows of the stage that the config calls `field`."""
+        rows = getattr(self.config, field).train_rows
+        return data_lib.first_rows(self.train, rows, field=f"{field}.train_rows")
+
+    def score(self, predict, params: dict, gates: masks.Masks | None = None) -> float:
+        """The task's metric on the validation rows."""
+        metric = METRICS[data_lib.TASKS[self.config.data.task].metric]
+        logits = self._logits(predict, params, gates)
+        return float(metric(logits, self.validation.labels))
+
+    def exact_logits(
+        self, model: Encoder, params: dict, gates: masks.Masks | None = None
+    ) -> np.ndarray:
+        """Logits (N, C) on the validation rows in full float32."""
+        exact = Encoder(dataclasses.replace(model.config, dtype="float32"))
+        with jax.default_matmul_precision("highest"):
+            return self._logits(training.make_predict(exact), params, gates)
+
+    def _logits(self, predict, params, gates):
+        return loop.predict_all(
+            predict,
+            params,
+            gates or {},
+            self.validation,
+            batch_size=self.config.eval_batch_size,
+            buckets=self.buckets,
+        )
+
+    def fit(
+        self,
+        stage: str,
+        model: Encoder,
+        params: dict,
+        loss: objective.Objective,
+        *,
+        settings: Any,
+        epochs: int,
+        examples: data_lib.Examples,
+        rates: dict[str, training.Rate],
+        context: dict,
+        **theta: Any,
+    ) -> tuple[training.TrainState, float]:
+        """Runs one stage, or what is left of it: the last state, and its seconds."""
+        config = self.config
+        state = training.create_state(
+            params,
+            seed=config.seed,
+            stage=stage,
+            rates=rates,
+            freeze_embeddings=settings.freeze_embeddings,
+            **theta,
+        )
+        predict = training.make_predict(model)
+        least = config.prune.target_sparsity - config.prune.sparsity_epsilon
+
+        def evaluate(theta, frozen):
+            params = whole_params(theta, frozen)
+            if "log_alpha" not in theta:
+                return loop.Evaluation(self.score(predict, params))
+            gates = masks.evaluation_masks(theta["log_alpha"])
+            removed = sparsity.exact_sparsity(gates, model.config)
+            score = self.score(predict, params, gates)
+            return loop.Evaluation(score, removed >= least, {"sparsity": removed})
+
+        with checkpoint.Checkpoints(self.workdir / "checkpoints" / stage) as saved:
+            return loop.fit(
+                state,
+                stage=stage,
+                step=training.make_step(loss),
+                context=jax.device_put(context),
+                examples=examples,
+                batch_size=settings.batch_size,
+                buckets=self.buckets,
+                seed=config.seed,
+                total_steps=epochs * steps_per_epoch(examples, settings),
+                evaluate=evaluate,
+                checkpoints=saved,
+                log=self.log,
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                checkpoint_every=config.checkpoint_every,
+            )
+
+
+class Student(NamedTuple):
+    """A student's parameters and the map from its width to the teacher's."""
+
+    params: dict
+    projection: jax.Array  # (D', D)
+
+
+def steps_per_epoch(examples: data_lib.Examples, settings: Any) -> int:
+    """Optimizer steps in one pass over `examples`."""
+    return data_lib.steps_per_epoch(len(examples), settings.batch_size)
+
+
+def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
+    """Learns the task from its labels: the best parameters, and the seconds taken."""
+    settings, examples = run.config.teacher, run.examples("teacher")
+    steps = settings.epochs * steps_per_epoch(examples, settings)
+    rate = training.Rate.create(
+        settings.learning_rate, settings.schedule, steps, settings.warmup_steps
+    )
+    state, seconds = run.fit(
+        "teacher",
+        model,
+        params,
+        objective.task_objective(model),
+        settings=settings,
+        epochs=settings.epochs,
+        examples=examples,
+        rates={"weights": rate},
+        context={},
+    )
+    return whole_params(state.best, state.frozen), seconds
+
+
+def prepare(run: Run, model: Encoder, teacher: dict) -> tuple[Student, float]:
+    """Distillation before any gate moves, from a copy of the teacher."""
+    settings, examples = run.config.prune, run.examples("prune")
+    epochs = settings.prepruning_epochs
+    # The linear decay is that of the whole pruning, which is cut short here: it
+    # starts afresh, from the full rate, when the gates begin to move.
+    steps = settings.epochs * steps_per_epoch(examples, settings)
+    rate = training.Rate.create(settings.learning_rate, settings.schedule, steps)
+    state, seconds = run.fit(
+        "prepruning",
+        model,
+        teacher,
+        objective.distillation_objective(model, model, run.config.distill),
+        settings=settings,
+        epochs=epochs,
+        examples=examples,
+        rates={"weights": rate},
+        context={"teacher": teacher},
+        distill_projection=jnp.eye(model.config.hidden_size),
+    )
+    params = whole_params(state.theta, state.frozen)
+    return Student(params, state.theta["distill_projection"]), seconds
+
+
+def learn_masks(
+    run: Run, model: Encoder, student: Student, teacher: dict
+) -> tuple[Student, masks.Masks, float]:
+    """Pruning: the dense student, masks that meet the target, and the seconds taken."""
+    settings, examples = run.config.prune, run.examples("prune")
+    epochs = settings.epochs - settings.prepruning_epochs
+    per_epoch = steps_per_epoch(examples, settings)
+
+    def rate(peak, schedule):
+        return training.Rate.create(peak, schedule, epochs * per_epoch)
+
+    state, seconds = run.fit(
+        "prune",
+        model,
+        student.params,
+        objective.pruning_objective(model, model, run.config.distill),
+        settings=settings,
+        epochs=epochs,
+        examples=examples,
+        rates={
+            "weights": rate(settings.learning_rate, settings.schedule),
+            "gates": rate(settings.mask_learning_rate, settings.mask_schedule),
+            "multipliers": rate(
+                settings.multiplier_learning_rate, settings.multiplier_schedule
+            ),
+        },
+        context={
+            "teacher": teacher,
+            "target_sparsity": np.float32(settings.target_sparsity),
+            "warmup_steps": np.int32(settings.warmup_epochs * per_epoch),
+        },
+        distill_projection=student.projection,
+        log_alpha=masks.init_log_alpha(
+            model.config, jax.random.key(run.config.seed), settings.kinds
+        ),
+        multipliers={"linear": 0.0, "quadratic": 0.0},
+    )
+    # No evaluation counts where none was sparse enough; then the last state does.
+    theta = state.best if jnp.isfinite(state.best_score) else state.theta
+    gates = sparsity.meet_target(
+        theta["log_alpha"], model.config, settings.target_sparsity
+    )
+    params = whole_params(theta, state.frozen)
+    return Student(params, theta["distill_projection"]), gates, seconds
+
+
+def finetune(
+    run: Run, model: Encoder, student: Student, teacher_model: Encoder, teacher: dict
+) -> tuple[dict, float]:
+    """Distillation into the sliced `model`: its best parameters, the seconds taken."""
+    settings, examples = run.config.finetune, run.examples("finetune")
+    steps = settings.epochs * steps_per_epoch(examples, settings)
+    rate = training.Rate.create(settings.learning_rate, settings.schedule, steps)
+    state, seconds = run.fit(
+        "finetune",
+        model,
+        student.params,
+        objective.distillation_objective(model, teacher_model, run.config.distill),
+        settings=settings,
+        epochs=settings.epochs,
+        examples=examples,
+        rates={"weights": rate},
+        context={"teacher": teacher},
+        distill_projection=student.projection,
+    )
+    return whole_params(state.best, state.frozen), seconds

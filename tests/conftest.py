@@ -1,0 +1,57 @@
+"""Tiny models that several test files share."""
+
+import jax
+import numpy as np
+import pytest
+
+from cofi_jax.model import EncoderConfig, abstract_params
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A model small enough to slice two hundred times."""
+    return EncoderConfig(
+        vocab_size=17,
+        hidden_size=16,
+        heads=(3, 3),
+        head_size=4,
+        intermediate=(6, 6),
+        pooler_size=7,
+        num_labels=3,
+        max_positions=9,
+        dropout=0.1,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny):
+    """Parameters of `tiny`: every kind of them random, activations of order 1."""
+    return random_params(tiny, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_batch(tiny):
+    """Three rows of 6, 4 and 1 real tokens, padded to 6."""
+    rng = np.random.default_rng(1)
+    lengths = np.array([6, 4, 1])
+    return {
+        "input_ids": rng.integers(0, tiny.vocab_size, (3, 6)).astype(np.int32),
+        "attention_mask": (np.arange(6) < lengths[:, None]).astype(np.int32),
+        "token_type_ids": rng.integers(0, 2, (3, 6)).astype(np.int32),
+    }
+
+
+def random_params(config, seed):
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, values = path[-1].key, rng.standard_normal(leaf.shape)
+        if name == "kernel":
+            values /= np.sqrt(config.hidden_size)
+        elif name == "scale":
+            values = 1 + 0.3 * values
+        elif name == "bias":
+            values *= 0.3
+        return values.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))

@@ -1,0 +1,391 @@
+"""Shapes, draws, the evaluation rule row by row in Python, laws of the transforms."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cofi_jax import masks
+from cofi_jax.config import KINDS, UserError
+from cofi_jax.model import Encoder, EncoderConfig
+from cofi_jax.slicing import spec_of
+from cofi_jax.sparsity import num_params
+
+SUBSETS = [
+    subset
+    for size in range(1, 6)
+    for subset in itertools.combinations(KINDS, size)
+]
+CLOSING = 2 / 3 * math.log(0.1 / 1.1)  # P(z > 0) = 1/2 there
+LOW, HIGH = math.log(0.01), math.log(100)
+
+
+def assert_equal(a, b):
+    assert set(a) == set(b)
+    for kind in a:
+        np.testing.assert_array_equal(a[kind], b[kind], err_msg=kind)
+
+
+def draw(seed, layers=3, heads=4, width=7, hidden=9):
+    """Gates of all kinds, each block and each gate closed often."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "head": (layers, heads),
+        "mha": (layers,),
+        "intermediate": (layers, width),
+        "ffn": (layers,),
+        "hidden": (hidden,),
+    }
+
+    def gates(shape):
+        values = rng.uniform(0.01, 1, shape) ** rng.integers(0, 2, shape)
+        # The chance of being open differs from row to row: some rows are empty.
+        chance = rng.choice([0.0, 0.3, 0.9], shape[:1])
+        open_ = rng.random(shape) < chance.reshape(-1, *[1] * (len(shape) - 1))
+        return jnp.asarray(values * open_, jnp.float32)
+
+    return {kind: gates(shape) for kind, shape in shapes.items()}
+
+
+# Shapes and kinds
+
+
+def test_there_are_31_subsets():
+    assert len(SUBSETS) == 31 and masks.ALL == KINDS
+
+
+@pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)
+def test_shapes_of_every_subset(kinds):
+    config = EncoderConfig(11, 6, (2, 2, 2), 3, (5, 5, 5), 6, 2)
+    full = {
+        "head": (3, 2),
+        "mha": (3,),
+        "intermediate": (3, 5),
+        "ffn": (3,),
+        "hidden": (6,),
+    }
+    expected = {kind: full[kind] for kind in kinds}
+    assert masks.mask_shapes(config, kinds) == expected
+    assert masks.mask_shapes(config, kinds[::-1]) == expected
+    key = jax.random.key(0)
+    log_alpha = masks.init_log_alpha(config, key, kinds)
+    for made in (
+        log_alpha,
+        jax.eval_shape(masks.prob_active, log_alpha),
+        jax.eval_shape(masks.sample, log_alpha, key),
+        jax.eval_shape(masks.evaluation_masks, log_alpha),
+    ):
+        assert {kind: value.shape for kind, value in made.items()} == expected
+        assert all(value.dtype == jnp.float32 for value in made.values())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "named"),
+    [
+        (("head", "layer"), "'layer'"),
+        ((), r"\(\)"),
+        (("ffn", "head", "ffn"), "'ffn', 'head', 'ffn'"),
+        ("head", "'head'"),
+    ],
+)
+def test_wrong_kinds_are_named(tiny, kinds, named):
+    calls = [
+        lambda: masks.mask_shapes(tiny, kinds),
+        lambda: masks.init_log_alpha(tiny, jax.random.key(0), kinds),
+    ]
+    if not isinstance(kinds, str):
+        calls += [lambda: masks.only(*kinds), lambda: masks.without(*kinds)]
+    for call in calls:
+        with pytest.raises(UserError, match=f"kinds.*{named}"):
+            call()
+
+
+def test_wrong_kinds_of_keep_at_least_are_named():
+    with pytest.raises(UserError, match="'layer'"):
+        masks.keep_at_least(hidden=1, layer=2)
+    with pytest.raises(UserError, match=r"\(\)"):
+        masks.keep_at_least()
+
+
+def test_gates_start_open_and_inside_the_clamp():
+    config = EncoderConfig(11, 600, (12,) * 4, 50, (900,) * 4, 600, 2)
+    log_alpha = masks.init_log_alpha(config, jax.random.key(5))
+    for value in log_alpha.values():
+        assert LOW < value.min() and value.max() < HIGH
+        assert (masks.prob_active({"x": value})["x"] > 0.99).all()
+        assert len(np.unique(value)) > 0.1 * value.size  # noise breaks ties
+
+
+# Sampling
+
+
+def test_draws_do_not_depend_on_the_other_kinds(tiny):
+    key = jax.random.key(7)
+    everything = masks.init_log_alpha(tiny, key)
+    middling = {kind: value - 4.5 for kind, value in everything.items()}
+    sample = masks.sample(middling, key)
+    for kinds in SUBSETS:
+        part = masks.init_log_alpha(tiny, key, kinds)
+        assert_equal(part, {kind: everything[kind] for kind in kinds})
+    for kinds in [*SUBSETS[:5], ("head", "ffn"), KINDS[1:]]:
+        drawn = masks.sample({kind: middling[kind] for kind in kinds}, key)
+        assert_equal(drawn, {kind: sample[kind] for kind in kinds})
+
+
+def test_same_key_same_draw_other_key_other_draw():
+    log_alpha = {"hidden": jnp.zeros(64), "intermediate": jnp.zeros((2, 64))}
+    first = masks.sample(log_alpha, jax.random.key(0))
+    assert_equal(first, masks.sample(log_alpha, jax.random.key(0)))
+    rows = [first["hidden"], *first["intermediate"]]
+    rows += masks.sample(log_alpha, jax.random.key(1)).values()
+    for a, b in itertools.combinations([np.ravel(r)[:64] for r in rows], 2):
+        # Unlike and uncorrelated: |r| < 4 / sqrt(64) would hold by chance.
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("log_alpha", [LOW, CLOSING, 0.0, 2.0, HIGH])
+def test_a_sample_follows_the_distribution(log_alpha):
+    size = 200_000
+    gates = masks.sample({"hidden": jnp.full(size, log_alpha)}, jax.random.key(11))
+    gates = np.asarray(gates["hidden"])
+    for x in np.linspace(0, 0.999, 38):
+        ratio = (x + 0.1) / (1.1 - x)
+        below = 1 / (1 + math.exp(log_alpha) * ratio ** (-2 / 3))
+        error = 4.5 * math.sqrt(below * (1 - below) / size)
+        assert np.mean(gates <= x) == pytest.approx(below, abs=error)
+
+
+def test_every_gate_has_a_draw_and_a_probability_of_its_own():
+    probability = np.linspace(0.05, 0.99, 40).reshape(4, 10)
+    log_alpha = jnp.asarray(np.log(probability / (1 - probability)) + CLOSING)
+    np.testing.assert_allclose(
+        masks.prob_active({"head": log_alpha})["head"], probability, rtol=1e-5
+    )
+    keys = jax.random.split(jax.random.key(2), 10_000)
+    gates = jax.vmap(lambda key: masks.sample({"head": log_alpha}, key)["head"])(keys)
+    error = 4.5 * np.sqrt(probability * (1 - probability) / len(keys))
+    assert (np.abs(np.mean(gates > 0, axis=0) - probability) < error).all()
+    correlation = np.corrcoef(np.asarray(gates > 0).reshape(len(keys), -1).T)
+    assert np.abs(correlation - np.eye(40)).max() < 5 / math.sqrt(len(keys))
+
+
+# Evaluation masks
+
+
+def evaluate_row(log_alpha):
+    """The rule for one row, in plain Python."""
+    n = len(log_alpha)
+    total = sum(1 / (1 + math.exp(CLOSING - x)) for x in log_alpha)
+    number = round(n - total)  # half to even
+    order = sorted(range(n), key=lambda i: (log_alpha[i], i))
+    return [
+        0.0 if i in order[:number] else 1 / (1 + math.exp(-1.2 * log_alpha[i]))
+        for i in range(n)
+    ]
+
+
+def evaluate(kind, log_alpha):
+    rows = np.asarray(log_alpha, np.float64)
+    if kind == "hidden":
+        return evaluate_row(rows)
+    if kind in ("mha", "ffn"):
+        return [evaluate_row([x])[0] for x in rows]
+    return [evaluate_row(row) for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_evaluation_masks_follow_the_rule_row_by_row(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "head": (4, 5),
+        "mha": (9,),
+        "intermediate": (4, 40),
+        "ffn": (9,),
+        "hidden": (33,),
+    }
+    log_alpha = {}
+    for kind, shape in shapes.items():
+        values = rng.uniform(LOW, HIGH, shape)
+        ties = rng.choice([LOW, -2.0, -1.0, 0.5, HIGH], shape)
+        values = np.where(rng.random(shape) < rng.choice([0, 0.5, 1]), ties, values)
+        log_alpha[kind] = values.astype(np.float32)
+    result = masks.evaluation_masks(log_alpha)
+    for kind in KINDS:
+        expected = evaluate(kind, log_alpha[kind])
+        # Which gates are closed is exact, the soft values are to float32.
+        np.testing.assert_allclose(result[kind], expected, rtol=2e-6, err_msg=kind)
+
+
+def closed(row):
+    row = jnp.asarray(row, jnp.float32)
+    return np.flatnonzero(masks.evaluation_masks({"hidden": row})["hidden"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("n", "number"), [(1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (9, 4)]
+)
+def test_half_a_gate_is_rounded_to_even_and_of_equals_the_first_close(n, number):
+    """n gates of P = 1/2: n / 2 close, and 0.5, 1.5, 2.5, 3.5, 4.5 go to even."""
+    assert closed([CLOSING] * n).tolist() == list(range(number))
+
+
+def test_ties_close_the_lowest_index_first():
+    # Sum of 1 - P: 3 * .953 + .5 + 2 * .002 = 3.36, so three close.
+    assert closed([HIGH, LOW, CLOSING, LOW, HIGH, LOW]).tolist() == [1, 3, 5]
+    # 4 * .168 + .002 = .67: of the four lowest the first.
+    assert closed([HIGH, 0, 0, 0, 0]).tolist() == [1]
+
+
+def test_rows_can_close_and_open_altogether():
+    for n in (1, 4, 10):  # n * .953 rounds to n up to 10
+        assert len(closed([LOW] * n)) == n
+    assert len(closed([LOW] * 11)) == 10
+    assert len(closed([LOW] * 12)) == 11  # the original: 1 of 12 heads stays
+    assert len(closed([LOW] * 3072)) == 3072 - 145
+    assert len(closed([HIGH] * 12)) == 0
+    assert len(closed([HIGH] * 768)) == 2
+    assert len(closed([HIGH] * 3072)) == 6
+
+
+@pytest.mark.parametrize("kind", ["mha", "ffn"])
+def test_layer_gate_closes_exactly_below_one_half(kind):
+    row = jnp.array([HIGH, CLOSING + 1e-4, CLOSING, CLOSING - 1e-4, LOW, 0.0])
+    gates = np.asarray(masks.evaluation_masks({kind: row})[kind])
+    assert (gates > 0).tolist() == [True, True, True, False, False, True]
+    assert gates[2] == pytest.approx(0.128, abs=5e-4) and gates[5] == 0.5
+
+
+# Transforms
+
+TRANSFORMS = {
+    "only": masks.only("head", "mha", "hidden"),
+    "without": masks.without("hidden", "ffn"),
+    "harden": masks.harden(),
+    "drop_empty": masks.drop_empty(),
+    "keep_at_least": masks.keep_at_least(head=2, hidden=4, mha=1, intermediate=3),
+}
+PAIRS = list(itertools.permutations(TRANSFORMS, 2))
+SEEDS = range(6)
+
+
+def test_chain_of_nothing_is_the_identity():
+    gates = draw(0)
+    assert_equal(masks.chain()(gates), gates)
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_chain_applies_from_left_to_right(names):
+    first, second = (TRANSFORMS[name] for name in names)
+    for seed in SEEDS:
+        gates = draw(seed)
+        assert_equal(masks.chain(first, second)(gates), second(first(gates)))
+
+
+def test_chain_is_associative():
+    a, b, c = (TRANSFORMS[n] for n in ("keep_at_least", "drop_empty", "only"))
+    gates = draw(3)
+    expected = c(b(a(gates)))
+    assert_equal(masks.chain(a, masks.chain(b, c))(gates), expected)
+    assert_equal(masks.chain(masks.chain(a, b), c)(gates), expected)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_are_idempotent_jittable_and_leave_their_input(name):
+    transform = TRANSFORMS[name]
+    jitted = jax.jit(transform)
+    for seed in SEEDS:
+        gates = draw(seed)
+        before = dict(gates)
+        result = transform(gates)
+        assert_equal(gates, before)
+        assert_equal(transform(result), result)
+        assert_equal(jitted(gates), result)
+        on_host = transform({k: np.asarray(v) for k, v in gates.items()})
+        assert_equal(on_host, result)
+        for kind, value in result.items():
+            assert value.shape == gates[kind].shape and value.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)
+def test_transforms_take_any_subset_of_kinds(name, kinds):
+    gates = {kind: value for kind, value in draw(1).items() if kind in kinds}
+    result = TRANSFORMS[name](gates)
+    if name == "only":
+        assert set(result) == set(kinds) & {"head", "mha", "hidden"}
+    elif name == "without":
+        assert set(result) == set(kinds) - {"hidden", "ffn"}
+    else:
+        assert set(result) == set(kinds)
+
+
+def test_only_and_without_are_complements():
+    gates = draw(2)
+    for kinds in SUBSETS:
+        kept, dropped = masks.only(*kinds)(gates), masks.without(*kinds)(gates)
+        assert set(kept) == set(kinds) and not set(kept) & set(dropped)
+        assert_equal(kept | dropped, gates)
+
+
+def test_harden_opens_what_is_open_and_nothing_else():
+    for seed in SEEDS:
+        gates = draw(seed)
+        for kind, value in masks.harden()(gates).items():
+            np.testing.assert_array_equal(value, np.where(gates[kind] > 0, 1.0, 0.0))
+
+
+def test_drop_empty_closes_blocks_and_their_gates_and_nothing_else():
+    for seed in SEEDS:
+        gates = {kind: np.asarray(value) for kind, value in draw(seed).items()}
+        result = masks.drop_empty()(gates)
+        np.testing.assert_array_equal(result["hidden"], gates["hidden"])
+        for block, inner in (("mha", "head"), ("ffn", "intermediate")):
+            for layer in range(3):
+                empty = gates[block][layer] == 0 or not gates[inner][layer].any()
+                keep = 0 if empty else 1
+                assert result[block][layer] == keep * gates[block][layer]
+                np.testing.assert_array_equal(
+                    result[inner][layer], keep * gates[inner][layer]
+                )
+
+
+def test_drop_empty_leaves_the_model_as_it_is(tiny, tiny_params, tiny_batch):
+    @jax.jit
+    def outputs(gates):
+        variables = {"params": tiny_params, "masks": gates}
+        return Encoder(tiny).apply(variables, tiny_batch)
+
+    changed = 0
+    for seed in range(10):
+        gates = draw(seed, layers=2, heads=3, width=6, hidden=16)
+        gates["hidden"] = gates["hidden"].at[3:7].set(1.0)
+        dropped = masks.drop_empty()(gates)
+        changed += any((gates[kind] != dropped[kind]).any() for kind in gates)
+        jax.tree.map(np.testing.assert_array_equal, outputs(gates), outputs(dropped))
+        assert spec_of(gates, tiny) == spec_of(dropped, tiny)
+        assert num_params(gates, tiny) == num_params(dropped, tiny)
+    assert changed >= 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [0, 1, 3, 100])
+def test_keep_at_least_reaches_the_count_and_closes_nothing(kind, count):
+    for seed in SEEDS:
+        gates = {name: np.asarray(value) for name, value in draw(seed).items()}
+        result = masks.keep_at_least(**{kind: count})(gates)
+        for other in set(KINDS) - {kind}:
+            np.testing.assert_array_equal(result[other], gates[other])
+        # mha and ffn are counted over the layers, the others in each row.
+        before, after = np.atleast_2d(gates[kind]), np.atleast_2d(result[kind])
+        for row, new in zip(before, after, strict=True):
+            wanted = max((row > 0).sum(), min(count, len(row)))
+            assert (new > 0).sum() == wanted
+            reopened = np.flatnonzero((row == 0) & (new > 0))
+            np.testing.assert_array_equal(
+                reopened, np.flatnonzero(row == 0)[: len(reopened)]
+            )
+            np.testing.assert_array_equal(new[reopened], 1.0)
+            np.testing.assert_array_equal(new[row > 0], row[row > 0])

@@ -1,0 +1,289 @@
+"""Files survive a kill, tables hold the numbers, pictures show what is there."""
+
+import json
+
+import numpy as np
+import pytest
+
+from cofi_jax import report
+
+
+def make_report(heads=(2, 0, 1, 4), widths=(30, 64, 0, 1), num_heads=4, width=256):
+    layers = len(heads)
+    return {
+        "task": "sst2",
+        "metric": "accuracy",
+        "teacher": {"score": 0.9243},
+        "pruned": {"score": 0.9060, "score_before_finetune": 0.8933},
+        "sparsity": 0.95041,
+        "target_sparsity": 0.95,
+        "params": {
+            "encoder": {"dense": 85_000_000, "pruned": 4_250_000},
+            "total": {"dense": 109_483_778, "pruned": 27_933},
+        },
+        "kept": {"hidden": 61, "heads": list(heads), "intermediate": list(widths)},
+        "dense": {
+            "hidden": 64,
+            "heads": [num_heads] * layers,
+            "intermediate": [width] * layers,
+        },
+        "latency_ms": {"dense": 41.234, "pruned": 3.3512},
+        "speedup": 12.304,
+        "speedup_spread": [11.91, 12.71],
+        "benchmark": {
+            "device": "NVIDIA H200",
+            "dtype": "bfloat16",
+            "batch_size": 128,
+            "seq_length": 64,
+            "repeats": 30,
+        },
+        "masked_vs_sliced_max_abs_diff": 3.24e-6,
+        "seconds": {"teacher": 90.0, "prune": 3906.0},
+        "seed": 57,
+        "versions": {"jax": "0.10.2"},
+    }
+
+
+def make_metrics():
+    def line(step):
+        rest = {"multiplier_linear": -0.1, "multiplier_quadratic": 0.2}
+        rest |= {"loss": 2.0, "loss_layers": 1.5, "lagrangian": 0.1}
+        rest |= {"expected_sparsity": step / 500, "target_sparsity": step / 400}
+        return {"stage": "prune", "step": step} | rest
+
+    evaluation = {"stage": "prune", "step": 200, "score": 0.8, "sparsity": 0.4}
+    other = {"stage": "finetune", "step": 900, "loss": 1.0, "sparsity": 0.9}
+    return [line(step) for step in (100, 200, 300)] + [evaluation, other]
+
+
+def cells(markdown):
+    """The tables' rows as lists of stripped cells."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "report.json"
+    report.write_json(path, {"a": 1})
+    report.write_json(path, {"a": [2, 3]})
+    assert json.loads(path.read_text()) == {"a": [2, 3]}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "report.json"
+    report.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        report.write_json(path, {"a": 2, "b": object()})
+
+    def full_disk(_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report.os, "fsync", full_disk)
+    with pytest.raises(OSError):
+        report.write_json(path, {"a": 3})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_log_reads_back_what_was_written(tmp_path):
+    log = report.MetricsLog(tmp_path / "metrics.jsonl")
+    assert report.read_metrics(log.path) == []
+    log.write(stage="prune", step=50, loss=np.float32(0.5), rows=np.int64(3))
+    log.write(stage="prune", step=100, score=0.75)
+    assert report.read_metrics(log.path) == [
+        {"stage": "prune", "step": 50, "loss": 0.5, "rows": 3},
+        {"stage": "prune", "step": 100, "score": 0.75},
+    ]
+
+
+@pytest.mark.parametrize("tail", ['{"stage": "pr', '{"stage": "prune", "step"', "\0"])
+def test_broken_last_line_is_dropped_and_the_log_goes_on(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    report.MetricsLog(path).write(stage="prune", step=1)
+    with open(path, "a") as file:
+        file.write(tail)
+    assert len(report.read_metrics(path)) == 1
+    report.MetricsLog(path).write(stage="prune", step=2)
+    assert [line["step"] for line in report.read_metrics(path)] == [1, 2]
+
+
+def test_last_line_that_lacks_only_its_end_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "prune", "step": 1}')
+    report.MetricsLog(path).write(stage="prune", step=2)
+    assert [line["step"] for line in report.read_metrics(path)] == [1, 2]
+
+
+def test_broken_line_in_the_middle_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"stage": "prune", "step": 1}\n{"sta\n{"stage": "x", "step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        report.read_metrics(path)
+
+
+def test_rewinding_drops_the_later_lines_of_that_stage_only(tmp_path):
+    log = report.MetricsLog(tmp_path / "metrics.jsonl")
+    for stage in ("teacher", "prune"):
+        for step in (0, 50, 100, 150):
+            log.write(stage=stage, step=step)
+    log.write(stage="prune", step=100, score=0.5)
+    log.rewind("prune", 100)
+    steps = [(line["stage"], line["step"]) for line in report.read_metrics(log.path)]
+    assert steps == [("teacher", s) for s in (0, 50, 100, 150)] + [
+        ("prune", s) for s in (0, 50, 100, 100)
+    ]
+    log.rewind("prune", -1)
+    assert {line["stage"] for line in report.read_metrics(log.path)} == {"teacher"}
+
+
+def test_resumed_log_equals_one_that_was_never_interrupted(tmp_path):
+    def write(log, steps):
+        for step in steps:
+            log.write(stage="prune", step=step, loss=1 / step)
+
+    whole = report.MetricsLog(tmp_path / "whole.jsonl")
+    write(whole, range(1, 10))
+    killed = report.MetricsLog(tmp_path / "killed.jsonl")
+    write(killed, range(1, 8))
+    resumed = report.MetricsLog(killed.path)
+    resumed.rewind("prune", 5)
+    write(resumed, range(6, 10))
+    assert killed.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_table_holds_the_numbers():
+    rows = cells(report.table(make_report()))
+    assert rows[:1] + rows[2:8] == [
+        ["", "dense", "pruned", ""],
+        ["accuracy", "0.9243", "0.9060", "-0.0183; 0.8933 before fine-tuning"],
+        ["encoder parameters", "85.0 M", "4.2 M", "5.0 % left"],
+        ["all parameters", "109.5 M", "27.9 k", "0.0 % left"],
+        ["sparsity", "-", "95.0 %", "target 95.0 %"],
+        ["hidden width", "64", "61", ""],
+        [
+            "latency of a batch",
+            "41.23 ms",
+            "3.35 ms",
+            "12.3x as fast (11.9x to 12.7x)",
+        ],
+    ]
+    assert rows[8:9] + rows[10:] == [
+        ["layer", "heads kept", "FFN width kept"],
+        ["1", "2 / 4", "30 / 256"],
+        ["2", "-", "64 / 256"],
+        ["3", "1 / 4", "-"],
+        ["4", "4 / 4", "1 / 256"],
+    ]
+
+
+def test_table_says_where_the_latency_was_measured():
+    text = report.table(make_report())
+    assert "NVIDIA H200, bfloat16, batches of 128 x 64 tokens" in text
+
+
+def test_table_lines_up_on_a_terminal():
+    first, second = report.table(make_report()).split("\n\n")[::2]
+    for grid in (first, second):
+        assert len({len(line) for line in grid.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1.0 k"),
+        (999_949, "999.9 k"),
+        (999_951, "1.0 M"),
+        (4_900_000, "4.9 M"),
+        (1_340_000_000, "1.3 B"),
+    ],
+)
+def test_counts_are_readable(number, text):
+    assert report._count(number) == text
+
+
+def test_markdown_is_complete():
+    content = make_report()
+    text = report.markdown(content, '{\n  "seed": 57\n}\n')
+    assert "12.3x as fast, with accuracy 0.9060 where the dense one has 0.9243" in text
+    assert report.table(content) in text
+    assert "(sparsity.png)" in text and "(structure.png)" in text
+    assert "differ by at most 3.2e-06" in text and "median of 30 passes" in text
+    assert "teacher 1.5 min, prune 65.1 min" in text and "jax 0.10.2" in text
+    assert (
+        '<details>\n<summary>Config</summary>\n\n```json\n{\n  "seed": 57\n}\n' in text
+    )
+
+
+def assert_png(path):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5000
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_sparsity_picture_shows_the_pruning_stage(tmp_path):
+    path = tmp_path / "sparsity.png"
+    top, middle, bottom = report.plot_sparsity(make_metrics(), path).axes
+    assert_png(path)
+    labels = [axes.get_ylabel() for axes in (top, middle, bottom)]
+    assert labels == ["sparsity", "multiplier", "loss"]
+    assert bottom.get_xlabel() == "optimizer step of the pruning stage"
+    curves = {line.get_label(): line for line in top.lines}
+    assert set(curves) == {"expected", "exact, as evaluated", "target"}
+    assert curves["expected"].get_xydata().tolist() == [
+        [100, 0.2],
+        [200, 0.4],
+        [300, 0.6],
+    ]
+    assert curves["exact, as evaluated"].get_xydata().tolist() == [[200, 0.4]]
+    assert [line.get_label() for line in middle.lines] == ["linear", "quadratic"]
+    assert [line.get_label() for line in bottom.lines] == ["total", "layers"]
+    for axes in (top, middle, bottom):
+        legend = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert legend == [line.get_label() for line in axes.lines]
+
+
+def test_loss_below_zero_is_drawn_on_a_linear_scale(tmp_path):
+    metrics = make_metrics()
+    figure = report.plot_sparsity(metrics, tmp_path / "a.png")
+    assert figure.axes[2].get_yscale() == "log"
+    metrics[0]["loss"] = -1.0
+    figure = report.plot_sparsity(metrics, tmp_path / "a.png")
+    assert figure.axes[2].get_yscale() == "linear"
+
+
+def test_sparsity_picture_of_nothing_is_empty(tmp_path, recwarn):
+    path = tmp_path / "sparsity.png"
+    figure = report.plot_sparsity([], path)
+    assert_png(path)
+    assert not any(axes.lines for axes in figure.axes) and not recwarn
+
+
+@pytest.mark.parametrize("layers", [4, 12])
+def test_structure_picture_shows_every_layer(tmp_path, layers):
+    heads = [2, 0, 1, 4] * (layers // 4)
+    widths = [30, 64, 0, 1] * (layers // 4)
+    path = tmp_path / "structure.png"
+    figure = report.plot_structure(make_report(heads, widths), path)
+    assert_png(path)
+    assert figure.get_suptitle() == "What is left: hidden width 61 of 64"
+    left, right = figure.axes
+    assert left.get_xlabel() == "attention heads kept"
+    assert right.get_xlabel() == "feed-forward width kept"
+    assert left.get_ylabel() == "layer" and left.yaxis_inverted()
+    for axes, kept, full in ((left, heads, 4), (right, widths, 256)):
+        bars = [bar.get_width() for bar in axes.patches]
+        assert bars == [w for width in kept for w in (full, width)]
+        hatched = [bool(bar.get_hatch()) for bar in axes.patches[::2]]
+        assert hatched == [width == 0 for width in kept]
+        texts = [text.get_text() for text in axes.texts]
+        assert texts == [f"{width} / {full}" if width else "absent" for width in kept]
+
+
+def test_layer_without_a_block_to_begin_with_can_be_drawn(tmp_path):
+    content = make_report()
+    content["dense"]["heads"][1] = 0
+    figure = report.plot_structure(content, tmp_path / "structure.png")
+    assert figure.axes[0].texts[1].get_text() == "absent"

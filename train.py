@@ -1,0 +1,356 @@
+"""Prunes a model: teacher, prune, slice, fine-tune, score, measure, save.
+
+    python train.py --config configs/sst2_95.py
+    python train.py --config configs/sst2_95.py --config.data.path=path/to/sst2
+
+Killed at any moment, the same command goes on where it was.
+"""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import pathlib
+import platform
+import sys
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+import cofi_jax
+from cofi_jax import benchmark, checkpoint, grammar, hard_concrete, pretrained, report
+from cofi_jax import config as config_lib
+from cofi_jax import data as data_lib
+from cofi_jax import slicing, sparsity, stages, training
+from cofi_jax.config import Config, UserError, reject
+from cofi_jax.model import Encoder, EncoderConfig, init_params
+
+# float32 sums in another order; more than this is a bug, not rounding.
+_MAX_DIFFERENCE = 1e-3
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict:
+    """All stages, or those that are left: the content of `report.json`.
+
+    Raises:
+      UserError: for what the user can mend; then nothing was written over.
+    """
+    config_lib.validate(config)
+    _check_workdir(config, workdir)
+    if (workdir / "report.json").exists():
+        return json.loads((workdir / "report.json").read_text())
+    teacher, params, tokenizer = _load(config)
+    _check_model(config, teacher.config, tokenizer)
+    train = data_lib.load_examples(config.data, "train", tokenizer)
+    validation = data_lib.load_examples(config.data, "validation", tokenizer)
+    _check_rows(config, train)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise reject("workdir", str(workdir), "another run is at work") from error
+        report.write_atomically(workdir / "config.json", config_lib.to_json(config))
+        log = report.MetricsLog(workdir / "metrics.jsonl")
+        shared = stages.Run(config, workdir, train, validation, log)
+        return _stages(shared, teacher, params, tokenizer)
+
+
+def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
+    config, workdir = run.config, run.workdir
+    task = data_lib.TASKS[config.data.task]
+    about = {
+        "task": config.data.task,
+        "metric": task.metric,
+        "labels": list(task.labels),
+        "data_path": config.data.path,
+        "max_length": config.data.max_length,
+    }
+    seconds = {}
+    if not config.teacher.path:
+        params, seconds["teacher"] = stages.train_teacher(run, model, params)
+    params = jax.device_put(params)
+    if not (workdir / "teacher").exists():
+        checkpoint.save_model(
+            workdir / "teacher", params, model.config, tokenizer=tokenizer, about=about
+        )
+    teacher_score = run.score(training.make_predict(model), params)
+    print(f"teacher: {task.metric} {teacher_score:.4f}", flush=True)
+
+    student, seconds["prepruning"] = stages.prepare(run, model, params)
+    student, masks, seconds["prune"] = stages.learn_masks(run, model, student, params)
+    masked = run.exact_logits(model, student.params, masks)
+    sliced, spec = slicing.prune(student.params, masks, model.config)
+    small = Encoder(spec.config(model.config))
+    difference = np.abs(run.exact_logits(small, sliced) - masked).max()
+    if not difference <= _MAX_DIFFERENCE:
+        raise RuntimeError(f"masked and sliced model differ by {difference}")
+    before = run.score(training.make_predict(small), sliced)
+    removed = sparsity.exact_sparsity(masks, model.config)
+    print(
+        f"sliced: sparsity {removed:.4f}, {task.metric} {before:.4f}, differs from the "
+        f"masked model by at most {difference:.1e}",
+        flush=True,
+    )
+
+    hidden = np.asarray(spec.hidden)
+    student = stages.Student(sliced, student.projection[hidden])
+    sliced, seconds["finetune"] = stages.finetune(run, small, student, model, params)
+    score = run.score(training.make_predict(small), sliced)
+    about |= {"dense": dataclasses.asdict(model.config), "sparsity": removed}
+    if not (workdir / "pruned").exists():
+        checkpoint.save_model(
+            workdir / "pruned",
+            sliced,
+            small.config,
+            spec,
+            tokenizer=tokenizer,
+            about=about,
+        )
+    measured = benchmark.inference(
+        {"dense": (model, params), "pruned": (small, sliced)},
+        batch_size=config.benchmark.batch_size,
+        seq_length=config.benchmark.seq_length,
+        repeats=config.benchmark.repeats,
+    )
+    result = {
+        "task": config.data.task,
+        "metric": task.metric,
+        "seed": config.seed,
+        "teacher": {"score": teacher_score},
+        "pruned": {"score": score, "score_before_finetune": before},
+        "sparsity": removed,
+        "target_sparsity": config.prune.target_sparsity,
+        "params": {
+            "encoder": {
+                "dense": sparsity.num_params({}, model.config),
+                "pruned": sparsity.num_params({}, small.config),
+            },
+            "total": {"dense": _size(params), "pruned": _size(sliced)},
+        },
+        "dense": model.config.widths(),
+        "kept": small.config.widths(),
+        "masked_vs_sliced_max_abs_diff": float(difference),
+        **measured,
+        "seconds": seconds,
+        "versions": _versions(),
+    }
+    report.plot_sparsity(report.read_metrics(run.log.path), workdir / "sparsity.png")
+    report.plot_structure(result, workdir / "structure.png")
+    text = report.markdown(result, config_lib.to_json(config))
+    report.write_atomically(workdir / "report.md", text)
+    # Last: its presence says that the run is complete.
+    report.write_json(workdir / "report.json", result)
+    return result
+
+
+def _size(params):
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def _versions():
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    return {
+        "cofi-jax": cofi_jax.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _check_workdir(config, workdir):
+    path = workdir / "config.json"
+    if not path.exists():
+        if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
+            if not (workdir / ".lock").exists():
+                raise reject("workdir", str(workdir), "must be a new or a run's folder")
+        return
+    try:
+        there = config_lib.flatten(path.read_text())
+    except ValueError as error:
+        raise reject("workdir", str(workdir), "its config.json is damaged") from error
+    here = config_lib.flatten(config)
+    for field in sorted(there.keys() | here.keys()):
+        if there.get(field) != here.get(field):
+            raise reject(
+                "workdir",
+                str(workdir),
+                f"holds a run with {field}={there.get(field)!r}, not "
+                f"{here.get(field)!r}; choose another --workdir or the same config",
+            )
+
+
+def _load(config: Config):
+    """The teacher's module, its parameters (still to be trained or not), tokenizer."""
+    key = jax.random.key(config.seed)
+    if config.data.task not in data_lib.TASKS:
+        legal = f"must be one of {', '.join(data_lib.TASKS)}"
+        raise reject("data.task", config.data.task, legal)
+    task = data_lib.TASKS[config.data.task]
+    if config.teacher.path:
+        return _load_teacher(config, len(task.labels))
+    if config.model.path:
+        folder = pretrained.resolve(config.model.path, "model.path")
+        sizes, params = pretrained.load_encoder(
+            folder,
+            field="model.path",
+            num_labels=len(task.labels),
+            model=config.model,
+            key=key,
+        )
+        tokenizer = pretrained.load_tokenizer(folder, "model.path")
+        return Encoder(sizes), params, tokenizer
+    if config.data.task != "demo":
+        legal = "must name an encoder; only the demo task brings its own tokenizer"
+        raise reject("model.path", "", legal)
+    tokenizer = grammar.demo_tokenizer()
+    model = config.model
+    sizes = EncoderConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden_size,
+        heads=(model.num_heads,) * model.num_layers,
+        head_size=model.hidden_size // model.num_heads,
+        intermediate=(model.intermediate_size,) * model.num_layers,
+        pooler_size=model.hidden_size,
+        num_labels=len(task.labels),
+        max_positions=config.data.max_length,
+        dropout=model.dropout,
+        dtype=model.dtype,
+    )
+    return Encoder(sizes), init_params(sizes, key), tokenizer
+
+
+def _load_teacher(config, num_labels):
+    path = config.teacher.path
+    if checkpoint.is_model(path):
+        model, params, spec = checkpoint.load_model(path)
+        if spec is not None:
+            raise reject("teacher.path", path, "is a pruned model; give a dense one")
+        sizes = dataclasses.replace(
+            model.config, dropout=config.model.dropout, dtype=config.model.dtype
+        )
+        tokenizer = checkpoint.load_tokenizer(path)
+    else:
+        folder = pretrained.resolve(path, "teacher.path")
+        sizes, params = pretrained.load_classifier(
+            folder, field="teacher.path", model=config.model
+        )
+        tokenizer = pretrained.load_tokenizer(folder, "teacher.path")
+    if sizes.num_labels != num_labels:
+        raise reject(
+            "teacher.path",
+            path,
+            f"has {sizes.num_labels} classes, task {config.data.task} has {num_labels}",
+        )
+    return Encoder(sizes), params, tokenizer
+
+
+def _check_model(config, sizes, tokenizer):
+    for field in ("data.max_length", "benchmark.seq_length"):
+        value = config_lib.flatten(config)[field]
+        if value > sizes.max_positions:
+            legal = f"must be at most {sizes.max_positions}, the model's positions"
+            raise reject(field, value, legal)
+    if len(tokenizer) > sizes.vocab_size:
+        raise reject(
+            "model.path",
+            config.teacher.path or config.model.path,
+            f"its tokenizer has {len(tokenizer)} tokens, its weights "
+            f"{sizes.vocab_size}",
+        )
+    highest = sparsity.max_sparsity(sizes, config.prune.kinds)
+    if config.prune.target_sparsity > highest:
+        raise reject(
+            "prune.target_sparsity",
+            config.prune.target_sparsity,
+            f"gates of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
+        )
+
+
+def _check_rows(config, train):
+    for field in ("teacher", "prune", "finetune"):
+        rows = getattr(config, field).train_rows
+        data_lib.first_rows(train, rows, field=f"{field}.train_rows")
+    prune = config.prune
+    rows = data_lib.first_rows(train, prune.train_rows, field="prune.train_rows")
+    epochs = prune.epochs - prune.prepruning_epochs
+    steps = epochs * stages.steps_per_epoch(rows, prune)
+    if prune.mask_schedule == "linear":  # which covers half the way
+        steps /= 2
+    if prune.mask_learning_rate * steps < hard_concrete.CLOSING_DISTANCE:
+        enough = hard_concrete.CLOSING_DISTANCE / steps
+        print(
+            f"warning: prune.mask_learning_rate={prune.mask_learning_rate}: too low "
+            f"for gates to close in the schedule's steps; {enough:.2g} or more would "
+            "do",
+            file=sys.stderr,
+        )
+
+
+def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
+    """The config and the workdir that a command line asks for.
+
+    Raises:
+      UserError: for flags, files and fields that do not exist or do not fit.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "default: runs/<config>", flag_values=values)
+    for argument in argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        if name.startswith("config."):
+            _check_field(name.removeprefix("config."), value)
+    try:
+        rest = values(argv)[1:]
+        config, path = values.config, values["config"].config_filename
+        if not isinstance(config, Config):
+            raise reject("--config", path, "must be a file whose get_config() returns "
+                         "a cofi_jax.Config")
+    except flags.Error as error:
+        text = " ".join(str(error).split())
+        usage = "python train.py --config configs/demo.py [--workdir DIR] [--config.X=Y]"
+        raise UserError(f"{text}; usage: {usage}") from error
+    # Whatever the user's own file raises.
+    except (OSError, ImportError, SyntaxError, NameError, AttributeError) as error:
+        raise UserError(f"--config: {type(error).__name__}: {error}") from error
+    if rest:
+        raise UserError(f"{rest[0]!r}: unknown argument; a value follows its flag and =")
+    name = pathlib.Path(path).stem
+    return config, pathlib.Path(values.workdir or f"runs/{name}")
+
+
+def _check_field(field, value):
+    node, parent = Config(), "config"
+    for name in field.split("."):
+        fields = [f.name for f in dataclasses.fields(node)]
+        if name not in fields:
+            legal = f"no such field; {parent} has {', '.join(fields)}"
+            raise reject(f"--config.{field}", value, legal)
+        node, parent = getattr(node, name), name
+        if not dataclasses.is_dataclass(node):
+            break
+    kind = type(node)
+    if kind in (int, float):
+        try:
+            kind(value)
+        except ValueError as error:
+            legal = f"must be of type {kind.__name__}"
+            raise reject(f"--config.{field}", value, legal) from error
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    try:
+        config, workdir = parse(argv)
+        result = run(config, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{report.table(result)}\n\nWritten to {workdir}: report.md, pruned/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
