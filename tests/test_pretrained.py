@@ -126,7 +126,7 @@ def assert_trees_equal(ours, others):
 
 
 @pytest.fixture(scope="module")
-def tiny():
+def tiny_bert():
     return load(TINY)[1]
 
 
@@ -139,7 +139,7 @@ def test_sizes_come_from_the_folder_and_the_rest_from_the_config(folder):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_low_precision_weights_become_float32(folder, tiny, dtype):
+def test_low_precision_weights_become_float32(folder, tiny_bert, dtype):
     import ml_dtypes
 
     low = np.dtype(getattr(ml_dtypes, dtype, dtype))
@@ -150,19 +150,19 @@ def test_low_precision_weights_become_float32(folder, tiny, dtype):
             ours, full.astype(low).astype(np.float32), strict=True
         ),
         params,
-        tiny,
+        tiny_bert,
     )
 
 
-def test_prefix_is_optional(folder, tiny):
+def test_prefix_is_optional(folder, tiny_bert):
     rewrite(folder, lambda w: {k.removeprefix("bert."): v for k, v in w.items()})
     assert "encoder.layer.0.output.dense.bias" in load_file(
         folder / "model.safetensors"
     )
-    assert_trees_equal(load(folder)[1], tiny)
+    assert_trees_equal(load(folder)[1], tiny_bert)
 
 
-def test_layer_norms_under_their_old_names(folder, tiny):
+def test_layer_norms_under_their_old_names(folder, tiny_bert):
     """bert-base-uncased itself says gamma and beta."""
     old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 
@@ -172,10 +172,10 @@ def test_layer_norms_under_their_old_names(folder, tiny):
         return weights
 
     rewrite(folder, rename)
-    assert_trees_equal(load(folder)[1], tiny)
+    assert_trees_equal(load(folder)[1], tiny_bert)
 
 
-def test_heads_that_do_not_fit_are_initialised_from_the_key(folder, tiny):
+def test_heads_that_do_not_fit_are_initialised_from_the_key(folder, tiny_bert):
     def headless(weights):
         return {k: v for k, v in weights.items() if "pooler" not in k}
 
@@ -188,13 +188,13 @@ def test_heads_that_do_not_fit_are_initialised_from_the_key(folder, tiny):
         assert 0.01 < kernel.std() < 0.03
         assert np.abs(kernel - other[head]["kernel"]).max() > 0
     for name in ("embeddings", "layer_0", "layer_1"):
-        assert_trees_equal(first[name], tiny[name])
+        assert_trees_equal(first[name], tiny_bert[name])
 
 
-def test_load_classifier_has_the_folders_classes(tiny):
+def test_load_classifier_has_the_folders_classes(tiny_bert):
     config, params = pretrained.load_classifier(TINY, field=FIELD, model=Model())
     assert config.num_labels == 3
-    assert_trees_equal(params, tiny)
+    assert_trees_equal(params, tiny_bert)
 
 
 # What is wrong with a folder is said in one line.

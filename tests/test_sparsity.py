@@ -1,0 +1,441 @@
+"""The cost against really sliced models, enumeration, sampling and hand-made sums."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cofi_jax import masks as masks_lib
+from cofi_jax import sparsity
+from cofi_jax.config import KINDS
+from cofi_jax.model import EncoderConfig
+from cofi_jax.slicing import prune
+
+LOW, HIGH = math.log(0.01), math.log(100)
+CLOSING = 2 / 3 * math.log(0.1 / 1.1)
+SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(KINDS, n)]
+BERT_BASE = EncoderConfig(30522, 768, (12,) * 12, 64, (3072,) * 12, 768, 2)
+BERT_SIZE = 12 * (4 * 768 * 768 + 4 * 768 + 2 * 768 * 3072 + 3072 + 768)
+# Each gate of this one can be enumerated: 3 + 2 * (2 + 1 + 2 + 1) = 15.
+TOY = EncoderConfig(3, 3, (2, 2), 2, (2, 2), 3, 2)
+SMALL = EncoderConfig(3, 10, (4,) * 3, 5, (24,) * 3, 3, 2)
+
+
+def count(gates, config):
+    """Weights and biases left by boolean gates with any leading axes, in integers."""
+    d, size = config.head_size, 0
+    hidden = gates["hidden"].sum(-1) if "hidden" in gates else config.hidden_size
+    for layer in range(len(config.heads)):
+
+        def left(inner, outer, full, layer=layer):
+            units = full[layer]
+            if inner in gates:
+                units = gates[inner][..., layer, :].sum(-1)
+            return units * gates[outer][..., layer] if outer in gates else units
+
+        heads = left("head", "mha", config.heads)
+        units = left("intermediate", "ffn", config.intermediate)
+        query_key_value = 3 * (hidden * heads * d + heads * d)
+        output = heads * d * hidden + np.where(heads > 0, hidden, 0)
+        up = hidden * units + units
+        down = units * hidden + np.where(units > 0, hidden, 0)
+        size = size + query_key_value + output + up + down
+    return size
+
+
+def open_(gates):
+    return {kind: np.asarray(value) > 0 for kind, value in gates.items()}
+
+
+def draw(rng, config, kinds=KINDS):
+    """Soft gates; whole blocks are empty often, one hidden dimension stays open."""
+    gates = {}
+    for kind, shape in masks_lib.mask_shapes(config, kinds).items():
+        chance = rng.choice([0.0, 0.5, 1.0], (shape[0], *[1] * (len(shape) - 1)))
+        values = rng.uniform(0.01, 1, shape) * (rng.random(shape) < chance)
+        gates[kind] = values.astype(np.float32)
+    if "hidden" in gates:
+        gates["hidden"][rng.integers(config.hidden_size)] = 0.7
+    return gates
+
+
+# The exact count
+
+
+@pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)
+def test_count_is_that_of_the_really_sliced_parameters(kinds, tiny, tiny_params):
+    rng = np.random.default_rng(len(kinds))
+
+    def elements(params):
+        return sum(
+            leaf.size
+            for name, layer in params.items()
+            for block in ("attention", "ffn")
+            for leaf in jax.tree.leaves(layer.get(block, {}))
+            if name.startswith("layer_")
+        )
+
+    dense = elements(tiny_params)
+    for _ in range(3):
+        gates = draw(rng, tiny, kinds)
+        sliced, spec = prune(tiny_params, gates, tiny)
+        number = elements(sliced)
+        assert sparsity.num_params(gates, tiny) == number
+        assert sparsity.num_params({}, spec.config(tiny)) == number
+        assert sparsity.exact_sparsity(gates, tiny) == pytest.approx(1 - number / dense)
+        assert count(open_(gates), tiny) == number
+
+
+def test_bert_base_by_hand():
+    layer_norms = 12 * 2 * 2 * 768
+    assert BERT_SIZE == 85_017_600 == 85_054_464 - layer_norms
+    assert sparsity.num_params({}, BERT_BASE) == BERT_SIZE
+    ones = {k: np.ones(s) for k, s in masks_lib.mask_shapes(BERT_BASE).items()}
+    assert sparsity.num_params(ones, BERT_BASE) == BERT_SIZE
+    assert sparsity.exact_sparsity(ones, BERT_BASE) == 0
+
+    gates = dict(ones)
+    gates["head"] = np.eye(12)  # one head in each layer
+    gates["mha"] = np.arange(12) < 5  # five attention blocks
+    gates["ffn"] = np.arange(12) == 11
+    gates["hidden"] = np.arange(768) < 760
+    attention = 4 * 760 * 64 + 3 * 64 + 760
+    feed_forward = 2 * 760 * 3072 + 3072 + 760
+    assert sparsity.num_params(gates, BERT_BASE) == 5 * attention + feed_forward
+
+
+@pytest.mark.parametrize("value", [1e-30, 0.3, 1.0])
+def test_exact_count_sees_only_what_is_open(value):
+    gates = draw(np.random.default_rng(0), TOY)
+    scaled = {kind: (gate > 0) * value for kind, gate in gates.items()}
+    assert sparsity.num_params(scaled, TOY) == count(open_(gates), TOY)
+
+
+def test_count_of_hard_gates_in_large_models_is_exact():
+    rng = np.random.default_rng(4)
+    for _ in range(5):
+        gates = draw(rng, BERT_BASE)
+        assert sparsity.num_params(gates, BERT_BASE) == count(open_(gates), BERT_BASE)
+
+
+# The expected size
+
+
+def probability(log_alpha):
+    return 1 / (1 + np.exp(CLOSING - np.asarray(log_alpha, np.float64)))
+
+
+STATES = np.array(list(itertools.product([False, True], repeat=15)))
+
+
+def split(flat, kinds=KINDS):
+    """The 15 columns of `flat` as gates of TOY, the kinds' leading axes first."""
+    shapes, gates, start = masks_lib.mask_shapes(TOY), {}, 0
+    for kind in KINDS:
+        stop = start + math.prod(shapes[kind])
+        if kind in kinds:
+            gates[kind] = flat[..., start:stop].reshape(*flat.shape[:-1], *shapes[kind])
+        start = stop
+    return gates
+
+
+SIZES = count(split(STATES), TOY)
+
+
+def enumerated_sparsity(flat, kinds=KINDS):
+    """1 - the mean over all 2^15 states of the gates; a missing kind is open."""
+    missing = split(np.arange(15), set(KINDS) - set(kinds))
+    p = probability(flat)
+    for columns in missing.values():
+        p[columns.ravel()] = 1
+    chances = np.prod(np.where(STATES, p, 1 - p), axis=1)
+    assert chances.sum() == pytest.approx(1)
+    return 1 - chances @ SIZES / SIZES[-1]
+
+
+def as_float32(gates):
+    return {kind: jnp.asarray(value, jnp.float32) for kind, value in gates.items()}
+
+
+@pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)
+def test_expected_sparsity_is_the_mean_over_all_states(kinds):
+    for seed in range(3):
+        flat = np.random.default_rng(seed).uniform(LOW, HIGH, 15)
+        log_alpha = as_float32(split(flat, kinds))
+        expected = enumerated_sparsity(flat, kinds)
+        result = sparsity.expected_sparsity(log_alpha, TOY)
+        assert float(result) == pytest.approx(expected, abs=1e-6)
+
+
+SPREAD = {
+    "open": lambda rng, kind, shape: rng.normal(4.5, 0.01, shape),
+    "halfway": lambda rng, kind, shape: np.zeros(shape),
+    "mixed": lambda rng, kind, shape: rng.uniform(LOW, HIGH, shape),
+    "blocks close often": lambda rng, kind, shape: np.full(
+        shape,
+        {"head": -2.5, "mha": -0.5, "intermediate": -4.5, "ffn": -1.0}.get(kind, 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("spread", SPREAD)
+@pytest.mark.parametrize(
+    "kinds",
+    [KINDS, ("head", "intermediate"), ("mha", "ffn", "hidden"), ("head", "hidden")],
+    ids="+".join,
+)
+def test_mean_size_of_samples_is_the_expected_size(spread, kinds):
+    rng = np.random.default_rng(0)
+    shapes = masks_lib.mask_shapes(SMALL, kinds)
+    log_alpha = as_float32({k: SPREAD[spread](rng, k, s) for k, s in shapes.items()})
+    draws = 40_000
+    keys = jax.random.split(jax.random.key(8), draws)
+    gates = open_(jax.vmap(masks_lib.sample, in_axes=(None, 0))(log_alpha, keys))
+    if spread == "blocks close often" and "head" in kinds:
+        assert (~gates["head"].any(-1)).mean() > 0.1
+
+    sizes = count(gates, SMALL)
+    full = count({}, SMALL)
+    expected = (1 - float(sparsity.expected_sparsity(log_alpha, SMALL))) * full
+    assert sizes.mean() == pytest.approx(expected, rel=0.01)
+    error = 4.5 * sizes.std() / math.sqrt(draws)
+    assert sizes.mean() == pytest.approx(expected, abs=error + 1e-5 * full)
+
+
+@pytest.mark.parametrize("log_alpha", [LOW, CLOSING, 0.0, HIGH])
+def test_expected_sparsity_of_bert_base_by_hand(log_alpha):
+    p = float(probability(log_alpha))
+    hidden, some_head, some_unit = 768 * p, 1 - (1 - p) ** 12, 1 - (1 - p) ** 3072
+    attention = 12 * p * (4 * 64 * hidden + 3 * 64) + some_head * hidden
+    feed_forward = 3072 * p * (2 * hidden + 1) + some_unit * hidden
+    size = 12 * p * (attention + feed_forward)
+    shapes = masks_lib.mask_shapes(BERT_BASE)
+    gates = {kind: jnp.full(shape, log_alpha) for kind, shape in shapes.items()}
+    result = jax.jit(lambda g: sparsity.expected_sparsity(g, BERT_BASE))(gates)
+    assert float(result) == pytest.approx(1 - size / BERT_SIZE, abs=2e-6)
+
+
+def test_cost_is_linear_in_each_gate():
+    rng = np.random.default_rng(5)
+    shapes = masks_lib.mask_shapes(TOY)
+    gates = {kind: rng.random(shape) for kind, shape in shapes.items()}
+    for kind, shape in shapes.items():
+        for index in np.ndindex(shape):
+            costs = []
+            for value in (0.0, 0.25, 1.0):
+                gates[kind][index], old = value, gates[kind][index]
+                costs.append(sparsity.cost(gates, TOY))
+                gates[kind][index] = old
+            assert costs[1] == pytest.approx(0.75 * costs[0] + 0.25 * costs[2])
+            assert costs[0] < costs[2]
+
+
+# Gradients
+
+
+def central_differences(function, x, step=1e-4):
+    steps = step * np.eye(x.size)
+    return np.array([(function(x + s) - function(x - s)) / (2 * step) for s in steps])
+
+
+@pytest.mark.parametrize("kinds", [KINDS, ("head", "intermediate"), ("hidden", "ffn")])
+def test_gradient_of_expected_sparsity_is_that_of_the_enumeration(kinds):
+    flat = np.random.default_rng(6).uniform(LOW, HIGH, 15)
+    expected = central_differences(lambda x: enumerated_sparsity(x, kinds), flat)
+    gradient = jax.grad(sparsity.expected_sparsity)(as_float32(split(flat, kinds)), TOY)
+    for kind, value in split(expected, kinds).items():
+        # Differences of step h are off by O(h^2), float32 by its epsilon.
+        np.testing.assert_allclose(gradient[kind], value, atol=3e-7, err_msg=kind)
+        assert (np.asarray(gradient[kind]) < 0).all()  # opening a gate costs
+
+
+@pytest.mark.parametrize("gates_are", [LOW, HIGH])
+def test_gradient_is_finite_at_both_ends_of_the_clamp(gates_are):
+    shapes = masks_lib.mask_shapes(BERT_BASE)
+    gates = {kind: jnp.full(shape, gates_are) for kind, shape in shapes.items()}
+    function = jax.jit(jax.grad(lambda g: sparsity.expected_sparsity(g, BERT_BASE)))
+    for value in function(gates).values():
+        assert np.isfinite(value).all() and (np.asarray(value) < 0).all()
+
+
+@pytest.mark.parametrize(("linear", "quadratic"), [(0.0, 0.0), (-0.7, 3.0), (2.0, 0.5)])
+def test_gradients_of_the_lagrangian(linear, quadratic):
+    target = 0.6
+    flat = np.random.default_rng(7).uniform(LOW, HIGH, 15)
+
+    def by_hand(x):
+        gap = enumerated_sparsity(x[:15]) - target
+        return x[15] * gap + x[16] * gap * gap
+
+    def ours(log_alpha, multipliers):
+        expected = sparsity.expected_sparsity(log_alpha, TOY)
+        return sparsity.lagrangian(expected, target, multipliers)
+
+    point = np.concatenate([flat, [linear, quadratic]])
+    expected = central_differences(by_hand, point)
+    multipliers = {"linear": jnp.float32(linear), "quadratic": jnp.float32(quadratic)}
+    arguments = as_float32(split(flat)), multipliers
+    value, (gates, lambdas) = jax.value_and_grad(ours, argnums=(0, 1))(*arguments)
+    assert float(value) == pytest.approx(by_hand(point), abs=1e-6)
+    for kind, gradient in split(expected[:15]).items():
+        np.testing.assert_allclose(gates[kind], gradient, atol=1e-6, err_msg=kind)
+    found = [float(lambdas["linear"]), float(lambdas["quadratic"])]
+    np.testing.assert_allclose(found, expected[15:], atol=1e-6)
+    # The ascent: the first follows the sign of the gap, the second only rises.
+    gap = enumerated_sparsity(flat) - target
+    np.testing.assert_allclose(found, [gap, gap**2], atol=1e-6)
+
+
+# Target and limits
+
+
+@pytest.mark.parametrize(
+    ("step", "warmup", "expected"),
+    [
+        (0, 100, 0.0),
+        (1, 100, 0.008),
+        (50, 100, 0.4),
+        (99, 100, 0.792),
+        (100, 100, 0.8),
+        (10**6, 100, 0.8),
+        (0, 1, 0.0),
+        (1, 1, 0.8),
+        (0, 0, 0.8),  # no warm-up: the target from the first step
+        (7, 0, 0.8),
+    ],
+)
+def test_target_rises_linearly(step, warmup, expected):
+    arguments = jnp.int32(step), jnp.float32(0.8), jnp.int32(warmup)
+    for function in (sparsity.target_at, jax.jit(sparsity.target_at)):
+        assert float(function(*arguments)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_highest_sparsity_of_bert_base():
+    floor = float(probability(LOW))
+    attention = 12 * (4 * 768 * 768 + 4 * 768)
+    bias_stays = 12 * 768 * (1 - (1 - floor) ** 12)
+    left = floor * (attention - 12 * 768) + bias_stays
+    heads = sparsity.max_sparsity(BERT_BASE, ("head",))
+    assert heads == pytest.approx((attention - left) / BERT_SIZE, abs=1e-6)
+    assert 0.31 < heads < attention / BERT_SIZE < 0.334
+
+    layers = sparsity.max_sparsity(BERT_BASE, ("mha", "ffn"))
+    assert layers == pytest.approx(1 - floor, abs=1e-6)
+    everything = sparsity.max_sparsity(BERT_BASE)
+    assert everything == pytest.approx(0.99989, abs=1e-5)
+    for kinds in (("head", "mha"), ("intermediate", "ffn"), KINDS[:4]):
+        assert heads < sparsity.max_sparsity(BERT_BASE, kinds) < everything
+
+
+# Masks that meet the target
+
+
+def trained(rng, config, kinds=KINDS):
+    """Log-alphas as training leaves them: most at an end of the clamp."""
+    log_alpha = {}
+    for kind, shape in masks_lib.mask_shapes(config, kinds).items():
+        open_share = rng.uniform(0.8, 1.0) if kind == "hidden" else rng.uniform(0.2, 1)
+        ends = np.where(rng.random(shape) < open_share, HIGH, LOW)
+        between = rng.uniform(LOW, HIGH, shape)
+        values = np.where(rng.random(shape) < 0.2, between, ends)
+        values = np.clip(values + rng.normal(0, 0.01, shape), LOW, HIGH)
+        log_alpha[kind] = jnp.asarray(values, jnp.float32)
+    return log_alpha
+
+
+def removed(gates, config):
+    return 1 - count(open_(gates), config) / count({}, config)
+
+
+def offsets_of(gates, log_alpha):
+    """By how much each kind's log-alphas were shifted, read off its open gates."""
+    for kind, value in gates.items():
+        value = np.asarray(value, np.float64).ravel()
+        inside = (value > 1e-4) & (value < 0.999)
+        value = value[inside]
+        logit = np.log(value / (1 - value))
+        shifts = logit / 1.2 - np.ravel(log_alpha[kind])[inside]
+        if len(shifts):
+            assert np.ptp(shifts) < 1e-3
+            yield kind, shifts.mean()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_target_is_met_in_bert_base(seed):
+    rng = np.random.default_rng(seed)
+    log_alpha = trained(rng, BERT_BASE)
+    reached = removed(masks_lib.evaluation_masks(log_alpha), BERT_BASE)
+    target = float(np.clip(reached + rng.uniform(-0.02, 0.02), 0.05, 0.97))
+    gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
+    assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
+    shifts = dict(offsets_of(gates, log_alpha))
+    # One offset for all, or two where the rest would have closed too much at once.
+    assert len(set(np.round(list(shifts.values()), 2))) <= 3
+    assert np.sign(target - reached) * shifts["intermediate"] < 1e-3
+
+
+@pytest.mark.parametrize("target", [0.0, 0.5, 0.9, 0.95])
+def test_target_is_met_from_gates_that_were_never_trained(target):
+    log_alpha = masks_lib.init_log_alpha(BERT_BASE, jax.random.key(0))
+    gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
+    assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
+    assert (np.asarray(gates["hidden"]) > 0).any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kinds", [("head",), ("mha", "ffn"), ("head", "hidden")])
+def test_coarse_kinds_are_pruned_by_the_smallest_offset_that_will_do(kinds, seed):
+    rng = np.random.default_rng(seed)
+    log_alpha = trained(rng, SMALL, kinds)
+    target = rng.uniform(0.02, 0.3)
+    gates = sparsity.meet_target(log_alpha, SMALL, target)
+    sparsities = [
+        removed(
+            masks_lib.evaluation_masks({k: v + o for k, v in log_alpha.items()}), SMALL
+        )
+        for o in np.linspace(-12, 12, 401)
+    ]
+    start = removed(masks_lib.evaluation_masks(log_alpha), SMALL)
+    if abs(start - target) > 1e-3:
+        result = removed(gates, SMALL)
+        assert result >= target
+        # No offset comes closer from above.
+        assert result <= min(s for s in sparsities if s >= target) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_target_is_never_undershot_and_only_closed_in_on(seed):
+    """In a small model a single gate weighs more than the tolerance."""
+    rng = np.random.default_rng(seed)
+    kinds = SUBSETS[seed * 3]
+    log_alpha = trained(rng, SMALL, kinds)
+    start = removed(masks_lib.evaluation_masks(log_alpha), SMALL)
+    highest = removed({k: np.zeros_like(v) for k, v in log_alpha.items()}, SMALL)
+    target = rng.uniform(0.1, 0.9) * highest
+    gates = sparsity.meet_target(log_alpha, SMALL, target)
+    assert set(gates) == set(kinds)
+    assert removed(gates, SMALL) >= target - 1e-3
+    if start >= target:
+        assert removed(gates, SMALL) <= start
+
+
+@pytest.mark.parametrize("gap", [-9e-4, 0.0, 9e-4])
+def test_masks_within_the_tolerance_are_left_alone(gap):
+    log_alpha = trained(np.random.default_rng(1), SMALL)
+    before = masks_lib.evaluation_masks(log_alpha)
+    target = removed(before, SMALL) + gap
+    after = sparsity.meet_target(log_alpha, SMALL, target)
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_tolerance_is_an_argument():
+    log_alpha = trained(np.random.default_rng(1), BERT_BASE)
+    before = masks_lib.evaluation_masks(log_alpha)
+    target = removed(before, BERT_BASE) + 0.004
+    same = sparsity.meet_target(log_alpha, BERT_BASE, target, tolerance=0.005)
+    jax.tree.map(np.testing.assert_array_equal, same, before)
+    closer = sparsity.meet_target(log_alpha, BERT_BASE, target, tolerance=1e-4)
+    assert 0 <= removed(closer, BERT_BASE) - target <= 1e-4
