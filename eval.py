@@ -51,7 +51,11 @@ def evaluate(
     Raises:
       UserError: for a path, data set or length that does not fit.
     """
-    _, _, about = checkpoint.read_about(model_path)
+    _, spec, about = checkpoint.read_about(model_path)
+    wanted = {"task", "metric", "max_length"} | ({"dense"} if spec else set())
+    if missing := sorted(wanted - about.keys()):
+        legal = f"saved without {', '.join(missing)} in `about`, needed here"
+        raise reject("model", str(model_path), legal)
     if about["task"] not in data_lib.TASKS:
         legal = f"its task must be one of {', '.join(data_lib.TASKS)}"
         raise reject("model", about["task"], legal)
@@ -67,7 +71,7 @@ def evaluate(
 
     data = config_lib.Data(
         task=about["task"],
-        path=data_path or about["data_path"],
+        path=data_path or about.get("data_path", ""),
         max_length=about["max_length"],
     )
     tokenizer = checkpoint.load_tokenizer(model_path)
@@ -121,9 +125,15 @@ def main(argv: list[str]) -> int:
         try:
             rest = values(argv)[1:]
         except flags.Error as error:
-            raise UserError(f"{' '.join(str(error).split())}; {usage}") from error
-        if values.model is None or rest:
-            raise UserError(f"usage: {usage}")
+            raise UserError(
+                f"{' '.join(str(error).split())}; usage: {usage}"
+            ) from error
+        if rest:
+            raise UserError(f"{rest[0]!r}: unknown argument; usage: {usage}")
+        if values.model is None:
+            raise reject("--model", None, f"must be a saved model; usage: {usage}")
+        if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
+            raise reject("--json", values.json, "must be in a folder that exists")
         result = evaluate(
             values.model,
             data_path=values.data,

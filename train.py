@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
+import math
 import pathlib
 import platform
 import sys
@@ -20,15 +21,28 @@ from absl import flags
 from ml_collections import config_flags
 
 import cofi_jax
-from cofi_jax import benchmark, checkpoint, grammar, hard_concrete, pretrained, report
+from cofi_jax import (
+    benchmark,
+    checkpoint,
+    grammar,
+    hard_concrete,
+    pretrained,
+    report,
+    slicing,
+    sparsity,
+    stages,
+    training,
+)
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
-from cofi_jax import slicing, sparsity, stages, training
 from cofi_jax.config import Config, UserError, reject
 from cofi_jax.model import Encoder, EncoderConfig, init_params
 
 # float32 sums in another order; more than this is a bug, not rounding.
 _MAX_DIFFERENCE = 1e-3
+_USAGE = "python train.py --config configs/demo.py [--workdir DIR] [--config.X=Y]"
+_BOOLEANS = ("true", "false", "t", "f", "1", "0")  # what absl takes
+_LEGAL_CONFIG = "must be a file whose get_config() returns a cofi_jax.Config"
 
 
 def run(config: Config, workdir: pathlib.Path) -> dict:
@@ -47,12 +61,22 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
     validation = data_lib.load_examples(config.data, "validation", tokenizer)
     _check_rows(config, train)
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "w") as lock:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / ".lock", "w")
+    except OSError as error:
+        reason = f"must be a folder that can be written ({error.strerror})"
+        raise reject("workdir", str(workdir), reason) from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise reject("workdir", str(workdir), "another run is at work") from error
+        # A restarted run need not compile again what the one before had compiled.
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update(
+                "jax_compilation_cache_dir", str((workdir / "compiled").absolute())
+            )
         report.write_atomically(workdir / "config.json", config_lib.to_json(config))
         log = report.MetricsLog(workdir / "metrics.jsonl")
         shared = stages.Run(config, workdir, train, validation, log)
@@ -169,7 +193,7 @@ def _check_workdir(config, workdir):
         return
     try:
         there = config_lib.flatten(path.read_text())
-    except ValueError as error:
+    except (AttributeError, ValueError) as error:  # not an object; not JSON
         raise reject("workdir", str(workdir), "its config.json is damaged") from error
     here = config_lib.flatten(config)
     for field in sorted(there.keys() | here.keys()):
@@ -281,6 +305,8 @@ def _check_rows(config, train):
         steps /= 2
     if prune.mask_learning_rate * steps < hard_concrete.CLOSING_DISTANCE:
         enough = hard_concrete.CLOSING_DISTANCE / steps
+        unit = 10.0 ** (math.floor(math.log10(enough)) - 1)
+        enough = math.ceil(enough / unit) * unit  # two digits, never too few
         print(
             f"warning: prune.mask_learning_rate={prune.mask_learning_rate}: too low "
             f"for gates to close in the schedule's steps; {enough:.2g} or more would "
@@ -298,40 +324,49 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "default: runs/<config>", flag_values=values)
-    for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
-        if name.startswith("config."):
-            _check_field(name.removeprefix("config."), value)
+    path = None
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        name, value = name.lstrip("-"), value if equals else following
+        if argument.startswith("-") and name == "config":
+            path = value
+        elif argument.startswith("-") and name.startswith("config."):
+            _check_override(name.removeprefix("config."), value, bare=not equals)
+    if path is None:
+        raise reject("--config", path, f"{_LEGAL_CONFIG}; usage: {_USAGE}")
     try:
         rest = values(argv)[1:]
-        config, path = values.config, values["config"].config_filename
-        if not isinstance(config, Config):
-            raise reject("--config", path, "must be a file whose get_config() returns "
-                         "a cofi_jax.Config")
-    except flags.Error as error:
-        text = " ".join(str(error).split())
-        usage = "python train.py --config configs/demo.py [--workdir DIR] [--config.X=Y]"
-        raise UserError(f"{text}; usage: {usage}") from error
-    # Whatever the user's own file raises.
-    except (OSError, ImportError, SyntaxError, NameError, AttributeError) as error:
-        raise UserError(f"--config: {type(error).__name__}: {error}") from error
+        config = values.config
+    except Exception as error:  # whatever the user's own file raises
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if isinstance(error, flags.Error) and len(lines) == 1:
+            raise UserError(f"{lines[0]}; usage: {_USAGE}") from error
+        text = lines[-1] if lines else ""
+        if not isinstance(error, flags.Error):  # which quotes a whole traceback
+            text = f"{type(error).__name__}: {text}"
+        raise reject("--config", path, f"{text}; {_LEGAL_CONFIG}") from error
+    if not isinstance(config, Config):
+        raise reject("--config", path, _LEGAL_CONFIG)
     if rest:
-        raise UserError(f"{rest[0]!r}: unknown argument; a value follows its flag and =")
-    name = pathlib.Path(path).stem
-    return config, pathlib.Path(values.workdir or f"runs/{name}")
+        raise UserError(f"{rest[0]!r}: unknown argument; usage: {_USAGE}")
+    return config, pathlib.Path(values.workdir or f"runs/{pathlib.Path(path).stem}")
 
 
-def _check_field(field, value):
+def _check_override(field, value, *, bare):
+    """Says what is legal where the flags library would not; `bare`: has no `=`."""
     node, parent = Config(), "config"
     for name in field.split("."):
-        fields = [f.name for f in dataclasses.fields(node)]
+        fields = vars(node) if dataclasses.is_dataclass(node) else {}
         if name not in fields:
-            legal = f"no such field; {parent} has {', '.join(fields)}"
+            legal = f"no such field; {parent} has {', '.join(fields) or 'no fields'}"
             raise reject(f"--config.{field}", value, legal)
-        node, parent = getattr(node, name), name
-        if not dataclasses.is_dataclass(node):
-            break
+        node, parent = fields[name], name
+    if dataclasses.is_dataclass(node):
+        legal = f"is a section; give a value to one of {', '.join(vars(node))}"
+        raise reject(f"--config.{field}", value, legal)
     kind = type(node)
+    if kind is bool and not bare and value.lower() not in _BOOLEANS:
+        raise reject(f"--config.{field}", value, "must be true or false")
     if kind in (int, float):
         try:
             kind(value)

@@ -23,12 +23,12 @@ from cofi_jax.masks import (
 from cofi_jax.model import Encoder, EncoderConfig, init_params
 from cofi_jax.slicing import PrunedSpec, fold, prune, take
 from cofi_jax.sparsity import (
+    exact_sparsity,
     expected_sparsity,
     lagrangian,
     max_sparsity,
     meet_target,
     num_params,
-    exact_sparsity,
     target_at,
 )
 

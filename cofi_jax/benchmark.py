@@ -6,8 +6,10 @@ so the i-th times of A and B were taken under the same conditions:
     speedup = median(A) / median(B),    spread = 5th and 95th percentile of A_i / B_i
 """
 
+import argparse
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import platform
@@ -19,6 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from cofi_jax import masks, objective, training
+from cofi_jax.config import Distill
+from cofi_jax.model import Encoder, EncoderConfig, init_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,30 +111,99 @@ def inference(
       two models `speedup` (first over second) and `speedup_spread`, and
       `benchmark`, which says how it was measured.
     """
-    shape = (batch_size, seq_length)
     vocab_size = min(model.config.vocab_size for model, _ in models.values())
-    ids = np.random.default_rng(seed).integers(vocab_size, size=shape)
-    batch = {
-        "input_ids": jnp.asarray(ids, jnp.int32),
-        "attention_mask": jnp.ones(shape, jnp.int32),
-        "token_type_ids": jnp.zeros(shape, jnp.int32),
-    }
+    batch = _random_batch(vocab_size, batch_size, seq_length, seed)
     calls = {
         name: functools.partial(_forward(model), jax.device_put(params), batch)
         for name, (model, params) in models.items()
     }
     timings = side_by_side(calls, repeats=repeats)
+    dtypes = dict.fromkeys(np.dtype(m.config.dtype).name for m, _ in models.values())
+    return _result(timings, batch, " and ".join(dtypes))
+
+
+def pruning_step(
+    config: EncoderConfig, *, batch_size: int, seq_length: int, repeats: int
+) -> dict[str, Any]:
+    """Times a pruning step and the same distillation step without masks.
+
+    Random weights and tokens; each step updates its own state.
+
+    Args:
+      config: the sizes of teacher and student.
+      batch_size: sequences in a batch (B).
+      seq_length: tokens in a sequence (T).
+      repeats: timed steps of each.
+
+    Returns:
+      As `inference`, for `masked` and `plain`; `speedup` is masked over plain, so
+      1.05 means that masks and Lagrangian cost 5 %.
+    """
+    model = Encoder(config)
+    batch = _random_batch(config.vocab_size, batch_size, seq_length, seed=0)
+    batch["labels"] = jnp.zeros(batch_size, jnp.int32)
+    batch["weight"] = jnp.ones(batch_size)
+    params = init_params(config, jax.random.key(0))
+    context = {
+        "teacher": init_params(config, jax.random.key(1)),
+        "target_sparsity": jnp.float32(0.9),
+        "warmup_steps": jnp.int32(100),
+    }
+    rate = training.Rate.create(1e-5, "constant", 1)
+    theta = {"distill_projection": jnp.eye(config.hidden_size)}
+    gates = {
+        "log_alpha": masks.init_log_alpha(config, jax.random.key(2)),
+        "multipliers": {"linear": 0.0, "quadratic": 0.0},
+    }
+
+    def stepper(objective, **theta):
+        step = training.make_step(objective(model, model, Distill()))
+        state = training.create_state(
+            params,
+            seed=0,
+            stage="benchmark",
+            rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
+            freeze_embeddings=True,
+            **theta,
+        )
+
+        def call():
+            nonlocal state
+            state, metrics = step(state, context, batch)
+            return state.theta, metrics
+
+        return call
+
+    calls = {
+        "masked": stepper(objective.pruning_objective, **theta, **gates),
+        "plain": stepper(objective.distillation_objective, **theta),
+    }
+    timings = side_by_side(calls, repeats=repeats)
+    return _result(timings, batch, config.dtype)
+
+
+def _random_batch(vocab_size, batch_size, seq_length, seed):
+    shape = (batch_size, seq_length)
+    ids = np.random.default_rng(seed).integers(vocab_size, size=shape)
+    return {
+        "input_ids": jnp.asarray(ids, jnp.int32),
+        "attention_mask": jnp.ones(shape, jnp.int32),
+        "token_type_ids": jnp.zeros(shape, jnp.int32),
+    }
+
+
+def _result(timings, batch, dtype):
     result = {"latency_ms": {name: t.median_ms for name, t in timings.items()}}
     if len(timings) == 2:
         ratio, spread = speedup(*timings.values())
         result |= {"speedup": ratio, "speedup_spread": list(spread)}
-    dtypes = dict.fromkeys(np.dtype(m.config.dtype).name for m, _ in models.values())
+    batch_size, seq_length = batch["input_ids"].shape
     result["benchmark"] = {
         "device": describe(batch["input_ids"].device),
-        "dtype": " and ".join(dtypes),
+        "dtype": dtype,
         "batch_size": batch_size,
         "seq_length": seq_length,
-        "repeats": repeats,
+        "repeats": next(iter(timings.values())).repeats,
         "latency_spread_ms": {n: [t.low_ms, t.high_ms] for n, t in timings.items()},
         "examples_per_second": {
             name: 1e3 * batch_size / t.median_ms for name, t in timings.items()
@@ -153,3 +228,30 @@ def describe(device: jax.Device) -> str:
     linux = hasattr(os, "sched_getaffinity")  # counts what this process may use
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
     return f"cpu: {name}, {cores} cores"
+
+
+def main() -> None:
+    """`python -m cofi_jax.benchmark`: what masks cost in a step, as JSON."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    sizes = dict(layers=6, hidden=384, heads=12, intermediate=1536)
+    for name, size in (sizes | dict(batch=32, length=32, repeats=20)).items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    args = parser.parse_args()
+    config = EncoderConfig(
+        vocab_size=1000,
+        hidden_size=args.hidden,
+        heads=(args.heads,) * args.layers,
+        head_size=args.hidden // args.heads,
+        intermediate=(args.intermediate,) * args.layers,
+        pooler_size=args.hidden,
+        num_labels=2,
+        max_positions=max(args.length, 512),
+    )
+    result = pruning_step(
+        config, batch_size=args.batch, seq_length=args.length, repeats=args.repeats
+    )
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -36,12 +36,13 @@ class Checkpoints:
     """The states of one stage, saved in the background.
 
     Attributes:
-      skipped: one line for each checkpoint that `restore` could not read.
+      skipped: one line for each checkpoint that could not be read.
     """
 
     def __init__(self, path: Path):
         self.skipped: list[str] = []
         self._path = Path(path).absolute()
+        self._set_unreadable_aside()
         self._manager = ocp.training.Checkpointer(
             self._path,
             preservation_policy=ocp.training.preservation_policies.LatestN(_KEEP),
@@ -53,6 +54,21 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self._manager.close()
+
+    def _set_unreadable_aside(self):
+        """Renames what would keep the storage library from opening the others."""
+        steps = self._path.iterdir() if self._path.is_dir() else ()
+        for found in [path for path in steps if path.name.isdigit()]:
+            try:
+                ocp.metadata(found)
+            except Exception as error:
+                self._skip(found.name, type(error).__name__)
+                aside = self._path / f"damaged-{found.name}"
+                shutil.rmtree(aside, ignore_errors=True)
+                found.rename(aside)
+
+    def _skip(self, step, reason):
+        self.skipped.append(f"{self._path}/{step} is damaged ({reason})")
 
     def save(self, state: Any) -> None:
         """Starts to write `state` under its `step`; waits for the write before."""
@@ -85,7 +101,7 @@ class Checkpoints:
             # Whatever a damaged file makes of itself inside the storage library.
             except Exception as error:
                 reason = type(error).__name__
-            self.skipped.append(f"{self._path}/{found.step} is damaged ({reason})")
+            self._skip(found.step, reason)
         return None
 
 
@@ -133,7 +149,8 @@ def save_model(
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    ocp.save(partial / "params", params)
+    checksum = {"crc32": _digest(jax.device_get(params))}
+    ocp.save(partial / "params", params, custom_metadata=checksum)
     tokenizer.save_pretrained(partial / "tokenizer")
     described = {
         "format": _FORMAT,
@@ -175,7 +192,7 @@ def read_about(path: str | Path) -> tuple[EncoderConfig, PrunedSpec | None, dict
         config = EncoderConfig.from_json(described["config"])
         spec = described["spec"] and PrunedSpec.from_json(described["spec"])
         return config, spec, described["about"]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
         raise reject(
             "model", str(path), f"model.json is damaged ({error!r})"
         ) from error
@@ -189,18 +206,24 @@ def load_model(path: str | Path) -> tuple[Encoder, dict, PrunedSpec | None]:
     """
     path = Path(path).absolute()
     config, spec, _ = read_about(path)
-    model = Encoder(config)
-    abstract = abstract_params(config)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract
-    )
     try:
-        params = ocp.load(path / "params", abstract)
+        params = _load_params(path / "params", config)
     except Exception as error:  # whatever the storage library makes of the damage
         reason = f"params are damaged ({type(error).__name__})"
         raise reject("model", str(path), reason) from error
-    return model, params, spec
+    return Encoder(config), params, spec
+
+
+def _load_params(path, config):
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        abstract_params(config),
+    )
+    params = ocp.load(path, abstract)
+    if _digest(jax.device_get(params)) != ocp.metadata(path).custom_metadata["crc32"]:
+        raise ValueError("checksum mismatch")
+    return params
 
 
 def load_tokenizer(path: str | Path) -> Any:

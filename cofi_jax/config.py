@@ -181,6 +181,8 @@ def validate(config: Config) -> None:
             raise reject(field, value, "must be at least 1")
         if name in _NOT_NEGATIVE and value < 0:
             raise reject(field, value, "must not be negative")
+        if type(value) is int and value >= 2**31:
+            raise reject(field, value, "must be below 2**31")
         if name.endswith("learning_rate") and not 0 < value < 100:
             raise reject(field, value, "must be in (0, 100)")
     if not 0 <= config.model.dropout < 1:
@@ -255,6 +257,10 @@ _NOT_NEGATIVE = {
 
 
 def _check_types(node: Any, like: Any, prefix: str) -> None:
+    for name, value in vars(node).items():  # an assignment may be misspelt
+        if name not in vars(like):
+            legal = f"no such field; the legal ones are {', '.join(vars(like))}"
+            raise reject(prefix + name, value, legal)
     for field in dataclasses.fields(like):
         name, value = prefix + field.name, getattr(node, field.name)
         want = getattr(like, field.name)
@@ -269,7 +275,7 @@ def _check_types(node: Any, like: Any, prefix: str) -> None:
             ):
                 raise reject(name, value, f"must be a tuple of {item.__name__}")
         elif isinstance(want, float):
-            if type(value) not in (int, float) or value != value:
-                raise reject(name, value, "must be a number")
+            if type(value) not in (int, float) or value - value != 0:  # inf, nan
+                raise reject(name, value, "must be a finite number")
         elif type(value) is not type(want):
             raise reject(name, value, f"must be of type {type(want).__name__}")

@@ -138,8 +138,8 @@ def _read_file(data: config.Data, file: pathlib.Path) -> "pyarrow.Table":
 def _load_from_hub(data: config.Data, split: str) -> "datasets.Dataset":
     import datasets
 
-    instead = "give a local folder with train.parquet and validation.parquet, as in "
-    instead += "--config.data.path=path/to/folder"
+    instead = "give a local folder with train.parquet and validation.parquet: "
+    instead += "--config.data.path=path/to/folder (train.py), --data (eval.py)"
     hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path)
     if not hub_name or pathlib.Path(data.path).exists():
         raise _bad_path(data, f"is neither a folder nor a hub name; {instead}")

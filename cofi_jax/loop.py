@@ -51,7 +51,9 @@ def _batches(
     examples, batch_size, buckets, seed, first_step
 ) -> Iterator[dict[str, np.ndarray]]:
     """The endless stream of batches from `first_step` on."""
-    epoch, skip = divmod(first_step, data_lib.steps_per_epoch(len(examples), batch_size))
+    epoch, skip = divmod(
+        first_step, data_lib.steps_per_epoch(len(examples), batch_size)
+    )
     while True:
         plan = data_lib.epoch_plan(
             examples.lengths,
@@ -137,9 +139,7 @@ def fit(
             state, metrics = step(state, context, jax.device_put(next(batches)))
             window.append(metrics)
             bar.update()
-            if not any(
-                due(now, n) for n in (log_every, eval_every, checkpoint_every)
-            ):
+            if not any(due(now, n) for n in (log_every, eval_every, checkpoint_every)):
                 continue
             window = jax.device_get(window)
             _check_finite(stage, now - len(window), window)
@@ -173,12 +173,15 @@ def fit(
 
 
 def _with_best(state, found):
-    if not found.counts or found.score <= float(jax.device_get(state.best_score)):
+    # As it is stored: a float64 would seem above an equal that was rounded down.
+    score = np.float32(found.score)
+    if not (found.counts and score > jax.device_get(state.best_score)):
         return state
-    # Copied, because the next step donates theta.
+    # Copied, because the next step donates theta; and the maximum, because a new
+    # array would lie elsewhere for jax than a restored one, and be compiled for.
     return state.replace(
         best=jax.tree.map(jnp.copy, state.theta),
-        best_score=jax.device_put(np.float32(found.score)),
+        best_score=jnp.maximum(state.best_score, score),
     )
 
 

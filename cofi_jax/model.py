@@ -85,9 +85,9 @@ class Norm(nn.Module):
             variance = jnp.square(centred).mean(-1, keepdims=True)
         else:
             weights = (gates > 0) / jnp.maximum((gates > 0).sum(), 1)
-            mean = (x @ weights)[..., None]
+            mean = (x * weights).sum(-1, keepdims=True)
             centred = x - mean
-            variance = (jnp.square(centred) @ weights)[..., None]
+            variance = (jnp.square(centred) * weights).sum(-1, keepdims=True)
             # Folded here, on D numbers, as slicing folds them into the parameters.
             scale, bias = scale * gates, bias * gates
         normal = centred * jax.lax.rsqrt(variance + self.epsilon)

@@ -1,4 +1,4 @@
-"""What is minimised: the task's loss, or imitation of the teacher, or both players' game.
+"""What is minimised: the task's loss, imitation of a teacher, or the pruning game.
 
     distillation = a * T^2 KL(teacher || student) + b * sum_k mse(t_k, W s_m(k))
     pruning      = distillation under sampled gates + lagrangian(s, target)
@@ -21,7 +21,7 @@ import optax
 from cofi_jax import masks as masks_lib
 from cofi_jax import sparsity as sparsity_lib
 from cofi_jax.config import Distill
-from cofi_jax.model import Batch, Encoder
+from cofi_jax.model import Encoder
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, Metrics]]

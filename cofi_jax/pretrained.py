@@ -142,6 +142,8 @@ def read_config(
         )
     except KeyError as error:
         raise reject(field, str(folder), f"config.json lacks {error}") from error
+    except TypeError as error:
+        raise reject(field, str(folder), f"config.json: {error}") from error
 
 
 def _read_weights(folder, field):

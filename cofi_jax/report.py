@@ -179,13 +179,15 @@ def evaluation(result: dict[str, Any]) -> str:
         ("feed-forward width", " ".join(str(n or "-") for n in kept["intermediate"])),
         (
             "latency of a batch",
-            f"{_milliseconds(result['latency_ms']['model'])} ({_milliseconds(low)} to "
-            f"{_milliseconds(high)}), {rate:,.0f} examples/s",
+            f"{result['latency_ms']['model']:.2f} ms ({low:.2f} to {high:.2f} ms), "
+            f"{rate:,.0f} examples/s",
         ),
     ]
     if "speedup" in result:
         low, high = result["speedup_spread"]
-        rows.append(("speedup", f"{result['speedup']:.1f}x ({low:.1f}x to {high:.1f}x)"))
+        rows.append(
+            ("speedup", f"{result['speedup']:.1f}x ({low:.1f}x to {high:.1f}x)")
+        )
     where = (
         f"Latency on {how['device']}, {how['dtype']}, batches of {how['batch_size']} x "
         f"{how['seq_length']} tokens, median of {how['repeats']}."

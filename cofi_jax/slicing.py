@@ -136,9 +136,7 @@ def take(params: dict, spec: PrunedSpec) -> dict:
         "embeddings": gather(embeddings, **tables) | {"norm": norm(embeddings["norm"])},
         "pooler": gather(params["pooler"], kernel=(hidden,), bias=()),
     }
-    for i, (heads, units) in enumerate(
-        zip(spec.heads, spec.intermediate, strict=True)
-    ):
+    for i, (heads, units) in enumerate(zip(spec.heads, spec.intermediate, strict=True)):
         layer, kept = taken.pop(f"layer_{i}", {}), {}
         if heads:
             attention = {

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax import hard_concrete
-from cofi_jax.masks import ALL, LogAlpha, Masks, evaluation_masks, mask_shapes
+from cofi_jax.masks import (
+    ALL,
+    LogAlpha,
+    Masks,
+    chain,
+    evaluation_masks,
+    keep_at_least,
+    mask_shapes,
+)
 from cofi_jax.masks import prob_active as _probabilities
 
 Cost = Callable[[Masks], jax.Array]
@@ -95,12 +103,15 @@ def meet_target(
 
     Where the masks as they are miss it by more than `tolerance`, all log-alphas are
     shifted by the smallest common offset that brings the sparsity to the target.
-    Where too much closes at once there (a layer of BERT-base is 3 or 6 % of it), the
-    log-alphas stay just before that, and the gates inside the layers are shifted
-    further; where that is still too coarse, the intermediate gates alone.
+    Where too much opens or closes at once there (a block of BERT-base is 3 or 6 % of
+    it), the log-alphas stay just before that, and the gates inside the blocks are
+    shifted further; where that is still too coarse, the intermediate gates alone.
     """
-    masks = evaluation_masks(log_alpha)
-    if abs(exact_sparsity(masks, config) - target) <= tolerance:
+    # A model without a hidden dimension cannot be sliced.
+    masks_of = chain(evaluation_masks, keep_at_least(hidden=1))
+    masks = masks_of(log_alpha)
+    start = exact_sparsity(masks, config)
+    if abs(start - target) <= tolerance:
         return masks
     best, lowest = masks, float("inf")
     for moved in (ALL, ("head", "intermediate", "hidden"), ("intermediate",)):
@@ -108,18 +119,18 @@ def meet_target(
         low, high = -32.0, 32.0
         for _ in range(40):
             middle = (low + high) / 2
-            masks = evaluation_masks(_shift(log_alpha, moved, middle))
+            masks = masks_of(_shift(log_alpha, moved, middle))
             if exact_sparsity(masks, config) >= target:
                 low = middle
             else:
                 high = middle
-        masks = evaluation_masks(_shift(log_alpha, moved, low))
+        masks = masks_of(_shift(log_alpha, moved, low))
         sparsity = exact_sparsity(masks, config)
         if moved == ALL or target <= sparsity < lowest:
             best, lowest = masks, sparsity
         if lowest <= target + tolerance:
             break
-        log_alpha = _shift(log_alpha, moved, high)
+        log_alpha = _shift(log_alpha, moved, high if start < target else low)
     return best
 
 

@@ -1,6 +1,6 @@
 """The stages of a run: calls of the same `fit` with another objective.
 
-    teacher -> prepruning -> prune -> (slice) -> finetune
+teacher -> prepruning -> prune -> (slice) -> finetune
 """
 
 import dataclasses

@@ -122,7 +122,9 @@ def create_state(
     """
     params = jax.tree.map(jnp.array, params)
     frozen = {"embeddings": params.pop("embeddings")} if freeze_embeddings else {}
-    theta = {"params": params} | jax.tree.map(jnp.array, theta)
+    # With its dtype: a weakly typed scalar would have the second step retraced.
+    theta = jax.tree.map(lambda x: jnp.array(x, jnp.float32), theta)
+    theta = {"params": params} | theta
     down, up = _players(theta)
     zero_rates = dict.fromkeys(("weights", "gates", "multipliers"), 0.0)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
@@ -131,11 +133,11 @@ def create_state(
         key=key,
         theta=theta,
         frozen=frozen,
-        rates=jax.tree.map(jnp.asarray, rates),
+        rates=jax.tree.map(jnp.array, rates),
         descent=descent(zero_rates).init(down),
         ascent=ascent(zero_rates).init(up),
         best=jax.tree.map(jnp.copy, theta),
-        best_score=jnp.array(-jnp.inf),
+        best_score=jnp.array(-jnp.inf, jnp.float32),
     )
 
 
@@ -170,7 +172,7 @@ def make_step(objective: Objective) -> Callable:
             ascent=ascent_state,
         )
         # A finite loss may have an infinite gradient, which would spoil the state.
-        norm = optax.global_norm(down_gradients)
+        norm = optax.tree.norm(down_gradients)
         return state, {"loss": loss, **metrics, "gradient_norm": norm}
 
     return jax.jit(step, donate_argnums=0)

@@ -1,10 +1,20 @@
 """Tiny models that several test files share."""
 
+import os
+import tempfile
+
 import jax
 import numpy as np
 import pytest
 
 from cofi_jax.model import EncoderConfig, abstract_params
+
+# The same programs are compiled again and again, in this process and in others.
+_compiled = tempfile.TemporaryDirectory()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +49,14 @@ def tiny_batch(tiny):
         "attention_mask": (np.arange(6) < lengths[:, None]).astype(np.int32),
         "token_type_ids": rng.integers(0, 2, (3, 6)).astype(np.int32),
     }
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """XLA without its optimisations, for files that mostly wait for the compiler."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_params(config, seed):

@@ -19,6 +19,8 @@ from cofi_jax.model import Encoder
 
 LN2 = float(np.log(2))
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

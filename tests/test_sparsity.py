@@ -79,7 +79,7 @@ def test_count_is_that_of_the_really_sliced_parameters(kinds, tiny, tiny_params)
         )
 
     dense = elements(tiny_params)
-    for _ in range(3):
+    for _ in range(2):
         gates = draw(rng, tiny, kinds)
         sliced, spec = prune(tiny_params, gates, tiny)
         number = elements(sliced)
@@ -184,14 +184,14 @@ SPREAD = {
 @pytest.mark.parametrize("spread", SPREAD)
 @pytest.mark.parametrize(
     "kinds",
-    [KINDS, ("head", "intermediate"), ("mha", "ffn", "hidden"), ("head", "hidden")],
+    [KINDS, ("head", "intermediate"), ("mha", "ffn", "hidden")],
     ids="+".join,
 )
 def test_mean_size_of_samples_is_the_expected_size(spread, kinds):
     rng = np.random.default_rng(0)
     shapes = masks_lib.mask_shapes(SMALL, kinds)
     log_alpha = as_float32({k: SPREAD[spread](rng, k, s) for k, s in shapes.items()})
-    draws = 40_000
+    draws = 20_000
     keys = jax.random.split(jax.random.key(8), draws)
     gates = open_(jax.vmap(masks_lib.sample, in_axes=(None, 0))(log_alpha, keys))
     if spread == "blocks close often" and "head" in kinds:
@@ -363,7 +363,7 @@ def offsets_of(gates, log_alpha):
             yield kind, shifts.mean()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_target_is_met_in_bert_base(seed):
     rng = np.random.default_rng(seed)
     log_alpha = trained(rng, BERT_BASE)
@@ -371,10 +371,10 @@ def test_target_is_met_in_bert_base(seed):
     target = float(np.clip(reached + rng.uniform(-0.02, 0.02), 0.05, 0.97))
     gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
     assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
+    # One offset for all, but where too much would have closed at once.
     shifts = dict(offsets_of(gates, log_alpha))
-    # One offset for all, or two where the rest would have closed too much at once.
-    assert len(set(np.round(list(shifts.values()), 2))) <= 3
-    assert np.sign(target - reached) * shifts["intermediate"] < 1e-3
+    assert shifts["mha"] == pytest.approx(shifts["ffn"], abs=1e-3)
+    assert shifts["head"] == pytest.approx(shifts["hidden"], abs=1e-3)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 0.9, 0.95])
@@ -385,7 +385,7 @@ def test_target_is_met_from_gates_that_were_never_trained(target):
     assert (np.asarray(gates["hidden"]) > 0).any()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kinds", [("head",), ("mha", "ffn"), ("head", "hidden")])
 def test_coarse_kinds_are_pruned_by_the_smallest_offset_that_will_do(kinds, seed):
     rng = np.random.default_rng(seed)
@@ -396,7 +396,7 @@ def test_coarse_kinds_are_pruned_by_the_smallest_offset_that_will_do(kinds, seed
         removed(
             masks_lib.evaluation_masks({k: v + o for k, v in log_alpha.items()}), SMALL
         )
-        for o in np.linspace(-12, 12, 401)
+        for o in np.linspace(-12, 12, 161)
     ]
     start = removed(masks_lib.evaluation_masks(log_alpha), SMALL)
     if abs(start - target) > 1e-3:
@@ -406,20 +406,24 @@ def test_coarse_kinds_are_pruned_by_the_smallest_offset_that_will_do(kinds, seed
         assert result <= min(s for s in sparsities if s >= target) + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_a_target_is_never_undershot_and_only_closed_in_on(seed):
+@pytest.mark.parametrize("seed", range(1, 31, 3))
+def test_target_is_never_undershot_and_gates_move_one_way(seed):
     """In a small model a single gate weighs more than the tolerance."""
     rng = np.random.default_rng(seed)
-    kinds = SUBSETS[seed * 3]
+    kinds = SUBSETS[seed]
     log_alpha = trained(rng, SMALL, kinds)
-    start = removed(masks_lib.evaluation_masks(log_alpha), SMALL)
+    before = masks_lib.evaluation_masks(log_alpha)
+    start = removed(before, SMALL)
     highest = removed({k: np.zeros_like(v) for k, v in log_alpha.items()}, SMALL)
     target = rng.uniform(0.1, 0.9) * highest
     gates = sparsity.meet_target(log_alpha, SMALL, target)
     assert set(gates) == set(kinds)
     assert removed(gates, SMALL) >= target - 1e-3
-    if start >= target:
-        assert removed(gates, SMALL) <= start
+    # What training closed is never opened to close something else, nor conversely.
+    for kind, is_open in open_(gates).items():
+        was_open = open_(before)[kind]
+        kept = is_open <= was_open if start < target else is_open >= was_open
+        assert kept.all()
 
 
 @pytest.mark.parametrize("gap", [-9e-4, 0.0, 9e-4])

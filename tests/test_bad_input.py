@@ -1,0 +1,640 @@
+"""What a user gets wrong: one line, exit status 2, nothing written over.
+
+Nearly all cases call `train.main` in this process, since to start one takes seconds.
+"""
+
+import fcntl
+import json
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file, save_file
+
+import train
+from cofi_jax import UserError, checkpoint, grammar, masks, slicing
+from cofi_jax.config import KINDS, Prune
+from cofi_jax.model import EncoderConfig, init_params
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY_BERT = ROOT / "tests" / "fixtures" / "tiny_bert"
+
+TINY = """
+from configs import demo
+
+
+def get_config():
+    config = demo.get_config()
+    config.model.num_layers = 2
+    config.model.num_heads = 2
+    config.model.hidden_size = 16
+    config.model.intermediate_size = 32
+    config.data.max_length = 16
+    config.data.buckets = (16,)
+    config.teacher.epochs = 2
+    config.teacher.train_rows = 64
+    config.teacher.batch_size = 16
+    config.prune.target_sparsity = 0.5
+    config.prune.epochs = 2
+    config.prune.warmup_epochs = 1
+    config.prune.train_rows = 64
+    config.prune.batch_size = 16
+    config.prune.mask_learning_rate = 2.0
+    config.finetune.train_rows = 64
+    config.benchmark.seq_length = 16
+    config.log_every = 2
+    config.eval_every = 2
+    config.checkpoint_every = 2
+    return config
+"""
+STEPS = 8  # of its teacher
+
+# Of ml_collections.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    """A small demo task; a program is compiled once, not once a test."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(grammar.SIZES, "train", 300)
+        patch.setitem(grammar.SIZES, "validation", 50)
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    """Folders that command lines name: `{config}`, `{bert}`, `{pruned}`, ..."""
+    top = tmp_path_factory.mktemp("there")
+    (top / "config.py").write_text(TINY)
+    for name, text in CONFIG_FILES.items():
+        (top / f"{name}.py").write_text(text)
+
+    shutil.copytree(TINY_BERT, top / "bert")
+    words = [*grammar.SPECIAL, *grammar.NOUNS, *grammar.PRAISE, *grammar.BLAME]
+    (top / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+
+    sizes = EncoderConfig(
+        vocab_size=len(grammar.demo_tokenizer()),
+        hidden_size=8,
+        heads=(2,),
+        head_size=4,
+        intermediate=(8,),
+        pooler_size=8,
+        num_labels=2,
+        max_positions=16,
+    )
+    params = init_params(sizes, jax.random.key(0))
+    gates = {k: np.ones(s) for k, s in masks.mask_shapes(sizes, KINDS).items()}
+    gates["intermediate"][:, :4] = 0
+    small, spec = slicing.prune(params, gates, sizes)
+    for name, *model in (
+        ("pruned", small, spec.config(sizes), spec),
+        ("dense", params, sizes),
+    ):
+        checkpoint.save_model(
+            top / name, *model, tokenizer=grammar.demo_tokenizer(), about={}
+        )
+
+    (top / "data").mkdir()
+    for split in ("train", "validation"):
+        write_csv(top / "data", split, GOOD)
+    (top / "notes").mkdir()
+    (top / "notes" / "todo.txt").write_text("not a run")
+    for name, text in (("cut", '{"seed": '), ("list", "[1]")):
+        (top / name).mkdir()
+        (top / name / "config.json").write_text(text)
+    paths = {path.stem: str(path) for path in top.iterdir()}
+    return paths | {"none": str(top / "none")}
+
+
+def write_csv(folder, split, text):
+    (folder / f"{split}.csv").write_text(text)
+
+
+def tree(path):
+    """Every file below `path` with its bytes; None where there is nothing."""
+    path = pathlib.Path(path)
+    if path.is_file():
+        return path.read_bytes()
+    files = {f: f.is_file() and f.read_bytes() for f in sorted(path.rglob("*"))}
+    return files if path.exists() else None
+
+
+def complaint(capsys, *arguments):
+    """The one error line of a command that exits with 2."""
+    capsys.readouterr()
+    assert train.main(["train.py", *map(str, arguments)]) == 2
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Traceback" not in err
+    return errors[0]
+
+
+def check(line, *fragments):
+    for fragment in fragments:
+        assert fragment in line
+
+
+# The command line. Values for "{...}" come from the fixture `there`.
+
+CONFIG_FILES = {
+    "syntax": "def get_config(:\n",
+    "division": "def get_config():\n    return 1 / 0\n",
+    "type_error": "def get_config():\n    return 1 + None\n",
+    "value_error": "def get_config():\n    return int('x')\n",
+    "missing_import": "import no_such_module\n",
+    "dictionary": "def get_config():\n    return {'seed': 1}\n",
+    "nothing": "def get_config():\n    pass\n",
+    "argument": "def get_config(a):\n    return a\n",
+    "misspelt": TINY.replace("config.log_every", "config.log_evry"),
+    "misspelt_nested": TINY.replace("finetune.train_rows", "finetune.train_row"),
+}
+RETURNS = "whose get_config() returns a cofi_jax.Config"
+PRUNE_FIELDS = ", ".join(Prune.__dataclass_fields__)
+WARM_UP = "--config.prune.warmup_epochs"
+
+# name: (config file, further arguments, what the line must say)
+COMMANDS = {
+    "no config": (None, [], ["--config=None", RETURNS, "usage"]),
+    "no value": (None, ["--config"], ["--config", "Missing value", "usage"]),
+    "no file": ("none", [], ["--config='{none}'", RETURNS]),
+    "no file, override": ("none", ["seed=1"], ["--config='{none}'", "No such file"]),
+    "syntax": ("syntax", [], ["--config=", "syntax.py", "SyntaxError", "line 1"]),
+    "raises": ("division", [], ["--config=", "division.py", "ZeroDivisionError"]),
+    "TypeError": ("type_error", [], ["--config='{type_error}'", "TypeError"]),
+    "ValueError": ("value_error", [], ["--config='{value_error}'", "'x'"]),
+    "import": ("missing_import", [], ["{missing_import}", "no_such_module"]),
+    "a dict": ("dictionary", [], ["--config='{dictionary}'", RETURNS]),
+    "a dict, override": ("dictionary", ["log_every=1"], ["{dictionary}", RETURNS]),
+    "None": ("nothing", [], ["--config='{nothing}'", RETURNS]),
+    "None, override": ("nothing", ["seed=1"], ["--config='{nothing}'", RETURNS]),
+    "argument": ("argument", [], ["--config='{argument}'", "missing 1 required"]),
+    "misspelt": ("misspelt", [], ["log_evry=2", "seed, model, data"]),
+    "misspelt, nested": (
+        "misspelt_nested",
+        [],
+        ["finetune.train_row=64", "train_rows, epochs, batch_size"],
+    ),
+    "unknown flag": ("config", ["--target=0.9"], ["'target'", "usage"]),
+    "stray": ("config", ["0.9"], ["'0.9'", "usage"]),
+    "unknown field": ("config", ["foo=1"], ["config.foo='1'", "seed, model, data"]),
+    "unknown nested": ("config", ["prune.foo=1"], ["prune.foo='1'", PRUNE_FIELDS]),
+    "below a leaf": ("config", ["seed.foo=1"], ["config.seed.foo='1'", "no fields"]),
+    "a section": ("config", ["prune=3"], ["config.prune='3'", PRUNE_FIELDS]),
+    "not an int": ("config", ["seed=abc"], ["config.seed='abc'", "int"]),
+    "spaced": ("config", ["--config.seed", "abc"], ["config.seed='abc'", "int"]),
+    "fraction": ("config", ["prune.epochs=1.5"], ["prune.epochs='1.5'", "int"]),
+    "huge": ("config", [f"seed={2**70}"], [f"seed={2**70}", "below 2**31"]),
+    "not a float": ("config", ["distill.layers=x"], ["distill.layers='x'", "float"]),
+    "not a bool": (
+        "config",
+        ["teacher.freeze_embeddings=maybe"],
+        ["teacher.freeze_embeddings='maybe'", "true or false"],
+    ),
+    "kinds in one word": (
+        "config",
+        ["prune.kinds=head,ffn"],
+        ["prune.kinds='head,ffn'", str(KINDS)],
+    ),
+    "unknown kind": (
+        "config",
+        ["prune.kinds=('head','neuron')"],
+        ["prune.kinds='neuron'", str(KINDS)],
+    ),
+    "no kind": ("config", ["prune.kinds=()"], ["prune.kinds=()", str(KINDS)]),
+    "kind twice": (
+        "config",
+        ["prune.kinds=('head','ffn','head')"],
+        ["prune.kinds=('head', 'ffn', 'head')", "twice"],
+    ),
+    **{
+        f"target {value}": (
+            "config",
+            [f"prune.target_sparsity={value}"],
+            [f"prune.target_sparsity={value}", legal],
+        )
+        for value, legal in (
+            ("1.0", "[0, 1)"),
+            ("-0.1", "[0, 1)"),
+            ("inf", "a finite number"),
+            ("nan", "a finite number"),
+        )
+    },
+    "unreachable target": (
+        "config",
+        ["prune.target_sparsity=0.99", "prune.kinds=('head',)"],
+        ["prune.target_sparsity=0.99", "('head',)", "reach at most 0.4"],
+    ),
+    "zero": ("config", ["prune.batch_size=0"], ["prune.batch_size=0", "at least 1"]),
+    "negative": ("config", ["seed=-1"], ["seed=-1", "not be negative"]),
+    "rate": (
+        "config",
+        ["teacher.learning_rate=100"],
+        ["teacher.learning_rate=100.0", "(0, 100)"],
+    ),
+    "heads": (
+        "config",
+        ["model.hidden_size=9"],
+        ["model.hidden_size=9", "model.num_heads=2"],
+    ),
+    "schedule": ("config", ["prune.schedule=cos"], ["prune.schedule='cos'", "linear"]),
+    "warm-up": (
+        "config",
+        ["prune.warmup_epochs=9"],
+        ["prune.warmup_epochs=9", "at most 1"],
+    ),
+    "task": ("config", ["data.task=foo"], ["data.task='foo'", "demo, sst2, cola"]),
+    "no model": ("config", ["data.task=sst2"], ["model.path=''", "must name"]),
+    "too many rows": (
+        "config",
+        ["prune.train_rows=301"],
+        ["prune.train_rows=301", "at most 300"],
+    ),
+    "timed too long": (
+        "config",
+        ["benchmark.seq_length=17"],
+        ["benchmark.seq_length=17", "at most 16"],
+    ),
+    "model too short": (
+        "config",
+        ["model.path={bert}", "data.max_length=25"],
+        ["data.max_length=25", "at most 24"],
+    ),
+    "no such model": ("config", ["model.path=./none"], ["model.path='./none'"]),
+    "no model folder": (
+        "config",
+        ["model.path={notes}"],
+        ["model.path='{notes}'", "config.json cannot be read"],
+    ),
+    "classes": (
+        "config",
+        ["teacher.path={bert}"],
+        ["teacher.path='{bert}'", "3 classes", "task demo has 2"],
+    ),
+    "pruned teacher": (
+        "config",
+        ["teacher.path={pruned}"],
+        ["teacher.path='{pruned}'", "pruned", "dense"],
+    ),
+    "data folder": (
+        "config",
+        ["model.path={bert}", "data.task=sst2", "data.path={none}"],
+        ["data.path='{none}'", "local folder", "--config.data.path="],
+    ),
+    "data file": (
+        "config",
+        ["model.path={bert}", "data.task=sst2", "data.path={notes}"],
+        ["data.path='{notes}'", "train.parquet", "todo.txt"],
+    ),
+    "data rows": (
+        "config",
+        ["model.path={bert}", "data.task=sst2", "data.path={data}"],
+        ["teacher.train_rows=64", "at most 4"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMMANDS)
+def test_command(case, there, tmp_path, capsys):
+    config, arguments, fragments = COMMANDS[case]
+    flags = [f"--config={there[config]}"] if config else []
+    for argument in arguments:
+        field = re.match(r"[a-z]\w*(\.\w+)*=", argument)
+        flags.append(f"--config.{argument}" if field else argument)
+    workdir = tmp_path / "run"
+    flags = [f"--workdir={workdir}", *(flag.format(**there) for flag in flags)]
+    check(complaint(capsys, *flags), *(f.format(**there) for f in fragments))
+    assert not workdir.exists()
+
+
+def test_process_exits_with_2_and_one_line(there, tmp_path):
+    command = [sys.executable, "train.py", "--config", there["config"]]
+    command += ["--workdir", str(tmp_path / "run"), "--config.prune.foo=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    check(done.stderr, "error: --config.prune.foo='1': no such field")
+    assert done.stdout == ""
+    assert not (tmp_path / "run").exists()
+
+
+# Data files
+
+GOOD = "sentence,label\nfine,1\ndull,0\nfresh,1\nbad,0\n"
+BAD_DATA = {
+    "label too high": (GOOD.replace("bad,0", "bad,2"), ["row 3", "label=2", "0: "]),
+    "label too low": (GOOD.replace("bad,0", "bad,-1"), ["row 3", "label=-1", "0: "]),
+    "label a fraction": (GOOD.replace("bad,0", "bad,1.5"), ["row 3", "label=1.5"]),
+    "label a word": (GOOD.replace("bad,0", "bad,x"), ["row 3", "label='x'"]),
+    "label missing": (GOOD.replace("bad,0", "bad,"), ["row 3", "label="]),
+    "text missing": (GOOD.replace("dull", ""), ["row 1", "'sentence'"]),
+    "column missing": (GOOD.replace("sentence", "text"), ["'sentence'", "text, label"]),
+    "no rows": ("sentence,label\n", ["no rows", "at least 1"]),
+    "empty file": ("", ["cannot read"]),
+    "file missing": (None, ["parquet", "csv"]),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_data(case, split, there, tmp_path, capsys):
+    text, fragments = BAD_DATA[case]
+    folder = tmp_path / "data"
+    shutil.copytree(there["data"], folder)
+    if text is None:
+        (folder / f"{split}.csv").unlink()
+    else:
+        write_csv(folder, split, text)
+    arguments = {"task": "sst2", "path": folder, "max_length": 16}
+    line = complaint(
+        capsys,
+        f"--config={there['config']}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.model.path={there['bert']}",
+        *(f"--config.data.{name}={value}" for name, value in arguments.items()),
+    )
+    check(line, f"data.path='{folder}'", f"{split}.", *fragments)
+    assert not (tmp_path / "run").exists()
+
+
+# Model folders
+
+
+def change_config(**fields):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def change_weights(change):
+    def rewrite(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+
+    return rewrite
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+UP = "bert.encoder.layer.0.intermediate.dense.weight"
+BAD_MODELS = {
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        ["must hold model.safetensors", "vocab.txt"],
+    ),
+    "truncated": (truncate, ["model.safetensors cannot be read"]),
+    "tensor missing": (change_weights(lambda w: w.pop(UP)), ["lacks", UP]),
+    "tensor misshapen": (
+        change_weights(lambda w: w.update({UP: np.zeros((64, 31), np.float32)})),
+        [UP, "(64, 31)", "(64, 32)"],
+    ),
+    "architecture": (change_config(model_type="gpt2"), ["'gpt2'", "'bert'"]),
+    "activation": (change_config(hidden_act="relu"), ["'relu'", "'gelu'"]),
+    "a word for a size": (change_config(hidden_size="wide"), ["config.json"]),
+    "no tokenizer": (
+        lambda folder: (folder / "vocab.txt").unlink(),
+        ["tokenizer.json or vocab.txt"],
+    ),
+    "words without weights": (
+        lambda folder: (folder / "vocab.txt").write_text(
+            "\n".join(map(str, range(200)))
+        ),
+        ["tokenizer", "101"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_model_folder(case, there, tmp_path, capsys):
+    spoil, fragments = BAD_MODELS[case]
+    folder = tmp_path / "bert"
+    shutil.copytree(there["bert"], folder)
+    spoil(folder)
+    line = complaint(
+        capsys,
+        f"--config={there['config']}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.model.path={folder}",
+    )
+    check(line, f"model.path='{folder}'", *fragments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_teacher(there, tmp_path, capsys):
+    folder = tmp_path / "teacher"
+    shutil.copytree(there["dense"], folder)
+    for file in (folder / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    arguments = [f"--config={there['config']}", f"--workdir={tmp_path / 'run'}"]
+    line = complaint(capsys, *arguments, f"--config.teacher.path={folder}")
+    check(line, str(folder), "damaged")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["model.path", "teacher.path", "data.path"])
+def test_hub_out_of_reach(field, there, tmp_path, capsys, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    for library in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    arguments = {"data.task": "sst2", "model.path": there["bert"], field: "no/thing"}
+    line = complaint(
+        capsys,
+        f"--config={there['config']}",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{name}={value}" for name, value in arguments.items()),
+    )
+    check(line, f"{field}='no/thing'", "hub", "local folder", f"--config.{field}=")
+    assert not (tmp_path / "run").exists()
+
+
+# A schedule in which masks cannot close
+
+
+@pytest.mark.parametrize(
+    "epochs, batch_size, schedule",
+    [(2, 16, "constant"), (2, 16, "linear"), (4, 5, "constant"), (2, 1, "linear")],
+)
+def test_short_schedule_is_reported_with_what_would_do(
+    epochs, batch_size, schedule, there, tmp_path, capsys, monkeypatch
+):
+    def stop(*_):
+        raise UserError("stop")
+
+    monkeypatch.setattr(train, "_stages", stop)
+
+    def warnings(number, rate):
+        status = train.main(
+            [
+                "train.py",
+                f"--config={there['config']}",
+                f"--workdir={tmp_path / str(number)}",
+                f"--config.prune.epochs={epochs}",
+                f"--config.prune.batch_size={batch_size}",
+                f"--config.prune.mask_schedule={schedule}",
+                f"--config.prune.mask_learning_rate={rate}",
+            ]
+        )
+        *lines, last = capsys.readouterr().err.splitlines()
+        assert (status, last) == (2, "error: stop")
+        return lines
+
+    # One pass goes to pre-pruning. From log-alpha ln 100 to where a gate is as often
+    # open as closed; a linear schedule covers half of what a constant one does.
+    steps = (epochs - 1) * math.ceil(64 / batch_size) / (1 + (schedule == "linear"))
+    needed = (math.log(100) + 2 / 3 * math.log(1.1 / 0.1)) / steps
+    (line,) = warnings(1, 0.001)
+    check(line, "warning: prune.mask_learning_rate=0.001")
+    advice = re.search(r"([\d.e-]+) or more would do", line)[1]
+    assert needed <= float(advice) < 1.1 * needed
+    assert len(warnings(2, 0.99 * needed)) == 1
+    assert warnings(3, advice) == []
+
+
+# The folder of a run
+
+
+def teach(there, workdir):
+    """Trains until the teacher is saved: its parameters."""
+
+    def stop(*_):
+        raise UserError("the teacher is ready")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.stages, "prepare", stop)
+        argv = ["train.py", f"--config={there['config']}", f"--workdir={workdir}"]
+        assert train.main(argv) == 2
+    return checkpoint.load_model(workdir / "teacher")[1]
+
+
+@pytest.fixture
+def begun(there, taught, tmp_path):
+    """A run that was killed when its teacher was ready."""
+    shutil.copytree(taught[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def taught(there, tmp_path_factory):
+    """An undisturbed run's folder, and its teacher's parameters."""
+    workdir = tmp_path_factory.mktemp("taught") / "run"
+    return workdir, teach(there, workdir)
+
+
+def assert_same(params, others):
+    jax.tree.map(np.testing.assert_array_equal, params, others)
+
+
+def test_run_of_another_config_is_left_alone(there, begun, capsys):
+    before = tree(begun)
+    arguments = [f"--config={there['config']}", f"--workdir={begun}"]
+    line = complaint(capsys, *arguments, "--config.prune.target_sparsity=0.75")
+    check(line, f"workdir='{begun}'", "prune.target_sparsity=0.5", "0.75", "--workdir")
+    assert tree(begun) == before
+
+
+def test_run_at_work_is_left_alone(there, begun, capsys):
+    before = tree(begun)
+    with open(begun / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = complaint(capsys, f"--config={there['config']}", f"--workdir={begun}")
+    check(line, f"workdir='{begun}'", "another run is at work")
+    assert tree(begun) == before
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("{config}", "must be a new or a run's folder"),
+        ("{config}/run", "must be a folder that can be written"),
+        ("{notes}", "must be a new or a run's folder"),
+        ("{data}", "must be a new or a run's folder"),
+        ("{cut}", "config.json is damaged"),
+        ("{list}", "config.json is damaged"),
+        ("{bert}", "holds a run with"),  # at least not taken for one of this config
+    ],
+)
+def test_workdir_that_is_none(name, reason, there, capsys):
+    top = pathlib.Path(there["config"]).parent
+    before = tree(top)
+    workdir = name.format(**there)
+    line = complaint(capsys, f"--config={there['config']}", f"--workdir={workdir}")
+    check(line, f"workdir='{workdir}'", reason)
+    assert tree(top) == before
+
+
+def test_corrupt_checkpoint_is_passed_over(there, begun, taught, capsys):
+    shutil.rmtree(begun / "teacher")
+    for file in (begun / "checkpoints" / "teacher" / str(STEPS)).rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:-500])
+    assert_same(teach(there, begun), taught[1])
+    lines = "\n".join(capsys.readouterr()).splitlines()
+    (warning,) = [line for line in lines if line.startswith("warning: ")]
+    check(warning, f"checkpoints/teacher/{STEPS} is damaged", "the one before")
+
+
+@pytest.mark.parametrize("first_bad", [1, 5])
+def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
+    """Step and term are named; mended, the run goes on from the checkpoint before."""
+    make_step, init = train.training.make_step, train.init_params
+
+    def overflowing(*arguments):
+        return jax.tree.map(lambda x: 1e30 * x, init(*arguments))
+
+    def make_failing_step(objective):
+        step = make_step(objective)
+
+        def failing(state, context, batch):
+            state, metrics = step(state, context, batch)
+            bad = int(state.step) >= first_bad
+            return state, metrics | ({"loss_task": np.inf} if bad else {})
+
+        return failing
+
+    workdir = tmp_path / "run"
+    arguments = [f"--config={there['config']}", f"--workdir={workdir}"]
+    with pytest.MonkeyPatch.context() as patch:
+        if first_bad == 1:  # a real overflow
+            patch.setattr(train, "init_params", overflowing)
+        else:
+            patch.setattr(train.training, "make_step", make_failing_step)
+        line = complaint(capsys, *arguments)
+    check(line, "teacher: ", f" at step {first_bad} ", "not finite", "learning rate")
+    assert re.search(r"(loss_task=inf|[a-z_]+=nan) at", line)
+    saved = workdir / "checkpoints" / "teacher"
+    assert sorted(p.name for p in saved.iterdir()) == (
+        ["2", "4"] if first_bad > 1 else []
+    )
+    assert_same(teach(there, workdir), taught[1])

@@ -1,0 +1,131 @@
+"""The whole program on a tiny model: what it writes, and what a kill costs."""
+
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+from kill_and_resume import STAGES, differing, position, run_with_kills
+
+import cofi_jax as cofi
+import train
+from cofi_jax import report, sparsity
+
+TINY = """
+from configs import demo
+
+
+def get_config():
+    config = demo.get_config()
+    config.model.num_layers = 2
+    config.model.num_heads = 2
+    config.model.hidden_size = 16
+    config.model.intermediate_size = 32
+    config.data.buckets = (12,)
+    config.teacher.train_rows = 640
+    config.teacher.epochs = 2
+    config.prune.train_rows = 640
+    config.prune.epochs = 12
+    config.prune.target_sparsity = 0.6
+    config.finetune.train_rows = 640
+    config.finetune.epochs = 2
+    config.benchmark.repeats = 3
+    config.eval_every = 10
+    config.checkpoint_every = 5
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    argv = ["train.py", "--config", str(config_file), "--workdir", str(workdir)]
+    assert train.main(argv) == 0
+    return workdir, argv
+
+
+def test_report_says_what_the_saved_models_are(finished):
+    workdir, _ = finished
+    result = json.loads((workdir / "report.json").read_text())
+    dense, dense_params, no_spec = cofi.load_model(workdir / "teacher")
+    model, params, spec = cofi.load_model(workdir / "pruned")
+    assert no_spec is None
+    assert spec.config(dense.config) == model.config
+    assert result["kept"]["hidden"] == len(spec.hidden)
+    assert result["kept"]["heads"] == list(map(len, spec.heads))
+    assert result["kept"]["intermediate"] == list(map(len, spec.intermediate))
+    blocks = sum(
+        x.size
+        for name, layer in params.items()
+        if name.startswith("layer_")
+        for part, node in layer.items()
+        if not part.endswith("norm")
+        for x in jax.tree.leaves(node)
+    )
+    assert result["params"]["encoder"]["pruned"] == blocks
+    dense_blocks = sparsity.num_params({}, dense.config)
+    assert result["sparsity"] == pytest.approx(1 - blocks / dense_blocks)
+    # A unit of the tiny model weighs more than 0.001, so it may be above.
+    assert result["sparsity"] >= result["target_sparsity"] - 1e-3
+    total = sum(x.size for x in jax.tree.leaves(dense_params))
+    assert result["params"]["total"]["dense"] == total
+    assert result["masked_vs_sliced_max_abs_diff"] <= 1e-4
+    latency = result["latency_ms"]
+    assert result["speedup"] == pytest.approx(latency["dense"] / latency["pruned"])
+    assert set(result["seconds"]) == set(STAGES)
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    for field in ("device", "dtype", "batch_size", "seq_length", "repeats"):
+        assert result["benchmark"][field]
+
+
+def test_every_stage_left_its_lines(finished):
+    workdir, _ = finished
+    metrics = report.read_metrics(workdir / "metrics.jsonl")
+    steps = {stage: [] for stage in STAGES}
+    for line in metrics:
+        if "loss" in line:
+            steps[line["stage"]].append(line["step"])
+            assert np.isfinite(line["loss"])
+    per_epoch = 640 // 64
+    ends = dict(zip(STAGES, (2, 1, 11, 2), strict=True))
+    for stage, epochs in ends.items():
+        assert steps[stage][-1] == epochs * per_epoch
+        assert steps[stage] == sorted(set(steps[stage]))
+    targets = [line["target_sparsity"] for line in metrics if "target_sparsity" in line]
+    assert targets == sorted(targets)
+    assert targets[-1] == pytest.approx(0.6)
+
+
+def test_checkpoints_are_bounded(finished):
+    workdir, _ = finished
+    for stage in STAGES:
+        assert len(list((workdir / "checkpoints" / stage).iterdir())) <= 2
+
+
+def test_a_finished_run_is_only_shown_again(finished, capsys):
+    workdir, argv = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    assert train.main(argv) == 0
+    assert "encoder parameters" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    assert before == after
+
+
+def test_killed_runs_end_with_the_same_bits(config_file, finished, tmp_path):
+    workdir, _ = finished
+    with open(tmp_path / "log", "w") as log:
+        killed_at = run_with_kills(
+            config_file, tmp_path / "pieces", 3, random.Random(1), (0, 1.5), log
+        )
+    assert len(killed_at) == 3, (tmp_path / "log").read_text()
+    assert position(tmp_path / "pieces")[0] == "finetune"
+    for model in ("teacher", "pruned"):
+        assert not differing(workdir / model, tmp_path / "pieces" / model)

@@ -1,0 +1,361 @@
+"""The step: Adam by hand, two players, randomness, one trace, no hidden transfers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params
+
+from cofi_jax import hard_concrete, masks, objective, training
+from cofi_jax.config import Distill
+from cofi_jax.masks import init_log_alpha
+from cofi_jax.model import Encoder
+from cofi_jax.training import Rate
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+# Learning rates
+
+
+def rate_at(rate, steps):
+    return [float(rate.at(step)) for step in steps]
+
+
+def test_constant_rate():
+    rate = Rate.create(0.3, "constant", 10)
+    np.testing.assert_allclose(rate_at(rate, (0, 5, 10, 1000)), 0.3, rtol=1e-6)
+
+
+def test_linear_rate_ends_at_zero():
+    rate = Rate.create(2.0, "linear", 8)
+    np.testing.assert_allclose(
+        rate_at(rate, (0, 2, 4, 7, 8, 100)), [2, 1.5, 1, 0.25, 0, 0], atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("schedule, factor", [("constant", 0), ("linear", 1)])
+def test_warm_up(schedule, factor):
+    """Step n of 4 has (n + 1) / 4 of the rate; not 0, which would waste the first."""
+    rate = Rate.create(1.0, schedule, 100, warmup_steps=4)
+    steps = np.arange(8)
+    ramp = np.array([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
+    expected = ramp * (1 - factor * steps / 100)
+    np.testing.assert_allclose(rate_at(rate, steps), expected, rtol=1e-6)
+
+
+# One step, with gradients that the test chooses
+
+
+def chosen_gradients(theta, frozen, context, batch, key):
+    """A linear loss: its gradients are the batch."""
+    del key
+    both = dict(theta, frozen=frozen)
+    products = jax.tree.map(lambda x, g: jnp.sum(x * g), both, batch)
+    return sum(jax.tree.leaves(products)), {}
+
+
+class NumpyAdam:
+    """Adam as in its paper (Kingma and Ba, algorithm 1)."""
+
+    def __init__(self):
+        self.step, self.mean, self.square = 0, 0.0, 0.0
+
+    def __call__(self, gradient, rate):
+        self.step += 1
+        self.mean = 0.9 * self.mean + 0.1 * gradient
+        self.square = 0.999 * self.square + 0.001 * gradient**2
+        mean = self.mean / (1 - 0.9**self.step)
+        square = self.square / (1 - 0.999**self.step)
+        return -rate * mean / (np.sqrt(square) + 1e-8)
+
+
+def toy_state(**rates):
+    rates = {"weights": 0.1, "gates": 0.2, "multipliers": 0.3} | rates
+    return training.create_state(
+        {
+            "embeddings": {"word": np.array([5.0, 6.0], np.float32)},
+            "layer": np.array([1.0, 2.0], np.float32),
+        },
+        seed=0,
+        stage="toy",
+        rates={k: Rate.create(v, "linear", 10) for k, v in rates.items()},
+        freeze_embeddings=True,
+        distill_projection=np.eye(2, dtype=np.float32),
+        log_alpha={"ffn": np.array([0.5, -0.5], np.float32)},
+        multipliers={"linear": 0.0, "quadratic": 0.0},
+    )
+
+
+def toy_gradients(rng, scale):
+    return {
+        "params": {"layer": scale * rng.standard_normal(2)},
+        "distill_projection": scale * rng.standard_normal((2, 2)),
+        "log_alpha": {"ffn": 1e3 * rng.standard_normal(2)},
+        "multipliers": {"linear": rng.standard_normal(), "quadratic": 2.0},
+        "frozen": {"embeddings": {"word": np.full(2, 1e6)}},
+    }
+
+
+def test_four_steps_of_numpy_adam():
+    """Clipping sees the weights alone: not gates, not multipliers, nothing frozen."""
+    step, state = training.make_step(chosen_gradients), toy_state()
+    adam = {k: NumpyAdam() for k in ("layer", "projection", "ffn", "l1", "l2")}
+    layer, projection, ffn = np.array([1.0, 2.0]), np.eye(2), np.array([0.5, -0.5])
+    l1 = l2 = 0.0
+    rng = np.random.default_rng(0)
+    # Adam forgets a constant factor, so norms on both sides of 1 have to alternate.
+    for i, scale in enumerate((3.0, 0.05, 30.0, 0.2)):
+        g = toy_gradients(rng, scale)
+        batch = jax.tree.map(lambda x: np.asarray(x, np.float32), g)
+        state, _ = step(state, {}, batch)
+        weights = g["params"]["layer"], g["distill_projection"]
+        norm = np.sqrt(sum((w**2).sum() for w in weights))
+        assert (norm > 1) == (scale > 1)
+        clip, decay = min(1, 1 / norm), 1 - i / 10
+        layer = layer + adam["layer"](clip * weights[0], 0.1 * decay)
+        projection = projection + adam["projection"](clip * weights[1], 0.1 * decay)
+        ffn = ffn + adam["ffn"](g["log_alpha"]["ffn"], 0.2 * decay)
+        l1 -= adam["l1"](g["multipliers"]["linear"], 0.3 * decay)
+        l2 -= adam["l2"](g["multipliers"]["quadratic"], 0.3 * decay)
+        for ours, expected in (
+            (state.theta["params"]["layer"], layer),
+            (state.theta["distill_projection"], projection),
+            (state.theta["log_alpha"]["ffn"], ffn),
+            (state.theta["multipliers"]["linear"], l1),
+            (state.theta["multipliers"]["quadratic"], l2),
+        ):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+    assert state.step == 4
+    np.testing.assert_array_equal(state.frozen["embeddings"]["word"], [5.0, 6.0])
+
+
+def test_first_step_goes_one_rate_down_and_multipliers_up():
+    gradients = toy_gradients(np.random.default_rng(1), 0.1)
+    state, _ = training.make_step(chosen_gradients)(toy_state(), {}, gradients)
+    signs = jax.tree.map(np.sign, gradients)
+    np.testing.assert_allclose(
+        state.theta["params"]["layer"],
+        [1, 2] - 0.1 * signs["params"]["layer"],
+        rtol=1e-5,
+    )
+    for name in ("linear", "quadratic"):
+        np.testing.assert_allclose(
+            state.theta["multipliers"][name],
+            0.3 * signs["multipliers"][name],
+            rtol=1e-5,
+        )
+
+
+def test_log_alpha_is_clamped():
+    step, state = training.make_step(chosen_gradients), toy_state(gates=3.0)
+    gradients = toy_gradients(np.random.default_rng(0), 1.0)
+    gradients["log_alpha"]["ffn"] = np.array([1.0, -1.0])
+    for _ in range(3):
+        state, _ = step(state, {}, gradients)
+    # ln 0.01 and ln 100, each way.
+    np.testing.assert_allclose(
+        state.theta["log_alpha"]["ffn"], [-4.60517, 4.60517], rtol=1e-6
+    )
+
+
+def test_embeddings_are_trained_where_they_are_not_frozen(tiny_params):
+    rates = {"weights": Rate.create(1e-3, "constant", 1)}
+    for frozen in (True, False):
+        state = training.create_state(
+            tiny_params, seed=0, stage="x", rates=rates, freeze_embeddings=frozen
+        )
+        assert ("embeddings" in state.frozen) == frozen
+        assert ("embeddings" in state.theta["params"]) != frozen
+        whole = objective.whole_params(state.theta, state.frozen)
+        jax.tree.map(np.testing.assert_array_equal, whole, tiny_params)
+    assert "embeddings" in tiny_params  # the caller's dict is left alone
+
+
+# The pruning step on a small encoder
+
+
+class Pruning:
+    """A pruning step that is compiled once for all tests below, and its teacher."""
+
+    def __init__(self, config, batch):
+        self.config, self.traces = config, 0
+        self.teacher = jax.device_put(random_params(config, seed=3))
+        model = Encoder(config)
+        loss = objective.pruning_objective(model, model, Distill(num_layers=2))
+
+        def counted(*args):
+            self.traces += 1
+            return loss(*args)
+
+        self.step = training.make_step(counted)
+        rows = {"labels": np.zeros(3, np.int32), "weight": np.ones(3, np.float32)}
+        self.batch = jax.device_put(batch | rows)
+
+    def state(self, *, seed=0, stage="prune", rates=(1e-3, 0.1, 0.1)):
+        names = ("weights", "gates", "multipliers")
+        return training.create_state(
+            self.teacher,
+            seed=seed,
+            stage=stage,
+            rates={
+                name: Rate.create(peak, "constant", 100)
+                for name, peak in zip(names, rates, strict=True)
+            },
+            freeze_embeddings=True,
+            distill_projection=jnp.eye(self.config.hidden_size),
+            log_alpha=init_log_alpha(self.config, jax.random.key(seed)),
+            multipliers={"linear": 0.0, "quadratic": 0.0},
+        )
+
+    def context(self, target=0.5, warmup_steps=5):
+        return jax.device_put(
+            {
+                "teacher": self.teacher,
+                "target_sparsity": np.float32(target),
+                "warmup_steps": np.int32(warmup_steps),
+            }
+        )
+
+    def run(self, steps, context=None, **settings):
+        state, context = self.state(**settings), context or self.context()
+        for _ in range(steps):
+            state, metrics = self.step(state, context, self.batch)
+        return state, metrics
+
+
+@pytest.fixture(scope="module")
+def pruning(tiny, tiny_batch):
+    return Pruning(dataclasses.replace(tiny, dropout=0.1), tiny_batch)
+
+
+def leaves(state):
+    state = state.replace(key=jax.random.key_data(state.key))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def same(state, other):
+    pairs = zip(leaves(state), leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_family_of_runs_is_one_program(pruning):
+    """Rates, schedules, target, warm-up and seed are arrays: nothing is retraced."""
+    pruning.run(2)
+    pruning.run(2, pruning.context(target=0.9, warmup_steps=50), seed=9)
+    pruning.run(2, rates=(1e-5, 0.01, 1.0), stage="another")
+    state = pruning.state()
+    rates = {k: Rate.create(0.1, "linear", 40, 3) for k in state.rates}
+    state = state.replace(rates=jax.device_put(rates))
+    pruning.step(state, pruning.context(), pruning.batch)
+    assert pruning.traces == 1
+
+
+def test_one_trace_for_each_length(pruning):
+    pruning.run(1)
+    before = pruning.traces
+    longer = {
+        k: np.pad(v, ((0, 0), (0, 2))) if v.ndim == 2 else v
+        for k, v in jax.device_get(pruning.batch).items()
+    }
+    state = pruning.state()
+    for batch in (longer, pruning.batch, longer):
+        state, _ = pruning.step(state, pruning.context(), jax.device_put(batch))
+    assert pruning.traces == before + 1
+
+
+def test_step_transfers_nothing(pruning):
+    state, context = pruning.state(), pruning.context()
+    with jax.transfer_guard("disallow"):
+        for _ in range(2):
+            state, _ = pruning.step(state, context, pruning.batch)
+        with pytest.raises(Exception, match="[Dd]isallowed"):  # the guard guards
+            pruning.step(state, context, jax.tree.map(np.asarray, pruning.batch))
+
+
+def test_donation_leaves_what_others_hold(pruning):
+    """The step may take the state's memory, and only that."""
+    teacher = jax.device_get(pruning.teacher)
+    names = ("weights", "gates", "multipliers")
+    rates = jax.device_put({k: Rate.create(0.1, "constant", 1) for k in names})
+    log_alpha = init_log_alpha(pruning.config, jax.random.key(0))
+    projection = jnp.eye(16)
+    context = pruning.context()
+    state = training.create_state(
+        pruning.teacher,
+        seed=0,
+        stage="prune",
+        rates=rates,
+        freeze_embeddings=True,
+        distill_projection=projection,
+        log_alpha=log_alpha,
+        multipliers={"linear": jnp.float32(0), "quadratic": jnp.float32(0)},
+    )
+    new, _ = pruning.step(state, context, pruning.batch)
+    assert jax.tree.leaves(state.theta)[0].is_deleted()
+    for leaf in jax.tree.leaves((pruning.teacher, context, rates, log_alpha)):
+        assert not leaf.is_deleted()
+    assert not projection.is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, pruning.teacher, teacher)
+    # The best is a copy that outlives the theta it was taken from.
+    new, _ = pruning.step(new, context, pruning.batch)
+    jax.block_until_ready(new.best)
+
+
+def test_frozen_embeddings_stay_bit_for_bit(pruning):
+    state, _ = pruning.run(5)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        state.frozen["embeddings"],
+        pruning.teacher["embeddings"],
+    )
+    layer = state.theta["params"]["layer_0"]["ffn"]["up"]["kernel"]
+    assert jnp.abs(layer - pruning.teacher["layer_0"]["ffn"]["up"]["kernel"]).max() > 0
+
+
+def test_randomness_is_a_function_of_seed_stage_and_step(pruning):
+    reference, metrics = pruning.run(3)
+    again, same_metrics = pruning.run(3)
+    assert same(reference, again)
+    assert metrics == same_metrics
+    # The same values at the start, so that only the noise can differ.
+    for other in (
+        pruning.state().replace(key=pruning.state(seed=1).key),
+        pruning.state(stage="finetune"),
+        pruning.state().replace(step=jnp.int32(1)),
+    ):
+        _, noisy = pruning.step(other, pruning.context(), pruning.batch)
+        _, first = pruning.run(1)
+        assert noisy["loss_layers"] != first["loss_layers"]
+
+
+def test_expected_sparsity_reaches_the_target(pruning):
+    """The game's equilibrium: the multipliers stop pushing where s = t."""
+    state, context = pruning.state(rates=(1e-3, 0.1, 0.1)), pruning.context(0.5, 50)
+    history = []
+    for _ in range(400):
+        state, metrics = pruning.step(state, context, pruning.batch)
+        history.append(metrics["expected_sparsity"])
+    history = np.array(jax.device_get(history))
+    assert history[0] < 0.05  # it starts open
+    assert np.abs(history[-50:] - 0.5).max() < 0.02
+    gates = masks.evaluation_masks(state.theta["log_alpha"])
+    assert any((gate == 0).any() for gate in gates.values())
+    for value in state.theta["log_alpha"].values():
+        low, high = hard_concrete.LOG_ALPHA_RANGE
+        assert low - 1e-6 <= value.min() and value.max() <= high + 1e-6
+
+
+# Prediction
+
+
+def test_predict_is_the_model_in_evaluation(tiny, tiny_params, tiny_batch):
+    model = Encoder(tiny)
+    predict = training.make_predict(model)
+    gates = {"ffn": jnp.array([0.0, 0.5])}
+    for given in ({}, gates):
+        expected = model.apply({"params": tiny_params, "masks": given}, tiny_batch)
+        np.testing.assert_allclose(
+            predict(tiny_params, given, tiny_batch), expected.logits, atol=1e-5
+        )
