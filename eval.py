@@ -7,6 +7,7 @@ With `--against runs/sst2_95/teacher` both are timed in turn and the speedup sta
 beside the latency.
 """
 
+import logging
 import pathlib
 import sys
 
@@ -62,7 +63,9 @@ def evaluate(
     model, params, spec = checkpoint.load_model(model_path)
     models = {"model": (model, params)}
     if against:
-        models = {"against": checkpoint.load_model(against)[:2]} | models
+        models = {
+            "against": checkpoint.load_model(against, field="against")[:2]
+        } | models
     on_cpu = jax.default_backend() == "cpu"
     longest = min(m.config.max_positions for m, _ in models.values())
     seq_length = seq_length or min(64 if on_cpu else 128, longest)
@@ -111,6 +114,8 @@ def evaluate(
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
+    # Beneath a damaged file the storage library prints hundreds of lines there.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     values = flags.FlagValues()
     flags.DEFINE_string("model", None, "a saved model", flag_values=values)
     flags.DEFINE_string("data", "", "hub name or folder", flag_values=values)

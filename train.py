@@ -10,7 +10,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import json
-import math
+import logging
 import pathlib
 import platform
 import sys
@@ -24,9 +24,8 @@ import cofi_jax
 from cofi_jax import (
     benchmark,
     checkpoint,
-    grammar,
-    hard_concrete,
-    pretrained,
+    inputs,
+    plots,
     report,
     slicing,
     sparsity,
@@ -36,7 +35,7 @@ from cofi_jax import (
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
 from cofi_jax.config import Config, UserError, reject
-from cofi_jax.model import Encoder, EncoderConfig, init_params
+from cofi_jax.model import Encoder
 
 # float32 sums in another order; more than this is a bug, not rounding.
 _MAX_DIFFERENCE = 1e-3
@@ -52,14 +51,14 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
       UserError: for what the user can mend; then nothing was written over.
     """
     config_lib.validate(config)
-    _check_workdir(config, workdir)
+    inputs.check_workdir(config, workdir)
     if (workdir / "report.json").exists():
         return json.loads((workdir / "report.json").read_text())
-    teacher, params, tokenizer = _load(config)
-    _check_model(config, teacher.config, tokenizer)
+    teacher, params, tokenizer = inputs.load_teacher(config)
+    inputs.check_model(config, teacher.config, tokenizer)
     train = data_lib.load_examples(config.data, "train", tokenizer)
     validation = data_lib.load_examples(config.data, "validation", tokenizer)
-    _check_rows(config, train)
+    inputs.check_rows(config, train)
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -162,8 +161,8 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
         "seconds": seconds,
         "versions": _versions(),
     }
-    report.plot_sparsity(report.read_metrics(run.log.path), workdir / "sparsity.png")
-    report.plot_structure(result, workdir / "structure.png")
+    plots.plot_sparsity(report.read_metrics(run.log.path), workdir / "sparsity.png")
+    plots.plot_structure(result, workdir / "structure.png")
     text = report.markdown(result, config_lib.to_json(config))
     report.write_atomically(workdir / "report.md", text)
     # Last: its presence says that the run is complete.
@@ -182,137 +181,6 @@ def _versions():
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
-
-
-def _check_workdir(config, workdir):
-    path = workdir / "config.json"
-    if not path.exists():
-        if workdir.is_file() or (workdir.is_dir() and any(workdir.iterdir())):
-            if not (workdir / ".lock").exists():
-                raise reject("workdir", str(workdir), "must be a new or a run's folder")
-        return
-    try:
-        there = config_lib.flatten(path.read_text())
-    except (AttributeError, ValueError) as error:  # not an object; not JSON
-        raise reject("workdir", str(workdir), "its config.json is damaged") from error
-    here = config_lib.flatten(config)
-    for field in sorted(there.keys() | here.keys()):
-        if there.get(field) != here.get(field):
-            raise reject(
-                "workdir",
-                str(workdir),
-                f"holds a run with {field}={there.get(field)!r}, not "
-                f"{here.get(field)!r}; choose another --workdir or the same config",
-            )
-
-
-def _load(config: Config):
-    """The teacher's module, its parameters (still to be trained or not), tokenizer."""
-    key = jax.random.key(config.seed)
-    if config.data.task not in data_lib.TASKS:
-        legal = f"must be one of {', '.join(data_lib.TASKS)}"
-        raise reject("data.task", config.data.task, legal)
-    task = data_lib.TASKS[config.data.task]
-    if config.teacher.path:
-        return _load_teacher(config, len(task.labels))
-    if config.model.path:
-        folder = pretrained.resolve(config.model.path, "model.path")
-        sizes, params = pretrained.load_encoder(
-            folder,
-            field="model.path",
-            num_labels=len(task.labels),
-            model=config.model,
-            key=key,
-        )
-        tokenizer = pretrained.load_tokenizer(folder, "model.path")
-        return Encoder(sizes), params, tokenizer
-    if config.data.task != "demo":
-        legal = "must name an encoder; only the demo task brings its own tokenizer"
-        raise reject("model.path", "", legal)
-    tokenizer = grammar.demo_tokenizer()
-    model = config.model
-    sizes = EncoderConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=model.hidden_size,
-        heads=(model.num_heads,) * model.num_layers,
-        head_size=model.hidden_size // model.num_heads,
-        intermediate=(model.intermediate_size,) * model.num_layers,
-        pooler_size=model.hidden_size,
-        num_labels=len(task.labels),
-        max_positions=config.data.max_length,
-        dropout=model.dropout,
-        dtype=model.dtype,
-    )
-    return Encoder(sizes), init_params(sizes, key), tokenizer
-
-
-def _load_teacher(config, num_labels):
-    path = config.teacher.path
-    if checkpoint.is_model(path):
-        model, params, spec = checkpoint.load_model(path)
-        if spec is not None:
-            raise reject("teacher.path", path, "is a pruned model; give a dense one")
-        sizes = dataclasses.replace(
-            model.config, dropout=config.model.dropout, dtype=config.model.dtype
-        )
-        tokenizer = checkpoint.load_tokenizer(path)
-    else:
-        folder = pretrained.resolve(path, "teacher.path")
-        sizes, params = pretrained.load_classifier(
-            folder, field="teacher.path", model=config.model
-        )
-        tokenizer = pretrained.load_tokenizer(folder, "teacher.path")
-    if sizes.num_labels != num_labels:
-        raise reject(
-            "teacher.path",
-            path,
-            f"has {sizes.num_labels} classes, task {config.data.task} has {num_labels}",
-        )
-    return Encoder(sizes), params, tokenizer
-
-
-def _check_model(config, sizes, tokenizer):
-    for field in ("data.max_length", "benchmark.seq_length"):
-        value = config_lib.flatten(config)[field]
-        if value > sizes.max_positions:
-            legal = f"must be at most {sizes.max_positions}, the model's positions"
-            raise reject(field, value, legal)
-    if len(tokenizer) > sizes.vocab_size:
-        raise reject(
-            "model.path",
-            config.teacher.path or config.model.path,
-            f"its tokenizer has {len(tokenizer)} tokens, its weights "
-            f"{sizes.vocab_size}",
-        )
-    highest = sparsity.max_sparsity(sizes, config.prune.kinds)
-    if config.prune.target_sparsity > highest:
-        raise reject(
-            "prune.target_sparsity",
-            config.prune.target_sparsity,
-            f"gates of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
-        )
-
-
-def _check_rows(config, train):
-    for field in ("teacher", "prune", "finetune"):
-        rows = getattr(config, field).train_rows
-        data_lib.first_rows(train, rows, field=f"{field}.train_rows")
-    prune = config.prune
-    rows = data_lib.first_rows(train, prune.train_rows, field="prune.train_rows")
-    epochs = prune.epochs - prune.prepruning_epochs
-    steps = epochs * stages.steps_per_epoch(rows, prune)
-    if prune.mask_schedule == "linear":  # which covers half the way
-        steps /= 2
-    if prune.mask_learning_rate * steps < hard_concrete.CLOSING_DISTANCE:
-        enough = hard_concrete.CLOSING_DISTANCE / steps
-        unit = 10.0 ** (math.floor(math.log10(enough)) - 1)
-        enough = math.ceil(enough / unit) * unit  # two digits, never too few
-        print(
-            f"warning: prune.mask_learning_rate={prune.mask_learning_rate}: too low "
-            f"for gates to close in the schedule's steps; {enough:.2g} or more would "
-            "do",
-            file=sys.stderr,
-        )
 
 
 def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
@@ -377,6 +245,8 @@ def _check_override(field, value, *, bare):
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
+    # Beneath a damaged file the storage library prints hundreds of lines there.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         config, workdir = parse(argv)
         result = run(config, workdir)

@@ -167,8 +167,14 @@ def is_model(path: str | Path) -> bool:
     return (Path(path) / "model.json").is_file()
 
 
-def read_about(path: str | Path) -> tuple[EncoderConfig, PrunedSpec | None, dict]:
+def read_about(
+    path: str | Path, *, field: str = "model"
+) -> tuple[EncoderConfig, PrunedSpec | None, dict]:
     """Sizes, spec and description of a saved model, without its parameters.
+
+    Args:
+      path: a folder that `save_model` wrote.
+      field: what messages call the path.
 
     Raises:
       UserError: where there is no such model, or a newer version wrote it.
@@ -176,15 +182,13 @@ def read_about(path: str | Path) -> tuple[EncoderConfig, PrunedSpec | None, dict
     path = Path(path)
     if not is_model(path):
         found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
-        raise reject(
-            "model", str(path), f"must be a folder with {_FILES}; found {found}"
-        )
+        raise reject(field, str(path), f"must be a folder with {_FILES}; found {found}")
     try:
         described = json.loads((path / "model.json").read_text())
         version = described["format"]
         if version > _FORMAT:
             raise reject(
-                "model",
+                field,
                 str(path),
                 f"written in format {version} by a newer cofi-jax; this one reads "
                 f"up to {_FORMAT}",
@@ -193,24 +197,28 @@ def read_about(path: str | Path) -> tuple[EncoderConfig, PrunedSpec | None, dict
         spec = described["spec"] and PrunedSpec.from_json(described["spec"])
         return config, spec, described["about"]
     except (KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
-        raise reject(
-            "model", str(path), f"model.json is damaged ({error!r})"
-        ) from error
+        raise reject(field, str(path), f"model.json is damaged ({error!r})") from error
 
 
-def load_model(path: str | Path) -> tuple[Encoder, dict, PrunedSpec | None]:
+def load_model(
+    path: str | Path, *, field: str = "model"
+) -> tuple[Encoder, dict, PrunedSpec | None]:
     """A saved model: the module, its parameters and what it kept of the dense one.
+
+    Args:
+      path: a folder that `save_model` wrote.
+      field: what messages call the path.
 
     Raises:
       UserError: where there is no such model, it is damaged or too new.
     """
     path = Path(path).absolute()
-    config, spec, _ = read_about(path)
+    config, spec, _ = read_about(path, field=field)
     try:
         params = _load_params(path / "params", config)
     except Exception as error:  # whatever the storage library makes of the damage
         reason = f"params are damaged ({type(error).__name__})"
-        raise reject("model", str(path), reason) from error
+        raise reject(field, str(path), reason) from error
     return Encoder(config), params, spec
 
 

@@ -1,5 +1,6 @@
 """The loop around the step: batches in, evaluations, checkpoints and log lines out."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -114,7 +115,8 @@ def fit(
     """
     resumed = checkpoints.restore(state)
     for line in checkpoints.skipped:
-        tqdm.write(f"warning: {line}; falling back to the one before")
+        text = f"warning: {line}; falling back to the one before"
+        tqdm.write(text, file=sys.stderr)
     state = state if resumed is None else resumed
     first = int(jax.device_get(state.step))
     seconds = log.rewind(stage, first if resumed is not None else -1)
@@ -188,8 +190,8 @@ def _with_best(state, found):
 def _check_finite(stage, before, window):
     """Raises at the first step of the window with a term that is not finite."""
     for number, metrics in enumerate(window, start=before + 1):
-        terms = [name for name in metrics if name != "loss"] + ["loss"]
-        for name in terms:
+        # The terms come first: they are the cause where the sums are not finite.
+        for name in sorted(metrics, key=lambda n: n in ("loss", "gradient_norm")):
             if not np.isfinite(metrics[name]):
                 raise UserError(
                     f"{stage}: {name}={float(metrics[name])} at step {number} is not "

@@ -9,6 +9,7 @@ Learning rates, the target and the seed are arrays in the state, not constants o
 the compiled program.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -178,6 +179,7 @@ def make_step(objective: Objective) -> Callable:
     return jax.jit(step, donate_argnums=0)
 
 
+@functools.cache  # stages of one model share what is compiled
 def make_predict(model: Encoder) -> Callable:
     """The jitted `predict(params, masks, batch) -> logits` (B, C)."""
 

@@ -54,9 +54,11 @@ def tiny_batch(tiny):
 @pytest.fixture(scope="module")
 def quick_compile():
     """XLA without its optimisations, for files that mostly wait for the compiler."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes started
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
 
 
 def random_params(config, seed):

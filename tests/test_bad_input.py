@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import train
-from cofi_jax import UserError, checkpoint, grammar, masks, slicing
+from cofi_jax import UserError, checkpoint, grammar, inputs, masks, slicing
 from cofi_jax.config import KINDS, Prune
 from cofi_jax.model import EncoderConfig, init_params
 
@@ -608,7 +608,7 @@ def test_corrupt_checkpoint_is_passed_over(there, begun, taught, capsys):
 @pytest.mark.parametrize("first_bad", [1, 5])
 def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
     """Step and term are named; mended, the run goes on from the checkpoint before."""
-    make_step, init = train.training.make_step, train.init_params
+    make_step, init = train.training.make_step, inputs.init_params
 
     def overflowing(*arguments):
         return jax.tree.map(lambda x: 1e30 * x, init(*arguments))
@@ -627,7 +627,7 @@ def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
     arguments = [f"--config={there['config']}", f"--workdir={workdir}"]
     with pytest.MonkeyPatch.context() as patch:
         if first_bad == 1:  # a real overflow
-            patch.setattr(train, "init_params", overflowing)
+            patch.setattr(inputs, "init_params", overflowing)
         else:
             patch.setattr(train.training, "make_step", make_failing_step)
         line = complaint(capsys, *arguments)

@@ -37,8 +37,11 @@ def get_config():
 """
 
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
+def config_file(tmp_path_factory, quick_compile):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(TINY)
     return path

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = {f.stem: f for f in (ROOT / "cofi_jax").glob("*.py") if f.stem != "__init__"}
 FILES = PACKAGE | {name: ROOT / f"{name}.py" for name in ("train", "eval")}
-LONGEST = 340  # lines; a file past about 300 is asking to be two
+LONGEST = 310  # lines; a file past about 300 is asking to be two
 
 # Who may import it, at the top or inside a function.
 ONLY = {
@@ -22,7 +22,7 @@ ONLY = {
     "safetensors": {"pretrained"},
     "transformers": {"pretrained", "grammar"},
     "sklearn": {"metrics"},
-    "matplotlib": {"report"},
+    "matplotlib": {"plots"},
     "pickle": set(),
     "torch": set(),
 }

@@ -360,13 +360,18 @@ def test_evaluations_are_logged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "term, value", [("loss_layers", NAN), ("gradient_norm", np.inf), ("loss", NAN)]
+    "term, value, spoilt",
+    [
+        ("loss_layers", NAN, ("loss", "loss_layers", "gradient_norm")),
+        ("gradient_norm", np.inf, ("gradient_norm",)),  # of a finite loss
+        ("loss", NAN, ("loss",)),
+    ],
 )
-def test_a_loss_that_is_not_finite(tmp_path, term, value):
+def test_a_loss_that_is_not_finite(tmp_path, term, value, spoilt):
     """The step and the term are named, though the loop looks only now and then."""
     fine = {"loss": 1.0, "loss_layers": 0.5, "gradient_norm": 2.0}
     losses = [dict(fine) for _ in range(12)]
-    losses[6] |= {"loss": value, term: value}  # step 7
+    losses[6] |= dict.fromkeys(spoilt, value)  # step 7
     losses[7] |= dict.fromkeys(fine, NAN)  # and all that follows
     evaluations = [loop.Evaluation(0.0)] * 12
     with pytest.raises(UserError) as caught:

@@ -12,6 +12,8 @@ from conftest import random_params
 from cofi_jax.masks import mask_shapes
 from cofi_jax.model import Encoder, EncoderConfig, abstract_params, init_params
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @functools.partial(jax.jit, static_argnames=("config", "train"))
 def apply(config, params, batch, masks=None, key=None, train=False):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cofi_jax import report
+from cofi_jax import plots, report
 
 
 def make_report(heads=(2, 0, 1, 4), widths=(30, 64, 0, 1), num_heads=4, width=256):
@@ -225,7 +225,7 @@ def assert_png(path):
 
 def test_sparsity_picture_shows_the_pruning_stage(tmp_path):
     path = tmp_path / "sparsity.png"
-    top, middle, bottom = report.plot_sparsity(make_metrics(), path).axes
+    top, middle, bottom = plots.plot_sparsity(make_metrics(), path).axes
     assert_png(path)
     labels = [axes.get_ylabel() for axes in (top, middle, bottom)]
     assert labels == ["sparsity", "multiplier", "loss"]
@@ -247,16 +247,16 @@ def test_sparsity_picture_shows_the_pruning_stage(tmp_path):
 
 def test_loss_below_zero_is_drawn_on_a_linear_scale(tmp_path):
     metrics = make_metrics()
-    figure = report.plot_sparsity(metrics, tmp_path / "a.png")
+    figure = plots.plot_sparsity(metrics, tmp_path / "a.png")
     assert figure.axes[2].get_yscale() == "log"
     metrics[0]["loss"] = -1.0
-    figure = report.plot_sparsity(metrics, tmp_path / "a.png")
+    figure = plots.plot_sparsity(metrics, tmp_path / "a.png")
     assert figure.axes[2].get_yscale() == "linear"
 
 
 def test_sparsity_picture_of_nothing_is_empty(tmp_path, recwarn):
     path = tmp_path / "sparsity.png"
-    figure = report.plot_sparsity([], path)
+    figure = plots.plot_sparsity([], path)
     assert_png(path)
     assert not any(axes.lines for axes in figure.axes) and not recwarn
 
@@ -266,7 +266,7 @@ def test_structure_picture_shows_every_layer(tmp_path, layers):
     heads = [2, 0, 1, 4] * (layers // 4)
     widths = [30, 64, 0, 1] * (layers // 4)
     path = tmp_path / "structure.png"
-    figure = report.plot_structure(make_report(heads, widths), path)
+    figure = plots.plot_structure(make_report(heads, widths), path)
     assert_png(path)
     assert figure.get_suptitle() == "What is left: hidden width 61 of 64"
     left, right = figure.axes
@@ -285,5 +285,5 @@ def test_structure_picture_shows_every_layer(tmp_path, layers):
 def test_layer_without_a_block_to_begin_with_can_be_drawn(tmp_path):
     content = make_report()
     content["dense"]["heads"][1] = 0
-    figure = report.plot_structure(content, tmp_path / "structure.png")
+    figure = plots.plot_structure(content, tmp_path / "structure.png")
     assert figure.axes[0].texts[1].get_text() == "absent"
