@@ -22,17 +22,16 @@ def get_config():
     config.model.num_heads = 2
     config.model.hidden_size = 16
     config.model.intermediate_size = 32
-    config.data.buckets = (12,)
     config.teacher.train_rows = 640
     config.teacher.epochs = 2
     config.prune.train_rows = 640
-    config.prune.epochs = 12
+    config.prune.epochs = 8
     config.prune.target_sparsity = 0.6
     config.finetune.train_rows = 640
     config.finetune.epochs = 2
     config.benchmark.repeats = 3
     config.eval_every = 10
-    config.checkpoint_every = 5
+    config.checkpoint_every = 10
     return config
 """
 
@@ -98,7 +97,7 @@ def test_every_stage_left_its_lines(finished):
             steps[line["stage"]].append(line["step"])
             assert np.isfinite(line["loss"])
     per_epoch = 640 // 64
-    ends = dict(zip(STAGES, (2, 1, 11, 2), strict=True))
+    ends = dict(zip(STAGES, (2, 1, 7, 2), strict=True))
     for stage, epochs in ends.items():
         assert steps[stage][-1] == epochs * per_epoch
         assert steps[stage] == sorted(set(steps[stage]))
