@@ -53,7 +53,9 @@ def evaluate(
       UserError: for a path, data set or length that does not fit.
     """
     _, spec, about = checkpoint.read_about(model_path)
-    wanted = {"task", "metric", "max_length"} | ({"dense"} if spec else set())
+    wanted = {"task", "metric", "max_length", "buckets"} | (
+        {"dense"} if spec else set()
+    )
     if missing := sorted(wanted - about.keys()):
         legal = f"saved without {', '.join(missing)} in `about`, needed here"
         raise reject("model", str(model_path), legal)
@@ -76,6 +78,7 @@ def evaluate(
         task=about["task"],
         path=data_path or about.get("data_path", ""),
         max_length=about["max_length"],
+        buckets=tuple(about["buckets"]),
     )
     tokenizer = checkpoint.load_tokenizer(model_path)
     examples = data_lib.load_examples(data, "validation", tokenizer)
@@ -123,7 +126,11 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("json", "", "also write the result here", flag_values=values)
     for name, default in (("batch_size", 0), ("seq_length", 0), ("repeats", 30)):
         flags.DEFINE_integer(
-            name, default, "of the timed passes", lower_bound=0, flag_values=values
+            name,
+            default,
+            "of the timed passes",
+            lower_bound=min(default, 1),
+            flag_values=values,
         )
     usage = "python eval.py --model path/to/model [--data D] [--against M] [--json F]"
     try:
@@ -145,7 +152,7 @@ def main(argv: list[str]) -> int:
             against=values.against,
             batch_size=values.batch_size,
             seq_length=values.seq_length,
-            repeats=max(values.repeats, 1),
+            repeats=values.repeats,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

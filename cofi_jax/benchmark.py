@@ -201,6 +201,7 @@ def _result(timings, batch, dtype):
     result["benchmark"] = {
         "device": describe(batch["input_ids"].device),
         "dtype": dtype,
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
         "batch_size": batch_size,
         "seq_length": seq_length,
         "repeats": next(iter(timings.values())).repeats,

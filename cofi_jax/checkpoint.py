@@ -18,6 +18,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -33,7 +34,7 @@ _FILES = ("model.json", "params", "tokenizer")
 
 
 class Checkpoints:
-    """The states of one stage, saved in the background.
+    """The states of one stage, copied off the device and written in the background.
 
     Attributes:
       skipped: one line for each checkpoint that could not be read.
@@ -141,11 +142,16 @@ def save_model(
       about: JSON-able: `task`, `labels`, `metric`, `max_length`, `dense`, ...
 
     Raises:
-      UserError: where `path` exists.
+      UserError: where `path` exists, or the parameters do not fit the sizes.
     """
     path = Path(path).absolute()
     if path.exists():
         raise reject("path", str(path), "exists; nothing is written over")
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(config))
+    except AssertionError as error:
+        legal = "must have the structure, shapes and float32 that config initialises"
+        raise reject("params", "...", legal) from error
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

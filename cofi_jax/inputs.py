@@ -116,7 +116,7 @@ def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
             raise reject(field, value, legal)
     if len(tokenizer) > sizes.vocab_size:
         raise reject(
-            "model.path",
+            "teacher.path" if config.teacher.path else "model.path",
             config.teacher.path or config.model.path,
             f"its tokenizer has {len(tokenizer)} tokens, its weights "
             f"{sizes.vocab_size}",

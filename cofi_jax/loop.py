@@ -114,6 +114,11 @@ def fit(
       UserError: at a loss that is not finite; the last good checkpoint stays.
     """
     resumed = checkpoints.restore(state)
+    if checkpoints.skipped and resumed is None:
+        raise UserError(
+            f"{stage}: {'; '.join(checkpoints.skipped)}: none can be read; remove "
+            "their folder to start the stage over"
+        )
     for line in checkpoints.skipped:
         text = f"warning: {line}; falling back to the one before"
         tqdm.write(text, file=sys.stderr)
@@ -127,13 +132,15 @@ def fit(
 
     window, window_started = [], time.perf_counter()
     batches = _batches(examples, batch_size, buckets, seed, first)
+    interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a file fills up
     bar = tqdm(
         total=total_steps,
         initial=first,
         desc=stage,
         unit="step",
         dynamic_ncols=True,
-        mininterval=0.5,
+        mininterval=interval,
+        maxinterval=interval,
         disable=first == total_steps,
     )
     with bar:

@@ -110,7 +110,12 @@ def distill_layers(
     # The choice carries no gradient, so only the chosen layers are differentiated.
     projected = jax.lax.stop_gradient(student) @ jax.lax.stop_gradient(projection)
     costs = jax.vmap(lambda t: jax.vmap(lambda s: distance(t, s))(projected))(teacher)
-    chosen = student[match_layers(costs, alive, ordered=ordered)]
+    matched = match_layers(costs, alive, ordered=ordered)
+    # Not student[matched], whose gradient is a scatter: on a GPU its sums would
+    # come in any order, and a resumed run would differ.
+    chosen = jnp.stack(
+        [jax.lax.dynamic_index_in_dim(student, i, keepdims=False) for i in matched]
+    )
     return jax.vmap(distance)(teacher, chosen @ projection).sum()
 
 
@@ -189,7 +194,10 @@ def distillation_objective(
 
 
 def pruning_objective(
-    student: Encoder, teacher: Encoder, distill: Distill
+    student: Encoder,
+    teacher: Encoder,
+    distill: Distill,
+    cost: sparsity_lib.Cost = sparsity_lib.cost,
 ) -> Objective:
     """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
 
@@ -202,7 +210,9 @@ def pruning_objective(
         mask_key, dropout_key = jax.random.split(key)
         masks = masks_lib.sample(theta["log_alpha"], mask_key)
         loss, metrics = imitate(theta, frozen, context, batch, dropout_key, masks)
-        expected = sparsity_lib.expected_sparsity(theta["log_alpha"], student.config)
+        expected = sparsity_lib.expected_sparsity(
+            theta["log_alpha"], student.config, cost
+        )
         target = sparsity_lib.target_at(
             context["step"], context["target_sparsity"], context["warmup_steps"]
         )

@@ -213,7 +213,8 @@ embeddings, LayerNorms, pooler and head.
 - Latency: the median of {report["benchmark"]["repeats"]} passes, both models timed \
 in turn in one process after warming up. Speedup: the ratio of the medians, in \
 brackets the 5th and 95th percentile of the ratios taken pair by pair.
-- On real batches the outputs of the masked and the sliced model differ by at most \
+- Evaluated in float32 on the validation set, the logits of the masked and the \
+sliced model differ by at most \
 {report["masked_vs_sliced_max_abs_diff"]:.1e}.
 - Time: {", ".join(f"{stage} {time / 60:.1f} min" for stage, time in seconds)}.
 - Seed {report["seed"]}; {", ".join(f"{name} {v}" for name, v in versions)}.

@@ -13,6 +13,7 @@ where any(g) = 1 - prod(1 - g): a block's output bias goes with its last unit.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from cofi_jax.masks import (
 )
 from cofi_jax.masks import prob_active as _probabilities
 
-Cost = Callable[[Masks], jax.Array]
+Cost = Callable[[Masks, Any], jax.Array]  # (gates, EncoderConfig) to a scalar
 
 
 def cost(gates: Masks, config) -> jax.Array:
@@ -70,9 +71,16 @@ def _opened(masks):
     return {k: (np.asarray(v) > 0).astype(np.float64) for k, v in masks.items()}
 
 
-def expected_sparsity(log_alpha: LogAlpha, config) -> jax.Array:
-    """The mean sparsity over samples: scalar, differentiable."""
-    return 1 - cost(_probabilities(log_alpha), config) / num_params({}, config)
+def expected_sparsity(log_alpha: LogAlpha, config, cost: Cost = cost) -> jax.Array:
+    """The mean sparsity over samples: scalar, differentiable.
+
+    Args:
+      log_alpha: of the pruned kinds.
+      config: the dense `EncoderConfig`.
+      cost: what sparsity is a fraction of, linear in each gate; parameters if not
+        given.
+    """
+    return 1 - cost(_probabilities(log_alpha), config) / float(cost({}, config))
 
 
 def max_sparsity(config, kinds: Sequence[str] = ALL) -> float:
@@ -104,33 +112,55 @@ def meet_target(
     Where the masks as they are miss it by more than `tolerance`, all log-alphas are
     shifted by the smallest common offset that brings the sparsity to the target.
     Where too much opens or closes at once there (a block of BERT-base is 3 or 6 % of
-    it), the log-alphas stay just before that, and the gates inside the blocks are
-    shifted further; where that is still too coarse, the intermediate gates alone.
+    it), the log-alphas stay just before or after that, and the gates inside the
+    blocks are shifted further; where that is still too coarse, the intermediate gates
+    alone. Gates that were open and stay open keep their value.
     """
+    learned = evaluation_masks(log_alpha)
+    found = _nearest(log_alpha, config, target, tolerance)
+
+    def value(before, after):
+        kept = jnp.where(before > 0, before, after)
+        return jnp.where(after > 0, kept, 0.0)
+
+    return {kind: value(learned[kind], found[kind]) for kind in learned}
+
+
+def _nearest(log_alpha, config, target, tolerance):
     # A model without a hidden dimension cannot be sliced.
     masks_of = chain(evaluation_masks, keep_at_least(hidden=1))
-    masks = masks_of(log_alpha)
-    start = exact_sparsity(masks, config)
-    if abs(start - target) <= tolerance:
-        return masks
-    best, lowest = masks, float("inf")
-    for moved in (ALL, ("head", "intermediate", "hidden"), ("intermediate",)):
-        # Sparsity falls as the offset rises. 40 halvings of 64 go below float32.
+
+    def removed_at(kinds, start, offset):
+        masks = masks_of(_shift(start, kinds, offset))
+        return masks, exact_sparsity(masks, config)
+
+    def bisect(kinds, start):
+        """The offsets around the target; sparsity falls as the offset rises."""
         low, high = -32.0, 32.0
-        for _ in range(40):
+        for _ in range(40):  # below the resolution of float32
             middle = (low + high) / 2
-            masks = masks_of(_shift(log_alpha, moved, middle))
-            if exact_sparsity(masks, config) >= target:
+            if removed_at(kinds, start, middle)[1] >= target:
                 low = middle
             else:
                 high = middle
-        masks = masks_of(_shift(log_alpha, moved, low))
-        sparsity = exact_sparsity(masks, config)
-        if moved == ALL or target <= sparsity < lowest:
-            best, lowest = masks, sparsity
-        if lowest <= target + tolerance:
-            break
-        log_alpha = _shift(log_alpha, moved, high if start < target else low)
+        return low, high
+
+    best, learned = removed_at(ALL, log_alpha, 0.0)
+    if abs(learned - target) <= tolerance:
+        return best
+    low, high = bisect(ALL, log_alpha)
+    best, lowest = removed_at(ALL, log_alpha, low)
+    # First the side of the jump where no gate moves against the way that is needed.
+    for side in (high, low) if learned < target else (low, high):
+        near = _shift(log_alpha, ALL, side)
+        for kinds in (("head", "intermediate", "hidden"), ("intermediate",)):
+            if lowest <= target + tolerance:
+                return best
+            inner_low, inner_high = bisect(kinds, near)
+            masks, removed = removed_at(kinds, near, inner_low)
+            if target <= removed < lowest:
+                best, lowest = masks, removed
+            near = _shift(near, kinds, inner_high if side == high else inner_low)
     return best
 
 

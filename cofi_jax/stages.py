@@ -5,6 +5,7 @@ teacher -> prepruning -> prune -> (slice) -> finetune
 
 import dataclasses
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -213,8 +214,16 @@ def learn_masks(
         ),
         multipliers={"linear": 0.0, "quadratic": 0.0},
     )
-    # No evaluation counts where none was sparse enough; then the last state does.
-    theta = state.best if jnp.isfinite(state.best_score) else state.theta
+    theta = state.best
+    if not jnp.isfinite(state.best_score):
+        theta = state.theta
+        least = settings.target_sparsity - settings.sparsity_epsilon
+        print(
+            f"warning: prune: no evaluation found a sparsity of {least:.4g} or more; "
+            "the last gates are shifted to the target. More epochs or higher rates "
+            "of masks and multipliers would do",
+            file=sys.stderr,
+        )
     gates = sparsity.meet_target(
         theta["log_alpha"], model.config, settings.target_sparsity
     )

@@ -29,7 +29,7 @@ _ADAM_EPS = 1e-8
 
 
 class Rate(flax.struct.PyTreeNode):
-    """A learning rate over the steps: linear warm-up, then constant or linear decay."""
+    """A learning rate: a linear ramp times a constant or a line that falls to 0."""
 
     peak: jax.Array
     warmup_steps: jax.Array

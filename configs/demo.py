@@ -34,7 +34,7 @@ def get_config() -> Config:
     config.prune.batch_size = 64
     config.prune.learning_rate = 5e-4
     config.prune.mask_learning_rate = 0.1
-    config.prune.multiplier_learning_rate = 0.1
+    config.prune.multiplier_learning_rate = 0.2
     config.finetune.train_rows = 8000
     config.finetune.epochs = 2
     config.finetune.batch_size = 64

@@ -29,7 +29,7 @@ DENSE = EncoderConfig(
     num_labels=2,
     max_positions=20,
 )
-ABOUT = {"task": "sst2", "metric": "accuracy", "max_length": 20}
+ABOUT = {"task": "sst2", "metric": "accuracy", "max_length": 20, "buckets": [8, 20]}
 
 
 def removal():

@@ -350,19 +350,6 @@ def removed(gates, config):
     return 1 - count(open_(gates), config) / count({}, config)
 
 
-def offsets_of(gates, log_alpha):
-    """By how much each kind's log-alphas were shifted, read off its open gates."""
-    for kind, value in gates.items():
-        value = np.asarray(value, np.float64).ravel()
-        inside = (value > 1e-4) & (value < 0.999)
-        value = value[inside]
-        logit = np.log(value / (1 - value))
-        shifts = logit / 1.2 - np.ravel(log_alpha[kind])[inside]
-        if len(shifts):
-            assert np.ptp(shifts) < 1e-3
-            yield kind, shifts.mean()
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_target_is_met_in_bert_base(seed):
     rng = np.random.default_rng(seed)
@@ -371,10 +358,6 @@ def test_target_is_met_in_bert_base(seed):
     target = float(np.clip(reached + rng.uniform(-0.02, 0.02), 0.05, 0.97))
     gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
     assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
-    # One offset for all, but where too much would have closed at once.
-    shifts = dict(offsets_of(gates, log_alpha))
-    assert shifts["mha"] == pytest.approx(shifts["ffn"], abs=1e-3)
-    assert shifts["head"] == pytest.approx(shifts["hidden"], abs=1e-3)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 0.9, 0.95])
@@ -407,23 +390,34 @@ def test_coarse_kinds_are_pruned_by_the_smallest_offset_that_will_do(kinds, seed
 
 
 @pytest.mark.parametrize("seed", range(1, 31, 3))
-def test_target_is_never_undershot_and_gates_move_one_way(seed):
+def test_target_is_never_undershot_and_open_gates_keep_their_values(seed):
     """In a small model a single gate weighs more than the tolerance."""
     rng = np.random.default_rng(seed)
     kinds = SUBSETS[seed]
     log_alpha = trained(rng, SMALL, kinds)
     before = masks_lib.evaluation_masks(log_alpha)
-    start = removed(before, SMALL)
     highest = removed({k: np.zeros_like(v) for k, v in log_alpha.items()}, SMALL)
     target = rng.uniform(0.1, 0.9) * highest
     gates = sparsity.meet_target(log_alpha, SMALL, target)
     assert set(gates) == set(kinds)
     assert removed(gates, SMALL) >= target - 1e-3
-    # What training closed is never opened to close something else, nor conversely.
-    for kind, is_open in open_(gates).items():
-        was_open = open_(before)[kind]
-        kept = is_open <= was_open if start < target else is_open >= was_open
-        assert kept.all()
+    # A gate that stays open keeps the value that training saw.
+    for kind, gate in gates.items():
+        both = (np.asarray(gate) > 0) & (np.asarray(before[kind]) > 0)
+        np.testing.assert_array_equal(gate[both], before[kind][both])
+
+
+def test_overshoot_never_ends_in_an_empty_encoder():
+    """All blocks closed, their inner gates open: blocks must come back."""
+    rng = np.random.default_rng(0)
+    middle = {"mha": -3.0, "ffn": -3.0}
+    log_alpha = {
+        kind: jnp.asarray(rng.normal(middle.get(kind, 2.0), 0.5, shape), jnp.float32)
+        for kind, shape in masks_lib.mask_shapes(BERT_BASE).items()
+    }
+    for target in (0.95, 0.6):
+        gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
+        assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
 
 
 @pytest.mark.parametrize("gap", [-9e-4, 0.0, 9e-4])
