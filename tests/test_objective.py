@@ -136,14 +136,15 @@ _match = jax.jit(objective.match_layers, static_argnames="ordered")
 @st.composite
 def matchings(draw):
     taught, layers = draw(st.sampled_from([(4, 6), (4, 3), (1, 4)]))
-    cost = st.floats(0, 1e6, width=32)
+    # XLA takes subnormal numbers for 0.
+    cost = st.floats(0, 1e6, width=32, allow_subnormal=False)
     row = st.lists(cost, min_size=layers, max_size=layers)
     costs = draw(st.lists(row, min_size=taught, max_size=taught))
     alive = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
     return costs, alive
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=200, derandomize=True)
 @given(matchings())
 def test_match_layers(matching):
     costs, alive = matching
