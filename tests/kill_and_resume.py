@@ -29,41 +29,36 @@ def start(config, workdir, log):
     )
 
 
-def position(workdir):
-    """The last logged (stage, step); ("", 0) before the first line."""
+def logged(workdir):
+    """(stage number, step) of each line that is whole, in order."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
-    for line in reversed(path.read_text().splitlines() if path.exists() else []):
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            found = json.loads(line)
-            return found["stage"], found["step"]
+            values = json.loads(line)
         except ValueError:
             continue
-    return "", 0
+        found.append((STAGES.index(values["stage"]), values["step"]))
+    return found
 
 
-def run_with_kills(config, workdir, kills, rng, delay, log):
-    """Restarts until the run ends; where each kill fell.
+def moments_of(workdir, kills, rng):
+    """Random moments of a finished run, by its steps; each stage has some."""
+    per_stage = [[p for p in logged(workdir) if p[0] == i] for i in range(len(STAGES))]
+    moments = [rng.choice(per_stage[i % len(STAGES)]) for i in range(kills)]
+    return sorted(moments)
 
-    A kill comes `rng.uniform(*delay)` seconds after the process started to log new
-    lines, so that every start makes some progress.
-    """
-    killed_at = []
-    while True:
-        before = position(workdir)
+
+def run_with_kills(config, workdir, moments, rng, log):
+    """Kills the run each time it has come to the next moment, and a little more."""
+    for moment in moments:
         process = start(config, workdir, log)
-        if len(killed_at) == kills:
-            assert process.wait() == 0
-            return killed_at
-        while process.poll() is None and position(workdir) == before:
+        while process.poll() is None and max(logged(workdir), default=(-1, 0)) < moment:
             time.sleep(0.02)
-        try:
-            status = process.wait(rng.uniform(*delay))
-            assert status == 0, f"exit status {status}"
-            return killed_at
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed_at.append(position(workdir))
+        time.sleep(rng.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(config, workdir, log).wait() == 0
 
 
 def differing(one, other):
@@ -87,18 +82,14 @@ def main():
     parser.add_argument("--config", default="configs/demo.py")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--delay", type=float, nargs=2, default=(0, 6))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as top, open(f"{top}/log", "w") as log:
         rng = random.Random(args.seed)
         whole, pieces = f"{top}/whole", f"{top}/pieces"
         assert start(args.config, whole, log).wait() == 0, open(f"{top}/log").read()
-        killed_at = run_with_kills(
-            args.config, pieces, args.kills, rng, args.delay, log
-        )
-        print(f"killed {len(killed_at)} times, at", *killed_at, sep="\n  ")
-        for stage in STAGES:
-            print(f"{stage}: {sum(where == stage for where, _ in killed_at)} kills")
+        moments = moments_of(whole, args.kills, rng)
+        run_with_kills(args.config, pieces, moments, rng, log)
+        print("killed at", *(f"{STAGES[i]} {step}" for i, step in moments), sep="\n  ")
         for model in ("teacher", "pruned"):
             names = differing(f"{whole}/{model}", f"{pieces}/{model}")
             print(f"{model}:", f"DIFFERS in {names}" if names else "bit-identical")
