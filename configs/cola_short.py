@@ -3,8 +3,9 @@
     python train.py --config configs/cola_short.py \
         --config.model.path=path/to/encoder --config.data.path=path/to/cola
 
-For a BERT of 6 layers and hidden size 384 (all-MiniLM-L6-v2, say). Expected: the
-table in docs/results.md. Time: about 20 minutes on two CPU cores.
+For a BERT of 6 layers and hidden size 384 (all-MiniLM-L6-v2, say). Expected: Matthews
+correlation about 0.23 where the dense model has 0.32, twice as fast (docs/results.md).
+Time: about 40 minutes on two CPU cores.
 """
 
 from cofi_jax.config import Config

@@ -3,8 +3,9 @@
     python train.py --config configs/sst2_short.py \
         --config.model.path=path/to/encoder --config.data.path=path/to/sst2
 
-For a BERT of 6 layers and hidden size 384 (all-MiniLM-L6-v2, say). Expected: the
-table in docs/results.md. Time: about half an hour on two CPU cores.
+For a BERT of 6 layers and hidden size 384 (all-MiniLM-L6-v2, say). Expected: accuracy
+about 0.81 where the dense model has 0.88, 13 times as fast (docs/results.md). Time:
+under an hour on two CPU cores.
 """
 
 from cofi_jax.config import Config

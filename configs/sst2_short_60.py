@@ -4,7 +4,8 @@
         --config.teacher.path=runs/sst2_short/teacher \
         --config.data.path=path/to/sst2
 
-Expected: the table in docs/results.md. Time: about 20 minutes on two CPU cores.
+Expected: accuracy about 0.87 where the dense model has 0.88, twice as fast
+(docs/results.md). Time: about 20 minutes on two CPU cores.
 """
 
 from cofi_jax.config import Config
