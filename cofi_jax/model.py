@@ -1,6 +1,7 @@
 """The encoder: one linen module is the dense, the masked and the sliced model.
 
-Post-LayerNorm BERT. With the gates of the collection `masks` (any subset of the
+Post-LayerNorm: BERT, and RoBERTa, which differs in the row of the position table
+that the first token takes. With the gates of the collection `masks` (any subset of the
 kinds; hidden gates z act on every vector of width D):
 
     e  = norm(z * (word + position + type))
@@ -16,6 +17,7 @@ intermediate, C classes.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -27,6 +29,16 @@ from cofi_jax.config import KINDS
 Batch = dict[str, jax.Array]
 
 _INIT = nn.initializers.normal(0.02)
+
+# By Hugging Face's names.
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "relu": nn.relu,
+    "silu": nn.silu,
+    "swish": nn.silu,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +52,26 @@ class EncoderConfig:
     intermediate: tuple[int, ...]  # per layer
     pooler_size: int
     num_labels: int
-    max_positions: int = 512
+    max_positions: int = 512  # rows of the position table
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
     dtype: str = "float32"  # of the matrix work; parameters stay float32
+    problem: str = "classification"  # or regression, span
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    model_type: str = "bert"  # as Hugging Face calls the family
+    position_offset: int = 0  # the position table's row for the first token
 
     @classmethod
     def from_json(cls, fields: dict) -> "EncoderConfig":
         """The inverse of `dataclasses.asdict` after a passage through JSON."""
         lists = {name: tuple(fields[name]) for name in ("heads", "intermediate")}
         return cls(**fields | lists)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the position table has rows for."""
+        return self.max_positions - self.position_offset
 
     def widths(self) -> dict:
         """JSON-able `hidden`, and `heads` and `intermediate` per layer."""
@@ -62,7 +83,10 @@ class EncoderConfig:
 
 
 class Output(NamedTuple):
-    """Logits (B, C) and L + 1 hidden states (B, T, D), the embeddings' first."""
+    """Logits and L + 1 hidden states (B, T, D), the embeddings' first.
+
+    Logits are (B, C); of spans (B, T, 2), for the start and the end of the answer.
+    """
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...]
@@ -141,7 +165,7 @@ class FeedForward(nn.Module):
     def __call__(self, x, unit_gates):
         dtype = self.config.dtype
         x = nn.Dense(self.width, dtype=dtype, kernel_init=_INIT, name="up")(x)
-        x = nn.gelu(x, approximate=False)
+        x = ACTIVATIONS[self.config.activation](x)
         if unit_gates is not None:
             x = x * unit_gates.astype(x.dtype)
         return nn.Dense(
@@ -188,7 +212,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT for sequence classification.
+    """An encoder with a head: on the first token, or for spans on every token.
 
     `apply({"params": params, "masks": masks}, batch)` with `batch` of
     input_ids, attention_mask and token_type_ids, each (B, T) int32; `masks` may be
@@ -216,12 +240,13 @@ class Encoder(nn.Module):
             layer = Layer(heads, width, config, name=f"layer_{i}")
             x = layer(x, batch["attention_mask"], gates, train=train)
             states.append(x)
-        first = nn.Dense(
-            config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
-        )(x[:, 0])
-        pooled = nn.Dropout(config.dropout, deterministic=not train)(jnp.tanh(first))
+        if config.problem != "span":
+            first = nn.Dense(
+                config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
+            )(x[:, 0])
+            x = nn.Dropout(config.dropout, deterministic=not train)(jnp.tanh(first))
         logits = nn.Dense(config.num_labels, kernel_init=_INIT, name="classifier")(
-            pooled.astype(jnp.float32)
+            x.astype(jnp.float32)
         )
         return Output(logits, tuple(states))
 
@@ -234,14 +259,14 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, batch, hidden, *, train):
         config = self.config
-        ids = batch["input_ids"]
+        ids, start = batch["input_ids"], config.position_offset
 
         def table(name, rows):
             return self.param(name, _INIT, (rows, config.hidden_size))
 
         x = (
             table("word", config.vocab_size)[ids]
-            + table("position", config.max_positions)[: ids.shape[1]]
+            + table("position", config.max_positions)[start : start + ids.shape[1]]
             + table("type", config.type_vocab_size)[batch["token_type_ids"]]
         )
         if hidden is not None:

@@ -134,8 +134,10 @@ def take(params: dict, spec: PrunedSpec) -> dict:
     tables = {name: (None, hidden) for name in embeddings if name != "norm"}
     taken = dict(params) | {
         "embeddings": gather(embeddings, **tables) | {"norm": norm(embeddings["norm"])},
-        "pooler": gather(params["pooler"], kernel=(hidden,), bias=()),
     }
+    # The first layer of the head reads the hidden states.
+    head = "pooler" if "pooler" in params else "classifier"
+    taken[head] = gather(params[head], kernel=(hidden,), bias=())
     for i, (heads, units) in enumerate(zip(spec.heads, spec.intermediate, strict=True)):
         layer, kept = taken.pop(f"layer_{i}", {}), {}
         if heads:
