@@ -27,9 +27,11 @@ from cofi_jax import (
     inputs,
     plots,
     report,
+    rows,
     slicing,
     sparsity,
     stages,
+    tasks,
     training,
 )
 from cofi_jax import config as config_lib
@@ -54,10 +56,21 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
     inputs.check_workdir(config, workdir)
     if (workdir / "report.json").exists():
         return json.loads((workdir / "report.json").read_text())
-    teacher, params, tokenizer = inputs.load_teacher(config)
+    splits = ("train", *tasks.find(config.data).validation)
+    task, columns = rows.load(config.data, splits)
+    teacher, params, tokenizer = inputs.load_teacher(config, task)
     inputs.check_model(config, teacher.config, tokenizer)
-    train = data_lib.load_examples(config.data, "train", tokenizer)
-    validation = data_lib.load_examples(config.data, "validation", tokenizer)
+    examples = {
+        split: data_lib.tokenise(
+            columns.pop(split),
+            task,
+            tokenizer,
+            max_length=tasks.max_length(config.data),
+            training=split == "train",
+        )
+        for split in splits
+    }
+    train = examples.pop("train")
     inputs.check_rows(config, train)
 
     try:
@@ -80,21 +93,17 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
             )
         report.write_atomically(workdir / "config.json", config_lib.to_json(config))
         log = report.MetricsLog(workdir / "metrics.jsonl")
-        shared = stages.Run(config, workdir, train, validation, log)
+        shared = stages.Run(config, workdir, task, train, examples, log)
         return _stages(shared, teacher, params, tokenizer)
 
 
 def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
-    config, workdir = run.config, run.workdir
-    task = data_lib.TASKS[config.data.task]
-    about = {
-        "task": config.data.task,
-        "metric": task.metric,
-        "labels": list(task.labels),
-        "data_path": config.data.path,
-        "max_length": config.data.max_length,
-        "buckets": list(config.data.buckets),
-    }
+    config, workdir, task = run.config, run.workdir, run.task
+    metric = task.metrics[0]
+    data = dataclasses.asdict(config.data)
+    if config.data.task == tasks.OWN:
+        data["labels"] = task.labels  # read off the training rows, perhaps
+    about = {"task": config.data.task, "labels": list(task.labels), "data": data}
     seconds = {"teacher": 0.0}
     if not config.teacher.path:
         params, seconds["teacher"] = stages.train_teacher(run, model, params)
@@ -103,8 +112,9 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
         checkpoint.save_model(
             workdir / "teacher", params, model.config, tokenizer=tokenizer, about=about
         )
-    teacher_score = run.score(training.make_predict(model), params)
-    print(f"teacher: {task.metric} {teacher_score:.4f}", flush=True)
+    teacher_scores = run.scores(training.make_predict(model), params)
+    teacher_score = stages.main_score(teacher_scores)
+    print(f"teacher: {metric} {teacher_score:.4f}", flush=True)
 
     student, seconds["prepruning"] = stages.prepare(run, model, params)
     student, masks, seconds["prune"] = stages.learn_masks(run, model, student, params)
@@ -117,7 +127,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     before = run.score(training.make_predict(small), sliced)
     removed = sparsity.exact_sparsity(masks, model.config)
     print(
-        f"sliced: sparsity {removed:.4f}, {task.metric} {before:.4f}, differs from the "
+        f"sliced: sparsity {removed:.4f}, {metric} {before:.4f}, differs from the "
         f"masked model by at most {difference:.1e}",
         flush=True,
     )
@@ -125,7 +135,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     hidden = np.asarray(spec.hidden)
     student = stages.Student(sliced, student.projection[hidden])
     sliced, seconds["finetune"] = stages.finetune(run, small, student, model, params)
-    score = run.score(training.make_predict(small), sliced)
+    scores = run.scores(training.make_predict(small), sliced)
     about |= {"dense": dataclasses.asdict(model.config), "sparsity": removed}
     if not (workdir / "pruned").exists():
         checkpoint.save_model(
@@ -144,10 +154,14 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     )
     result = {
         "task": config.data.task,
-        "metric": task.metric,
+        "metric": metric,
         "seed": config.seed,
-        "teacher": {"score": teacher_score},
-        "pruned": {"score": score, "score_before_finetune": before},
+        "teacher": {"score": teacher_score, "scores": teacher_scores},
+        "pruned": {
+            "score": stages.main_score(scores),
+            "score_before_finetune": before,
+            "scores": scores,
+        },
         "sparsity": removed,
         "target_sparsity": config.prune.target_sparsity,
         "params": {
@@ -213,6 +227,9 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
         if isinstance(error, flags.Error) and len(lines) == 1:
             raise UserError(f"{lines[0]}; usage: {_USAGE}") from error
         text = lines[-1] if lines else ""
+        _, ours, said = text.partition(f"{UserError.__name__}: ")
+        if ours:
+            raise reject("--config", path, said) from error
         if not isinstance(error, flags.Error):  # which quotes a whole traceback
             text = f"{type(error).__name__}: {text}"
         raise reject("--config", path, f"{text}; {_LEGAL_CONFIG}") from error
@@ -220,7 +237,13 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
         raise reject("--config", path, _LEGAL_CONFIG)
     if rest:
         raise UserError(f"{rest[0]!r}: unknown argument; usage: {_USAGE}")
-    return config, pathlib.Path(values.workdir or f"runs/{pathlib.Path(path).stem}")
+    return config, pathlib.Path(values.workdir or f"runs/{name_of(path)}")
+
+
+def name_of(path: str) -> str:
+    """What a `--config` is called: configs/paper.py:sst2,0.9 is paper-sst2-0.9."""
+    file, _, argument = path.partition(":")
+    return "-".join([pathlib.Path(file).stem, *filter(None, argument.split(","))])
 
 
 def _check_override(field, value, *, bare):

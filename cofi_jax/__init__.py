@@ -21,6 +21,7 @@ from cofi_jax.masks import (
     without,
 )
 from cofi_jax.model import Encoder, EncoderConfig, init_params
+from cofi_jax.pretrained import save_hugging_face
 from cofi_jax.slicing import PrunedSpec, fold, prune, take
 from cofi_jax.sparsity import (
     exact_sparsity,
@@ -63,6 +64,7 @@ __all__ = [
     "prune",
     "read_about",
     "sample",
+    "save_hugging_face",
     "save_model",
     "exact_sparsity",
     "take",

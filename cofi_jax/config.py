@@ -26,7 +26,7 @@ def reject(field: str, value: Any, legal: str) -> UserError:
 class Model:
     """The pretrained encoder; with an empty `path`, a new one of these sizes."""
 
-    path: str = "bert-base-uncased"  # hub name or folder with model.safetensors
+    path: str = "bert-base-uncased"  # hub name or folder
     num_layers: int = 12
     num_heads: int = 12
     hidden_size: int = 768
@@ -39,10 +39,17 @@ class Model:
 class Data:
     """The task and where its rows come from."""
 
-    task: str = "sst2"  # a row of data.TASKS
-    path: str = "nyu-mll/glue"  # hub name, or a folder with train.* and validation.*
-    max_length: int = 128  # tokens, special ones included
+    task: str = "sst2"  # a row of tasks.TASKS, or own
+    path: str = ""  # folder with train.* and validation.*, or hub name; "": the task's
+    extra_file: str = ""  # more training rows, augmented ones say, in the same columns
+    max_length: int = 0  # tokens, special ones included; 0: the task's
     buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)  # padded lengths
+    # What the table says of its tasks, for the task "own":
+    columns: tuple[str, ...] = ()  # of text, one or two
+    label_column: str = "label"
+    problem: str = "classification"  # or regression
+    labels: tuple[str, ...] = ()  # names of class 0, 1, ...; (): the training rows'
+    metrics: tuple[str, ...] = ()  # the first is the score; (): accuracy, or spearman
 
 
 @dataclasses.dataclass
@@ -50,6 +57,7 @@ class Teacher:
     """The model to imitate: loaded from `path`, or trained when that is empty."""
 
     path: str = ""  # a saved model or a Hugging Face folder with a classifier
+    labels: tuple[str, ...] = ()  # that folder's classes in its order; (): the task's
     train_rows: int = 0  # 0: all
     epochs: int = 3
     batch_size: int = 32
@@ -64,10 +72,11 @@ class Distill:
     """How the student imitates the teacher (paper, section 3.2)."""
 
     logits: float = 0.1  # weight of the logit term; 0 turns it off
-    layers: float = 0.9  # weight of the layer term; 0 turns it off
+    layers: float = 0.9  # weight of the layer term; both 0: the task's own loss
     temperature: float = 2.0
-    match: str = "closest"  # closest, or ordered (student layers keep their order)
-    num_layers: int = 4  # teacher layers to imitate, evenly spaced
+    match: str = "closest"  # ordered: likewise, in order; fixed: one to one
+    num_layers: int = 4  # teacher layers to imitate
+    taught: str = "even"  # which: evenly spaced; random: one of each of equal windows
 
 
 @dataclasses.dataclass
@@ -135,6 +144,20 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
+def section(kind: type, fields: dict[str, Any], *, field: str, path: str) -> Any:
+    """One of the dataclasses above, `kind`, from its part of a JSON.
+
+    Raises:
+      UserError: for fields that `kind` does not have; `field` and `path` say where.
+    """
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    try:
+        return kind(**lists)
+    except TypeError as error:
+        legal = f"its description does not fit this version: {error}"
+        raise reject(field, path, legal) from error
+
+
 def flatten(config: Config | str) -> dict[str, Any]:
     """`{"prune.target_sparsity": 0.95, ...}` of a config or of its JSON."""
 
@@ -169,7 +192,9 @@ def validate(config: Config) -> None:
         "prune.mask_schedule": ("linear", "constant"),
         "prune.multiplier_schedule": ("linear", "constant"),
         "finetune.schedule": ("linear", "constant"),
-        "distill.match": ("closest", "ordered"),
+        "distill.match": ("closest", "ordered", "fixed"),
+        "distill.taught": ("even", "random"),
+        "data.problem": ("classification", "regression"),
     }
     flat = flatten(config)
     for field, legal in choices.items():
@@ -191,8 +216,6 @@ def validate(config: Config) -> None:
         raise reject(
             "distill.temperature", config.distill.temperature, "must be above 0"
         )
-    if config.distill.logits == config.distill.layers == 0:
-        raise reject("distill.logits", 0.0, "must be above 0 where distill.layers is 0")
     if config.model.hidden_size % config.model.num_heads:
         raise reject(
             "model.hidden_size",
@@ -215,8 +238,9 @@ def validate(config: Config) -> None:
     buckets = tuple(data.buckets)
     if not buckets or buckets != tuple(sorted(set(buckets))) or buckets[0] < 1:
         raise reject("data.buckets", buckets, "must be lengths >= 1 in rising order")
-    if data.max_length < 3:
-        raise reject("data.max_length", data.max_length, "must be at least 3")
+    if data.max_length and data.max_length < 3:
+        legal = "must be at least 3, or 0: the task's own length"
+        raise reject("data.max_length", data.max_length, legal)
 
 
 def check_kinds(field: str, kinds: Sequence[str]) -> None:
@@ -269,7 +293,7 @@ def _check_types(node: Any, like: Any, prefix: str) -> None:
                 raise reject(name, value, f"must be a {type(want).__name__}")
             _check_types(value, want, name + ".")
         elif isinstance(want, tuple):
-            item = type(want[0])
+            item = type(want[0]) if want else str
             if not isinstance(value, tuple | list) or not all(
                 type(x) is item for x in value
             ):

@@ -1,55 +1,30 @@
-"""From a task's name to padded batches: table, rows, token ids, epoch plan, batch.
+"""From rows to padded batches: token ids, epoch plan, batch.
 
-    load_rows -> load_examples -> epoch_plan(seed, epoch) -> make_batch
+    tokenise -> epoch_plan(seed, epoch) -> make_batch
 
 An epoch is a pure function of (seed, epoch), so resuming is recomputing. Batches are
-padded to one of a few bucket lengths, so that a step is compiled a few times only. A
-new task is one more row of `TASKS`.
+padded to one of a few bucket lengths, so that a step is compiled a few times only.
 """
 
 import dataclasses
-import json
-import pathlib
-import re
+import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from cofi_jax import config, grammar
-
-if TYPE_CHECKING:  # slow to import: a wrong flag should fail before that
-    import datasets
-    import pyarrow
-
-FORMATS = ("parquet", "csv", "tsv", "json", "jsonl")
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One row of the task table."""
-
-    columns: tuple[str, ...]  # of text: one sentence, or a pair
-    labels: tuple[str, ...]  # the name of label 0, 1, ...
-    metric: str  # a key of metrics.METRICS
-    label_column: str = "label"
-
-
-TASKS = {
-    "demo": Task(("sentence",), ("blame", "praise"), "accuracy"),
-    "sst2": Task(("sentence",), ("negative", "positive"), "accuracy"),
-    "cola": Task(("sentence",), ("unacceptable", "acceptable"), "matthews"),
-}
+from cofi_jax import config, squad, tasks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N tokenised rows, not yet padded."""
+    """N tokenised rows, not yet padded; of spans, N windows of the contexts."""
 
     input_ids: list[np.ndarray]  # N int32 arrays
     token_type_ids: list[np.ndarray]  # of the same lengths
-    labels: np.ndarray  # (N,) int32
+    labels: np.ndarray  # (N,) int32 classes or float32 values; (N, 2) int32 of spans
     pad_id: int = 0
+    questions: squad.Questions | None = None  # that all N windows belong to
 
     def __len__(self) -> int:  # noqa: D105
         return len(self.labels)
@@ -69,141 +44,45 @@ class Examples:
         )
 
 
-def load_rows(data: config.Data, split: str) -> "datasets.Dataset":
-    """Reads the split "train" or "validation" of the task and checks every row.
+def tokenise(
+    columns: dict[str, Any],
+    task: tasks.Task,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    training: bool = False,
+) -> Examples:
+    """The rows that `rows.load` read as token ids.
 
-    The demo task is generated. A folder is searched, and its subfolder of the task's
-    name, for `{split}.parquet`, `.csv`, `.tsv` (not quoted, as GLUE's own), `.json` (a
-    list, or one object a line) or `.jsonl`. Any other path is a name on the hub.
-    Raises a UserError for all that can be wrong with these.
+    Rows are cut at `max_length` tokens; of a question's context as many windows are
+    made as it takes. `tokenizer` is one of Hugging Face's transformers. With
+    `training` questions are left out whose answer is not in their context.
     """
-    if data.task not in TASKS:
-        raise config.reject("data.task", data.task, f"must be one of {[*TASKS]}")
-    import datasets
-
-    source = split
-    if data.task == "demo":
-        rows = datasets.Dataset.from_dict(grammar.demo_rows(split))
-    elif pathlib.Path(data.path or "?").expanduser().is_dir():
-        source = _find_file(data, split)
-        rows = datasets.Dataset(_read_file(data, source))
-    else:
-        rows = _load_from_hub(data, split)
-    _check_rows(data, rows, source)
-    return rows
-
-
-def _find_file(data: config.Data, split: str) -> pathlib.Path:
-    top = pathlib.Path(data.path).expanduser()
-    folders = [folder for folder in (top, top / data.task) if folder.is_dir()]
-    files = [file for folder in folders for file in sorted(folder.iterdir())]
-    names = [f"{split}.{suffix}" for suffix in FORMATS]
-    found = [file for file in files if file.name in names]
-    if len(found) == 1:
-        return found[0]
-    here = ", ".join(str(file.relative_to(top)) for file in (found or files)[:20])
-    legal = f"must hold one of {names}, itself or in its folder {data.task}"
-    raise _bad_path(data, f"{legal}; {len(found)} found, among: {here or 'no files'}")
-
-
-def _read_file(data: config.Data, file: pathlib.Path) -> "pyarrow.Table":
-    import pyarrow
-    from pyarrow import csv, parquet
-
-    try:
-        if file.suffix == ".parquet":
-            return parquet.read_table(file, partitioning=None)  # a=b/ adds no column
-        if file.suffix in (".csv", ".tsv"):
-            parse = csv.ParseOptions(newlines_in_values=True)
-            if file.suffix == ".tsv":
-                parse = csv.ParseOptions(delimiter="\t", quote_char=False)
-            # An empty cell is missing; the word NA, or a number, is text.
-            convert = csv.ConvertOptions(
-                column_types=dict.fromkeys(TASKS[data.task].columns, pyarrow.string()),
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            )
-            return csv.read_csv(file, parse_options=parse, convert_options=convert)
-        # Not pyarrow's reader, which turns texts that look like dates into dates.
-        text = file.read_text(encoding="utf-8-sig").strip()
-        if not text.startswith("["):  # one object a line
-            text = "[" + ",".join(filter(str.strip, text.split("\n"))) + "]"
-        return pyarrow.Table.from_pylist(json.loads(text))
-    except Exception as error:  # each parser has its own ways to refuse a file
-        problem = f"cannot read {file} ({type(error).__name__}: {error})"
-        raise _bad_path(data, problem) from error
-
-
-def _load_from_hub(data: config.Data, split: str) -> "datasets.Dataset":
-    import datasets
-
-    instead = "give a local folder with train.parquet and validation.parquet: "
-    instead += "--config.data.path=path/to/folder (train.py), --data (eval.py)"
-    hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", data.path)
-    if not hub_name or pathlib.Path(data.path).exists():
-        raise _bad_path(data, f"is neither a folder nor a hub name; {instead}")
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(data.path, data.task, split=split)
-    except Exception as error:  # no network, no such name, no such split, a bad cache
-        problem = f"no such folder, and the hub gave no {split} rows of {data.task}"
-        problem += f" ({type(error).__name__}: {error}); {instead}"
-        raise _bad_path(data, problem) from error
-
-
-def _check_rows(data: config.Data, rows: "datasets.Dataset", source: Any) -> None:
-    task = TASKS[data.task]
-    if not len(rows):
-        raise _bad_path(data, f"{source} has no rows; at least 1 is needed")
-    for column in (*task.columns, task.label_column):
-        if column not in rows.column_names:
-            there = ", ".join(rows.column_names)
-            raise _bad_path(data, f"{source} needs a column {column!r}; it has {there}")
-    for column in task.columns:
-        texts = rows.data.column(column)
-        if texts.null_count:
-            where = f"{source}, row {np.argmax(texts.is_null())} (the first is 0)"
-            raise _bad_path(data, f"{where} has no text in {column!r}")
-        if str(texts.type) not in ("string", "large_string"):
-            raise _bad_path(data, f"{source}: {column!r} is {texts.type}, must be text")
-    labels = rows.data.column(task.label_column)
-    values, legal = labels.to_numpy(), np.arange(len(task.labels))
-    numeric = values.dtype.kind in "iuf"  # missing ones are nan
-    if not numeric:  # wrong as a whole; show the row that made the column text
-        values, legal = values.astype(str), legal.astype(str)
-    wrong = ~np.isin(values, legal)
-    if wrong.any() or not numeric:
-        row = int(np.argmax(wrong))
-        problem = f"{source}, row {row} (the first is 0) has {task.label_column}="
-        problem += f"{labels[row].as_py()!r}; must be an integer among "
-        problem += f"{dict(enumerate(task.labels))} (hub test splits hold only -1)"
-        raise _bad_path(data, problem)
-
-
-def _bad_path(data: config.Data, problem: str) -> config.UserError:
-    one_line = " ".join(problem.split())  # other people's errors may have several
-    return config.reject("data.path", data.path, one_line)
-
-
-def load_examples(data: config.Data, split: str, tokenizer: Any) -> Examples:
-    """Loads a split and tokenises it, cutting rows at `data.max_length` tokens.
-
-    `tokenizer` is one of Hugging Face's transformers. Raises as `load_rows` does.
-    """
-    rows = load_rows(data, split)
-    task = TASKS[data.task]
+    if task.problem == "span":
+        found = squad.windows(
+            columns, tokenizer, max_length=max_length, training=training
+        )
+        if found.skipped:
+            warning = "questions skipped: their answer is not in their context"
+            print(f"warning: {found.skipped} {warning}", file=sys.stderr)
+        return Examples(
+            found.input_ids,
+            found.token_type_ids,
+            found.labels,
+            tokenizer.pad_token_id,
+            found.questions,
+        )
     encoded = tokenizer(
-        *(rows[column][:] for column in task.columns),
+        *(columns[name] for name in task.columns),
         truncation=True,
-        max_length=data.max_length,
+        max_length=max_length,
         return_token_type_ids=True,
         return_attention_mask=False,
     )
     return Examples(
         [np.array(ids, np.int32) for ids in encoded["input_ids"]],
         [np.array(ids, np.int32) for ids in encoded["token_type_ids"]],
-        np.array(rows[task.label_column][:], np.int32),
+        columns[task.label_column],
         tokenizer.pad_token_id,
     )
 
@@ -222,8 +101,9 @@ def first_rows(examples: Examples, rows: int, *, field: str) -> Examples:
 
 
 def bucket_lengths(data: config.Data) -> tuple[int, ...]:
-    """The padded lengths in use: `data.buckets`, ending in `data.max_length`."""
-    return (*(b for b in data.buckets if b < data.max_length), data.max_length)
+    """The padded lengths in use: `data.buckets`, ending in the longest row's."""
+    longest = tasks.max_length(data)
+    return (*(b for b in data.buckets if b < longest), longest)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -271,8 +151,8 @@ def make_batch(
     blank rows: a softmax over nothing is nan). T is at least the longest row's length.
 
     Returns:
-      `input_ids`, `attention_mask`, `token_type_ids` (B, T) int32, `labels` (B,)
-      int32 and `weight` (B,) float32.
+      `input_ids`, `attention_mask`, `token_type_ids` (B, T) int32, `labels` as in
+      `Examples`, B of them, and `weight` (B,) float32.
     """
     filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
     ids = np.full((batch_size, length), examples.pad_id, np.int32)

@@ -8,11 +8,20 @@ from typing import Any
 
 import jax
 
-from cofi_jax import checkpoint, grammar, hard_concrete, pretrained, sparsity, stages
+from cofi_jax import (
+    checkpoint,
+    grammar,
+    hard_concrete,
+    pretrained,
+    sparsity,
+    stages,
+    tasks,
+)
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
 from cofi_jax.config import Config, reject
 from cofi_jax.model import Encoder, EncoderConfig, init_params
+from cofi_jax.tasks import Task
 
 
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
@@ -38,25 +47,25 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
             )
 
 
-def load_teacher(config: Config) -> tuple[Encoder, dict, Any]:
+def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
     """The module, its parameters (to be trained without `teacher.path`), tokenizer.
 
     Raises:
       UserError: for a model that is not there, damaged, or of another task.
     """
     key = jax.random.key(config.seed)
-    if config.data.task not in data_lib.TASKS:
-        legal = f"must be one of {', '.join(data_lib.TASKS)}"
-        raise reject("data.task", config.data.task, legal)
-    task = data_lib.TASKS[config.data.task]
     if config.teacher.path:
-        return _load_trained(config, len(task.labels))
+        return _load_trained(config, task)
+    if config.teacher.labels:
+        legal = "goes with teacher.path; without it the task gives the order"
+        raise reject("teacher.labels", config.teacher.labels, legal)
     if config.model.path:
         folder = pretrained.resolve(config.model.path, "model.path")
         sizes, params = pretrained.load_encoder(
             folder,
             field="model.path",
-            num_labels=len(task.labels),
+            num_labels=task.num_outputs,
+            problem=task.problem,
             model=config.model,
             key=key,
         )
@@ -74,17 +83,20 @@ def load_teacher(config: Config) -> tuple[Encoder, dict, Any]:
         head_size=model.hidden_size // model.num_heads,
         intermediate=(model.intermediate_size,) * model.num_layers,
         pooler_size=model.hidden_size,
-        num_labels=len(task.labels),
-        max_positions=config.data.max_length,
+        num_labels=task.num_outputs,
+        max_positions=tasks.max_length(config.data),
         dropout=model.dropout,
         dtype=model.dtype,
     )
     return Encoder(sizes), init_params(sizes, key), tokenizer
 
 
-def _load_trained(config, num_labels):
-    path = config.teacher.path
+def _load_trained(config, task):
+    path, order = config.teacher.path, config.teacher.labels
     if checkpoint.is_model(path):
+        if order:
+            legal = "is for Hugging Face folders; a saved model knows its own"
+            raise reject("teacher.labels", order, legal)
         model, params, spec = checkpoint.load_model(path, field="teacher.path")
         if spec is not None:
             raise reject("teacher.path", path, "is a pruned model; give a dense one")
@@ -95,24 +107,33 @@ def _load_trained(config, num_labels):
     else:
         folder = pretrained.resolve(path, "teacher.path")
         sizes, params = pretrained.load_classifier(
-            folder, field="teacher.path", model=config.model
+            folder,
+            field="teacher.path",
+            problem=task.problem,
+            labels=task.labels,
+            label_order=order,
+            model=config.model,
         )
+        dense = {sizes.hidden_size // sizes.head_size}
+        if {*sizes.heads} != dense or len({*sizes.intermediate}) > 1:
+            raise reject("teacher.path", path, "is a pruned model; give a dense one")
         tokenizer = pretrained.load_tokenizer(folder, "teacher.path")
-    if sizes.num_labels != num_labels:
-        raise reject(
-            "teacher.path",
-            path,
-            f"has {sizes.num_labels} classes, task {config.data.task} has {num_labels}",
-        )
+    found = sizes.problem, sizes.num_labels
+    if found != (task.problem, task.num_outputs):
+        legal = f"is made for {found[0]} with {found[1]} outputs, task "
+        legal += f"{config.data.task} for {task.problem} with {task.num_outputs}"
+        raise reject("teacher.path", path, legal)
     return Encoder(sizes), params, tokenizer
 
 
 def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
     """Raises UserError where lengths, vocabulary or target do not fit the model."""
-    for field in ("data.max_length", "benchmark.seq_length"):
-        value = config_lib.flatten(config)[field]
-        if value > sizes.max_positions:
-            legal = f"must be at most {sizes.max_positions}, the model's positions"
+    for field, value in (
+        ("data.max_length", tasks.max_length(config.data)),
+        ("benchmark.seq_length", config.benchmark.seq_length),
+    ):
+        if value > sizes.longest:
+            legal = f"must be at most {sizes.longest}, the model's positions"
             raise reject(field, value, legal)
     if len(tokenizer) > sizes.vocab_size:
         raise reject(
@@ -132,6 +153,9 @@ def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
 
 def check_rows(config: Config, train: data_lib.Examples) -> None:
     """Raises UserError where rows are too few; warns where gates cannot close."""
+    if not len(train):
+        legal = "holds no training question whose answer is in its context"
+        raise reject("data.path", config.data.path, legal)
     for field in ("teacher", "prune", "finetune"):
         rows = getattr(config, field).train_rows
         data_lib.first_rows(train, rows, field=f"{field}.train_rows")

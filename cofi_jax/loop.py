@@ -32,7 +32,10 @@ def predict_all(
     batch_size: int,
     buckets: Sequence[int],
 ) -> np.ndarray:
-    """Logits (N, C) of all `examples`, in their order."""
+    """Logits (N, C) of all `examples`, in their order; of spans (N, T, 2).
+
+    T is the last of the `buckets`, padded with zeros.
+    """
     rows, outputs = [], []
     for chosen, batch in data_lib.eval_batches(
         examples, batch_size=batch_size, buckets=buckets
@@ -41,11 +44,17 @@ def predict_all(
         outputs.append(predict(params, gates, jax.device_put(batch)))
     logits = np.concatenate(
         [
-            logits[: len(chosen)]
+            _pad(logits[: len(chosen)], buckets[-1])
             for chosen, logits in zip(rows, jax.device_get(outputs), strict=True)
         ]
     )
     return logits[np.argsort(np.concatenate(rows))]
+
+
+def _pad(logits, length):
+    if logits.ndim < 3:
+        return logits
+    return np.pad(logits, ((0, 0), (0, length - logits.shape[1]), (0, 0)))
 
 
 def _batches(

@@ -1,10 +1,11 @@
 """What is minimised: the task's loss, imitation of a teacher, or the pruning game.
 
-    distillation = a * T^2 KL(teacher || student) + b * sum_k mse(t_k, W s_m(k))
+    distillation = a * distill_logits + b * sum_k mse(t_k, W s_m(k))
     pruning      = distillation under sampled gates + lagrangian(s, target)
 
 t_k is the output of the k-th taught teacher layer, s_m(k) that of the student
-layer it is matched with, W a learned D x D map (paper, section 3.2).
+layer it is matched with, W a learned D x D map (paper, section 3.2). With a and b 0
+there is no teacher: the task's own loss takes the place of distillation.
 
 An `Objective` maps (theta, frozen, context, batch, key) to (loss, metrics). Theta
 holds what is trained, `frozen` the embeddings where they are not; `context` is the
@@ -16,45 +17,31 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from cofi_jax import masks as masks_lib
 from cofi_jax import sparsity as sparsity_lib
 from cofi_jax.config import Distill
+from cofi_jax.losses import distill_logits, task_loss, weighted_mean
 from cofi_jax.model import Encoder
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, Metrics]]
 
 
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of `values` under non-negative `weights` of the same shape."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
-
-
-def task_loss(logits: jax.Array, labels: jax.Array, weight: jax.Array) -> jax.Array:
-    """Cross-entropy of (B, C) logits, mean over rows of weight 1."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return weighted_mean(losses, weight)
-
-
-def distill_logits(
-    student: jax.Array, teacher: jax.Array, weight: jax.Array, temperature: float
-) -> jax.Array:
-    """T^2 * KL(teacher || student) of (B, C) logits at temperature T, mean over rows.
-
-    The direction is that of the authors' code; the paper writes the other one.
-    """
-    p = jax.nn.log_softmax(teacher / temperature)
-    q = jax.nn.log_softmax(student / temperature)
-    divergence = jnp.sum(jnp.exp(p) * (p - q), -1)
-    return temperature**2 * weighted_mean(divergence, weight)
-
-
 def taught_layers(num_layers: int, count: int) -> tuple[int, ...]:
     """Ids of `count` teacher layers, evenly spaced up to the last (12, 4: 2 5 8 11)."""
     count = min(count, num_layers)
     return tuple(int(num_layers * (k + 1) / count + 0.5) - 1 for k in range(count))
+
+
+def draw_layers(key: jax.Array, num_layers: int, count: int) -> jax.Array:
+    """Ids (K,) of `count` teacher layers, one of each of as many equal windows.
+
+    The windows end where `taught_layers` are (12, 4: 0-2, 3-5, 6-8, 9-11).
+    """
+    last = jnp.array(taught_layers(num_layers, count))
+    first = jnp.concatenate([jnp.zeros(1, last.dtype), last[:-1] + 1])
+    return jax.random.randint(key, last.shape, first, last + 1)
 
 
 def match_layers(costs: jax.Array, alive: jax.Array, *, ordered: bool) -> jax.Array:
@@ -90,8 +77,9 @@ def distill_layers(
     projection: jax.Array,
     token_weight: jax.Array,
     alive: jax.Array,
+    taught: jax.Array,
     *,
-    ordered: bool,
+    match: str,
 ) -> jax.Array:
     """Sum over teacher layers of the mean squared error to the matched student layer.
 
@@ -101,22 +89,34 @@ def distill_layers(
       projection: (D', D), from the student's width to the teacher's.
       token_weight: (B, T), 0 for padding.
       alive: (L,) student layers that may be chosen.
-      ordered: see `match_layers`.
+      taught: (K,) the numbers of the taught layers.
+      match: closest or ordered, see `match_layers`; or fixed: the student's layer of
+        the taught layer's number, and nothing where that one is not alive.
     """
 
     def distance(t, s):  # (B, T, D), (B, T, D)
         return weighted_mean(jnp.square(t - s).mean(-1), token_weight)
 
-    # The choice carries no gradient, so only the chosen layers are differentiated.
-    projected = jax.lax.stop_gradient(student) @ jax.lax.stop_gradient(projection)
-    costs = jax.vmap(lambda t: jax.vmap(lambda s: distance(t, s))(projected))(teacher)
-    matched = match_layers(costs, alive, ordered=ordered)
-    # Not student[matched], whose gradient is a scatter: on a GPU its sums would
-    # come in any order, and a resumed run would differ.
-    chosen = jnp.stack(
-        [jax.lax.dynamic_index_in_dim(student, i, keepdims=False) for i in matched]
+    if match == "fixed":
+        matched, counts = taught, alive[taught]
+    else:
+        # The choice has no gradient, so only the chosen layers are differentiated.
+        projected = jax.lax.stop_gradient(student) @ jax.lax.stop_gradient(projection)
+        costs = jax.vmap(lambda t: jax.vmap(lambda s: distance(t, s))(projected))(
+            teacher
+        )
+        matched = match_layers(costs, alive, ordered=match == "ordered")
+        counts = jnp.ones(len(matched))
+    chosen = _layers(student, matched) @ projection
+    return jnp.sum(jax.vmap(distance)(teacher, chosen) * counts)
+
+
+def _layers(outputs, ids):
+    # Not outputs[ids], whose gradient is a scatter: on a GPU its sums would come in
+    # any order, and a resumed run would differ.
+    return jnp.stack(
+        [jax.lax.dynamic_index_in_dim(outputs, i, keepdims=False) for i in ids]
     )
-    return jax.vmap(distance)(teacher, chosen @ projection).sum()
 
 
 def alive_layers(config, masks: masks_lib.Masks) -> jax.Array:
@@ -141,13 +141,14 @@ def whole_params(theta: dict, frozen: dict) -> dict:
 
 
 def task_objective(model: Encoder) -> Objective:
-    """Cross-entropy of the labels: how the teacher is trained."""
+    """The loss of the labels: how the teacher is trained."""
+    problem = model.config.problem
 
-    def objective(theta, frozen, context, batch, key):
+    def objective(theta, frozen, context, batch, key, masks=None):
         del context
-        variables = {"params": whole_params(theta, frozen)}
+        variables = {"params": whole_params(theta, frozen), "masks": masks or {}}
         output = model.apply(variables, batch, train=True, rngs={"dropout": key})
-        loss = task_loss(output.logits, batch["labels"], batch["weight"])
+        loss = task_loss(problem, output.logits, batch)
         return loss, {"loss_task": loss}
 
     return objective
@@ -161,7 +162,9 @@ def distillation_objective(
     Context: `teacher`, the teacher's parameters. Theta: `params` and, for the layer
     term, `distill_projection` (D', D).
     """
-    taught = taught_layers(len(teacher.config.heads), distill.num_layers)
+    if distill.logits == distill.layers == 0:
+        return task_objective(student)
+    layers = len(teacher.config.heads), distill.num_layers
 
     def objective(theta, frozen, context, batch, key, masks=None):
         masks = masks or {}
@@ -172,20 +175,29 @@ def distillation_objective(
         loss, metrics = 0.0, {}
         if distill.logits:
             metrics["loss_logits"] = distill_logits(
-                output.logits, target.logits, batch["weight"], distill.temperature
+                student.config.problem,
+                output.logits,
+                target.logits,
+                batch,
+                distill.temperature,
             )
             loss += distill.logits * metrics["loss_logits"]
         if distill.layers:
-            token_weight = batch["attention_mask"] * batch["weight"][:, None]
+            states = target.hidden_states[1:]
+            if distill.taught == "random":
+                taught = draw_layers(jax.random.fold_in(key, 1), *layers)
+                lesson = _layers(jnp.stack(states), taught)
+            else:
+                taught = taught_layers(*layers)
+                lesson = jnp.stack([states[k] for k in taught])
             metrics["loss_layers"] = distill_layers(
                 jnp.stack(output.hidden_states[1:]).astype(jnp.float32),
-                jnp.stack([target.hidden_states[1 + k] for k in taught]).astype(
-                    jnp.float32
-                ),
+                lesson.astype(jnp.float32),
                 theta["distill_projection"],
-                token_weight,
+                batch["attention_mask"] * batch["weight"][:, None],
                 alive_layers(student.config, masks),
-                ordered=distill.match == "ordered",
+                jnp.asarray(taught),
+                match=distill.match,
             )
             loss += distill.layers * metrics["loss_layers"]
         return loss, metrics

@@ -1,21 +1,37 @@
-"""Hugging Face BERT folders to our parameters.
+"""Hugging Face folders of BERT and RoBERTa, dense and sliced, to our parameters.
 
-A PyTorch linear layer holds (out, in) and is transposed; query, key and value
-kernels are (D, H, d) here and the attention output kernel is (H, d, D).
+Sliced are the checkpoints of the original CoFi: tensors have their pruned shapes,
+absent blocks are missing, config.json has the dense sizes. Dense ones are written.
 """
 
+import contextlib
 import json
+import os
+import shutil
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
 
+from cofi_jax import torch_names
 from cofi_jax.config import Model, reject
 from cofi_jax.model import EncoderConfig, init_params
+from cofi_jax.torch_config import Misfit, class_rows, from_fields
+from cofi_jax.torch_names import to_hugging_face
 
 _WEIGHTS = "model.safetensors"
-_VOCABULARIES = ("tokenizer.json", "vocab.txt")
-_FILES = ("config.json", _WEIGHTS, "*token*", "vocab*", "merges.txt", "special*")
+_TORCH = "pytorch_model.bin"  # where there is no other
+# Each of these makes a tokenizer.
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json and merges.txt",
+    "sentencepiece.bpe.model",
+)
+_PATTERNS = ["config.json", "*.index.json", "*token*", "vocab*", "special*"]
+_PATTERNS += ["merges.txt", "sentencepiece*"]
 
 
 def resolve(path: str, field: str) -> Path:
@@ -32,7 +48,11 @@ def resolve(path: str, field: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=list(_FILES)))
+        for weights in (_WEIGHTS, _TORCH):
+            found = snapshot_download(path, allow_patterns=[weights, *_PATTERNS])
+            if (Path(found) / weights).exists():
+                break
+        return Path(found)
     # The hub's client raises dozens of kinds, those of its HTTP library included.
     except Exception as error:
         raise reject(
@@ -45,17 +65,25 @@ def resolve(path: str, field: str) -> Path:
 
 
 def load_encoder(
-    folder: Path, *, field: str, num_labels: int, model: Model, key: jax.Array
+    folder: Path,
+    *,
+    field: str,
+    num_labels: int,
+    problem: str,
+    model: Model,
+    key: jax.Array,
 ) -> tuple[EncoderConfig, dict]:
-    """A pretrained encoder with a classifier for `num_labels` classes.
+    """A dense pretrained encoder with a head for `problem`.
 
-    The classifier, and the pooler where the folder has none, are initialised from
-    `key` where the folder's do not fit.
+    Modules of the head that are missing, or have other shapes than asked for, are
+    initialised from `key`.
 
     Args:
-      folder: with `config.json` and `model.safetensors` of any float type.
+      folder: with `config.json` and weights of any float type, in
+        `model.safetensors` or else `pytorch_model.bin`.
       field: the config field that named the folder, for messages.
-      num_labels: C.
+      num_labels: C; 1 for regression, 2 for span.
+      problem: classification, regression or span.
       model: `dropout` and `dtype` are taken from here.
       key: for what has to be initialised.
 
@@ -63,179 +91,192 @@ def load_encoder(
       The sizes and float32 parameters.
 
     Raises:
-      UserError: for an unsupported architecture, and for missing or misshapen weights.
+      UserError: for another architecture, a sliced model, and missing, misshapen
+        or unknown weights.
     """
-    config = read_config(folder, field, num_labels, model)
-    weights = _read_weights(folder, field)
-    head = {"classifier", "pooler"}
-    if f"{_prefix(weights)}pooler.dense.weight" in weights:
-        head.remove("pooler")
-    if weights.get("classifier.weight", np.zeros(())).shape[:1] == (num_labels,):
-        head.remove("classifier")
-    loaded = _from_torch(weights, config, folder, field, skip=head)
+    config = read_config(folder, field, num_labels, model, problem)
+    with _misfits_rejected(field, folder):
+        shapes, get = _open_weights(folder)
+        prefix = torch_names.find_prefix(shapes)
+        found = torch_names.infer_encoder(shapes, config, prefix)
+        if found != config:
+            legal = "not config.json's: a pruned model; give a dense one"
+            raise Misfit(f"has widths {found.widths()}, {legal}")
+        wrong = torch_names.complaints(shapes, config, prefix)
+        for name, complaint in wrong.items():
+            if name.startswith((f"{prefix}embeddings.", f"{prefix}encoder.")):
+                raise Misfit(complaint)
+        heads = torch_names.head_modules(config, prefix)
+        spoilt = {name.rpartition(".")[0] for name in wrong}
+        fresh = {ours for ours, theirs in heads.items() if theirs in spoilt}
+        loaded = torch_names.from_torch(get, config, prefix, without=fresh)
     # The outer jit leaves out what is not asked for.
-    fresh = jax.jit(lambda key: {n: init_params(config, key)[n] for n in head})(key)
-    return config, loaded | fresh
+    init = jax.jit(lambda key: {name: init_params(config, key)[name] for name in fresh})
+    return config, loaded | init(key)
 
 
 def load_classifier(
-    folder: Path, *, field: str, model: Model
+    folder: Path,
+    *,
+    field: str,
+    problem: str,
+    labels: Sequence[str],
+    label_order: Sequence[str] = (),
+    model: Model,
 ) -> tuple[EncoderConfig, dict]:
-    """A fine-tuned classifier, its number of classes as the folder has it.
+    """A fine-tuned model with its head, dense or sliced, its widths from the tensors.
+
+    Args:
+      folder: as in `load_encoder`; config.json has the sizes of the dense model.
+      field: the config field that named the folder, for messages.
+      problem: classification, regression or span.
+      labels: the task's classes in its order, the order of the logits that come
+        back; () takes what the folder has, and is for regression and span.
+      label_order: the same classes in the order of the folder's logits; () takes
+        the names in config.json where they are the task's, upper or lower case, or
+        else the task's order.
+      model: `dropout` and `dtype` are taken from here.
+
+    Returns:
+      The sizes and float32 parameters.
 
     Raises:
-      UserError: as `load_encoder`, and where the classifier is missing.
+      UserError: for an unsupported architecture, missing, misshapen or unknown
+        weights, and classes that are not the task's.
     """
-    weights = _read_weights(folder, field)
-    if "classifier.weight" not in weights:
-        raise reject(field, str(folder), "has no classifier.weight; give a classifier")
-    num_labels = weights["classifier.weight"].shape[0]
-    config = read_config(folder, field, num_labels, model)
-    return config, _from_torch(weights, config, folder, field, skip=set())
+    dense = read_config(folder, field, len(labels), model, problem)
+    with _misfits_rejected(field, folder):
+        rows = class_rows(_read_json(folder), labels, label_order, field)
+        shapes, get = _open_weights(folder)
+        prefix = torch_names.find_prefix(shapes)
+        config = torch_names.infer_encoder(shapes, dense, prefix)
+        config = torch_names.infer_head(shapes, config, prefix)
+        wanted = {"regression": 1, "span": 2}.get(problem, len(labels))
+        if wanted and config.num_labels != wanted:
+            raise Misfit(f"has {config.num_labels} classes, the task has {wanted}")
+        if wrong := torch_names.complaints(shapes, config, prefix):
+            raise Misfit(next(iter(wrong.values())))
+        params = torch_names.from_torch(get, config, prefix)
+    if rows:
+        classifier = params["classifier"]
+        params["classifier"] = {k: v[..., rows] for k, v in classifier.items()}
+    return config, params
 
 
 def read_config(
-    folder: Path, field: str, num_labels: int, model: Model
+    folder: Path,
+    field: str,
+    num_labels: int,
+    model: Model,
+    problem: str = "classification",
 ) -> EncoderConfig:
     """The sizes in `config.json`.
 
     Raises:
-      UserError: where the file is missing or broken, or the architecture is not BERT.
+      UserError: where the file is missing or broken, or the architecture is another.
     """
+    with _misfits_rejected(field, folder):
+        return from_fields(_read_json(folder), num_labels, model, problem)
+
+
+def _read_json(folder):
     try:
-        fields = dict(json.loads((folder / "config.json").read_text()))
+        return dict(json.loads((folder / "config.json").read_text()))
     except (OSError, TypeError, ValueError) as error:
         reason = f"config.json cannot be read ({type(error).__name__})"
-        raise reject(field, str(folder), reason) from error
-    wanted = {
-        "model_type": "bert",
-        "hidden_act": "gelu",
-        "position_embedding_type": "absolute",
-    }
-    defaults = {k: v for k, v in wanted.items() if k != "model_type"}
-    for name, legal in wanted.items():
-        if fields.get(name, defaults.get(name)) != legal:
-            raise reject(
-                field,
-                str(folder),
-                f"unsupported architecture: {name} is {fields.get(name)!r}, must be "
-                f"{legal!r}",
-            )
+        raise Misfit(reason) from error
+
+
+@contextlib.contextmanager
+def _misfits_rejected(field, folder):
     try:
-        layers, heads = fields["num_hidden_layers"], fields["num_attention_heads"]
-        if heads < 1 or fields["hidden_size"] % heads:
-            reason = f"num_attention_heads is {heads}, must divide hidden_size"
-            raise reject(field, str(folder), reason)
-        return EncoderConfig(
-            vocab_size=fields["vocab_size"],
-            hidden_size=fields["hidden_size"],
-            heads=(heads,) * layers,
-            head_size=fields["hidden_size"] // heads,
-            intermediate=(fields["intermediate_size"],) * layers,
-            pooler_size=fields["hidden_size"],
-            num_labels=num_labels,
-            max_positions=fields["max_position_embeddings"],
-            type_vocab_size=fields["type_vocab_size"],
-            layer_norm_eps=fields.get("layer_norm_eps", 1e-12),
-            dropout=model.dropout,
-            dtype=model.dtype,
-        )
-    except KeyError as error:
-        raise reject(field, str(folder), f"config.json lacks {error}") from error
-    except TypeError as error:
-        raise reject(field, str(folder), f"config.json: {error}") from error
+        yield
+    except Misfit as error:
+        raise reject(field, str(folder), str(error)) from error
 
 
-def _read_weights(folder, field):
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _open_weights(folder):
+    """The shapes of a folder's tensors by name, and how to read one as an array."""
+    if (folder / _WEIGHTS).is_file():
+        shapes, get = _open_safetensors(folder / _WEIGHTS)
+    elif (folder / _TORCH).is_file():
+        shapes, get = _open_torch(folder / _TORCH)
+    else:
+        found = sorted(path.name for path in folder.iterdir())
+        if any(name.endswith(".index.json") for name in found):
+            raise Misfit(f"is cut into several files; merge them into {_WEIGHTS}")
+        raise Misfit(f"must hold {_WEIGHTS} or {_TORCH}; it holds {found}")
+    stored = {torch_names.modern(name): name for name in shapes}
+    modern = {new: shapes[name] for new, name in stored.items()}
+    return modern, lambda name: get(stored[name])
 
-    if not (folder / _WEIGHTS).is_file():
-        found = sorted(p.name for p in folder.iterdir())
-        raise reject(field, str(folder), f"must hold {_WEIGHTS}; it holds {found}")
+
+def _open_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
     try:
-        weights = load_file(folder / _WEIGHTS)
+        file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise reject(
-            field, str(folder), f"{_WEIGHTS} cannot be read ({error})"
-        ) from error
-    # As old folders, bert-base-uncased among them, call a LayerNorm's parameters.
-    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    for was, name in old.items():
-        weights = {key.replace(was, name): array for key, array in weights.items()}
-    return weights
+        raise Misfit(f"{path.name} cannot be read ({error})") from error
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes, file.get_tensor
 
 
-def _prefix(weights):
-    return "bert." if any(name.startswith("bert.") for name in weights) else ""
+def _open_torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        reason = f"{path.name} needs PyTorch: pip install torch, or give {_WEIGHTS}"
+        raise Misfit(reason) from error
+    try:
+        tensors = torch.load(
+            path,
+            weights_only=True,  # nothing in the file is executed
+            map_location="cpu",
+            mmap=zipfile.is_zipfile(path),  # since PyTorch 1.6
+        )
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    # Of damage, of what is no tensor, and of what would be executed.
+    except Exception as error:
+        raise Misfit(f"{path.name} cannot be read ({type(error).__name__})") from error
+
+    def get(name):
+        tensor = tensors[name].detach()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+    return shapes, get
 
 
-def _from_torch(weights, config, folder, field, skip):
-    """Our parameters, less the `skip`ped heads, from PyTorch's names."""
-    base = _prefix(weights)
-    d, dim = config.head_size, config.hidden_size
+def save_hugging_face(
+    folder: str | Path,
+    params: dict,
+    config: EncoderConfig,
+    *,
+    tokenizer: Any = None,
+    labels: Sequence[str] = (),
+) -> None:
+    """Writes a dense model, and its tokenizer, for transformers' `from_pretrained`.
 
-    def get(name, *shape):
-        if name not in weights:
-            raise reject(field, str(folder), f"{_WEIGHTS} lacks {name}")
-        array = weights[name]
-        if array.shape != shape:
-            raise reject(
-                field,
-                str(folder),
-                f"{name} has shape {array.shape}, config.json asks for {shape}",
-            )
-        return np.asarray(array, np.float32)
+    `folder` must not exist yet; it appears once it is complete. `labels` are the names
+    of the classes.
 
-    def linear(name, rows, columns):
-        return {
-            "kernel": np.ascontiguousarray(get(f"{name}.weight", columns, rows).T),
-            "bias": get(f"{name}.bias", columns),
-        }
+    Raises:
+      UserError: as `to_hugging_face`, and where `folder` exists.
+    """
+    from safetensors.numpy import save_file
 
-    def norm(name):
-        return {"scale": get(f"{name}.weight", dim), "bias": get(f"{name}.bias", dim)}
-
-    tables = f"{base}embeddings."
-    params = {
-        "embeddings": {
-            "word": get(f"{tables}word_embeddings.weight", config.vocab_size, dim),
-            "position": get(
-                f"{tables}position_embeddings.weight", config.max_positions, dim
-            ),
-            "type": get(
-                f"{tables}token_type_embeddings.weight", config.type_vocab_size, dim
-            ),
-            "norm": norm(f"{tables}LayerNorm"),
-        }
-    }
-    for i, (heads, width) in enumerate(
-        zip(config.heads, config.intermediate, strict=True)
-    ):
-        layer = f"{base}encoder.layer.{i}."
-        attention = {}
-        for name in ("query", "key", "value"):
-            node = linear(f"{layer}attention.self.{name}", dim, heads * d)
-            attention[name] = {
-                "kernel": node["kernel"].reshape(dim, heads, d),
-                "bias": node["bias"].reshape(heads, d),
-            }
-        output = linear(f"{layer}attention.output.dense", heads * d, dim)
-        output["kernel"] = output["kernel"].reshape(heads, d, dim)
-        params[f"layer_{i}"] = {
-            "attention": attention | {"output": output},
-            "attention_norm": norm(f"{layer}attention.output.LayerNorm"),
-            "ffn": {
-                "up": linear(f"{layer}intermediate.dense", dim, width),
-                "down": linear(f"{layer}output.dense", width, dim),
-            },
-            "ffn_norm": norm(f"{layer}output.LayerNorm"),
-        }
-    if "pooler" not in skip:
-        params["pooler"] = linear(f"{base}pooler.dense", dim, dim)
-    if "classifier" not in skip:
-        params["classifier"] = linear("classifier", dim, config.num_labels)
-    return params
+    folder = Path(folder).absolute()
+    if folder.exists():
+        raise reject("folder", str(folder), "exists; nothing is written over")
+    tensors, fields = to_hugging_face(params, config, labels)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+    (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    os.replace(partial, folder)
 
 
 def load_tokenizer(folder: Path, field: str):
@@ -246,8 +287,9 @@ def load_tokenizer(folder: Path, field: str):
     """
     from transformers import AutoTokenizer
 
-    # Without either file transformers makes one up that knows no word at all.
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    # Without the files transformers makes one up that knows no word at all.
+    sets = [names.split(" and ") for names in _VOCABULARIES]
+    if not any(all((folder / name).is_file() for name in names) for names in sets):
         legal = f"has no tokenizer; must hold {' or '.join(_VOCABULARIES)}"
         raise reject(field, str(folder), legal)
     try:

@@ -102,6 +102,10 @@ def table(report: dict[str, Any]) -> str:
         note += f"; {report['pruned']['score_before_finetune']:.4f} before fine-tuning"
     rows = [("", "dense", "pruned", "")]
     rows.append((report["metric"], f"{before:.4f}", f"{after:.4f}", note))
+    pair = [score_rows(report[key]["scores"]) for key in ("teacher", "pruned")]
+    for (name, dense), (_, pruned) in list(zip(*pair, strict=True))[1:]:
+        change = f"{pruned - dense:+.4f}"
+        rows.append((name, f"{dense:.4f}", f"{pruned:.4f}", change))
     for part, name in (("encoder", "encoder parameters"), ("total", "all parameters")):
         dense, pruned = (report["params"][part][key] for key in ("dense", "pruned"))
         left = f"{_percent(pruned / dense)} left"
@@ -121,6 +125,15 @@ def table(report: dict[str, Any]) -> str:
     )
     tables = _grid(rows, "<>><"), _grid(_layer_rows(report), ">>>")
     return f"\n\n{where}\n\n".join(tables)
+
+
+def score_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, float]]:
+    """(name, value) of all scores; the split is named where there are several."""
+    return [
+        (f"{metric}, {split}" if len(scores) > 1 else metric, value)
+        for split, values in scores.items()
+        for metric, value in values.items()
+    ]
 
 
 def _layer_rows(report: dict[str, Any]) -> list[Sequence[str]]:
@@ -162,7 +175,8 @@ def evaluation(result: dict[str, Any]) -> str:
     rate = how["examples_per_second"]["model"]
     rows = [
         ("", result["model"]),
-        (result["metric"], f"{result['score']:.4f} of {result['examples']} examples"),
+        *((name, f"{value:.4f}") for name, value in score_rows(result["scores"])),
+        ("examples", str(result["examples"])),
         ("encoder parameters", _count(result["params"]["encoder"])),
         ("all parameters", _count(result["params"]["total"])),
         ("sparsity", _percent(result["sparsity"])),
@@ -205,7 +219,8 @@ def markdown(report: dict[str, Any], config_json: str) -> str:
 
 ## How it was measured
 
-- Score: {report["metric"]} on the validation set; dense is the teacher, pruned the \
+- Score: {report["metric"]} on the validation set, the first one where there are \
+several; dense is the teacher, pruned the \
 sliced model after fine-tuning.
 - Encoder parameters: weights and biases of attention and feed-forward blocks. \
 Sparsity is the fraction of them that was removed. All parameters: those and \

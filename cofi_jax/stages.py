@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax import checkpoint, loop, masks, objective, sparsity, training
+from cofi_jax import checkpoint, loop, masks, objective, sparsity, tasks, training
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
-from cofi_jax.metrics import METRICS
 from cofi_jax.model import Encoder
 from cofi_jax.objective import whole_params
 
@@ -26,8 +25,9 @@ class Run:
 
     config: config_lib.Config
     workdir: pathlib.Path
+    task: tasks.Task
     train: data_lib.Examples
-    validation: data_lib.Examples
+    validation: dict[str, data_lib.Examples]  # by split; the first one decides
     log: Any  # report.MetricsLog
 
     @property
@@ -40,26 +40,39 @@ class Run:
         rows = getattr(self.config, field).train_rows
         return data_lib.first_rows(self.train, rows, field=f"{field}.train_rows")
 
+    def scores(
+        self, predict, params: dict, gates: masks.Masks | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Each of the task's metrics, by validation split."""
+        return {
+            split: tasks.scores(
+                self.task, self._logits(predict, params, gates, examples), examples
+            )
+            for split, examples in self.validation.items()
+        }
+
     def score(self, predict, params: dict, gates: masks.Masks | None = None) -> float:
-        """The task's metric on the validation rows."""
-        metric = METRICS[data_lib.TASKS[self.config.data.task].metric]
-        logits = self._logits(predict, params, gates)
-        return float(metric(logits, self.validation.labels))
+        """The metric that decides, on the split that decides."""
+        examples = next(iter(self.validation.values()))
+        logits = self._logits(predict, params, gates, examples)
+        return main_score(tasks.scores(self.task, logits, examples))
 
     def exact_logits(
         self, model: Encoder, params: dict, gates: masks.Masks | None = None
     ) -> np.ndarray:
-        """Logits (N, C) on the validation rows in full float32."""
+        """Logits on the first validation split in full float32."""
         exact = Encoder(dataclasses.replace(model.config, dtype="float32"))
+        examples = next(iter(self.validation.values()))
         with jax.default_matmul_precision("highest"):
-            return self._logits(training.make_predict(exact), params, gates)
+            predict = training.make_predict(exact)
+            return self._logits(predict, params, gates, examples)
 
-    def _logits(self, predict, params, gates):
+    def _logits(self, predict, params, gates, examples):
         return loop.predict_all(
             predict,
             params,
             gates or {},
-            self.validation,
+            examples,
             batch_size=self.config.eval_batch_size,
             buckets=self.buckets,
         )
@@ -118,6 +131,12 @@ class Run:
                 eval_every=config.eval_every,
                 checkpoint_every=config.checkpoint_every,
             )
+
+
+def main_score(scores: dict) -> float:
+    """The first value in `scores`, which may be grouped by split."""
+    first = next(iter(scores.values()))
+    return main_score(first) if isinstance(first, dict) else first
 
 
 class Student(NamedTuple):

@@ -181,9 +181,12 @@ def make_step(objective: Objective) -> Callable:
 
 @functools.cache  # stages of one model share what is compiled
 def make_predict(model: Encoder) -> Callable:
-    """The jitted `predict(params, masks, batch) -> logits` (B, C)."""
+    """The jitted `predict(params, masks, batch) -> logits`, 0 at padding in spans."""
 
     def predict(params, masks, batch):
-        return model.apply({"params": params, "masks": masks}, batch).logits
+        logits = model.apply({"params": params, "masks": masks}, batch).logits
+        if model.config.problem == "span":
+            logits = logits * (batch["attention_mask"] > 0)[..., None]
+        return logits
 
     return jax.jit(predict)

@@ -13,23 +13,9 @@ docs/results.md has shorter recipes.
 """
 
 from cofi_jax.config import Config
+from configs import paper
 
 
 def get_config() -> Config:
-    """Appendix A of the paper; the rest are the defaults."""
-    config = Config()
-    config.data.task = "sst2"
-    config.data.max_length = 128
-    config.prune.target_sparsity = 0.95
-    config.prune.epochs = 20
-    config.prune.prepruning_epochs = 1
-    config.prune.warmup_epochs = 2
-    config.prune.learning_rate = 2e-5
-    config.prune.mask_learning_rate = 0.01
-    config.prune.multiplier_learning_rate = 0.01
-    config.distill.logits = 0.1
-    config.distill.layers = 0.9
-    config.distill.temperature = 2.0
-    config.finetune.epochs = 20
-    config.finetune.learning_rate = 2e-5
-    return config
+    """The same as `paper.py:sst2,0.95`."""
+    return paper.get_config("sst2,0.95")

@@ -1,10 +1,10 @@
 """Records what PyTorch computes, for tests that run without it.
 
-    python tests/record_parity.py                              the tiny model
+    python tests/record_parity.py                              the tiny models
     python tests/record_parity.py --encoder path/to/encoder    a real one, too
 
-writes fixtures/tiny_bert/ (weights, inputs and every output), and for a real
-encoder fixtures/minilm_expected.safetensors (inputs and a sample of every state).
+writes fixtures/tiny_*/ (weights, inputs and every output), and for a real encoder
+fixtures/minilm_expected.safetensors (inputs and a sample of every state).
 """
 
 import argparse
@@ -24,23 +24,43 @@ SENTENCES = (
 )
 
 
-def tiny_bert(seed=0):
-    """A BERT in which every parameter matters: no zero biases, no unit scales."""
+# Hugging Face's classes, fixture by fixture, and what is not the default.
+TINY = {
+    "tiny_bert": ("BertForSequenceClassification", {}),
+    "tiny_roberta": (
+        "RobertaForSequenceClassification",
+        {"hidden_size": 24, "intermediate_size": 40, "type_vocab_size": 1},
+    ),
+    "tiny_span": (
+        "BertForQuestionAnswering",
+        {
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "hidden_act": "gelu_new",
+            "num_labels": 2,
+        },
+    ),
+}
+
+
+def tiny_model(architecture, seed=0, **sizes):
+    """A model in which every parameter matters: no zero biases, no unit scales."""
     import torch
-    from transformers import BertConfig, BertForSequenceClassification
+    import transformers
 
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=101,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=24,
-        num_labels=3,
-        attn_implementation="eager",
-    )
-    model = BertForSequenceClassification(config).eval()
+    model_class = getattr(transformers, architecture)
+    default = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 24,
+        "num_labels": 3,
+        "attn_implementation": "eager",
+    }
+    model = model_class(model_class.config_class(**default | sizes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.2)
@@ -49,20 +69,25 @@ def tiny_bert(seed=0):
     return model
 
 
-def padded_batch(lengths, padded_length, vocab_size, seed):
-    """Random ids and token types, rows of `lengths` padded with 0."""
+def padded_batch(lengths, padded_length, config, seed):
+    """Random ids and token types, rows of `lengths` padded with the model's own id."""
     rng = np.random.default_rng(seed)
+    pad = config.pad_token_id
     shape = (len(lengths), padded_length)
     real = np.arange(padded_length) < np.array(lengths)[:, None]
     return {
-        "input_ids": np.where(real, rng.integers(1, vocab_size, shape), 0),
+        "input_ids": np.where(
+            real, rng.integers(pad + 1, config.vocab_size, shape), pad
+        ),
         "attention_mask": real.astype(np.int64),
-        "token_type_ids": np.where(real, rng.integers(0, 2, shape), 0),
+        "token_type_ids": np.where(
+            real, rng.integers(0, config.type_vocab_size, shape), 0
+        ),
     }
 
 
 def torch_outputs(model, batch):
-    """PyTorch's `hidden_states` (L + 1, B, T, D), and `logits` of a classifier."""
+    """PyTorch's `hidden_states` (L + 1, B, T, D), and `logits` where it has a head."""
     import torch
 
     inputs = {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -71,6 +96,9 @@ def torch_outputs(model, batch):
     outputs = {"hidden_states": np.stack([h.numpy() for h in output.hidden_states])}
     if "logits" in output:
         outputs["logits"] = output.logits.numpy()
+    if "start_logits" in output:
+        spans = (output.start_logits.numpy(), output.end_logits.numpy())
+        outputs["logits"] = np.stack(spans, -1)
     return outputs
 
 
@@ -102,15 +130,15 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--encoder", help="folder of a pretrained BERT")
     encoder = parser.parse_args().encoder
-    folder = FIXTURES / "tiny_bert"
-    model = tiny_bert()
-    model.save_pretrained(folder)
-    record = {}
-    for name, lengths, padded_length in (("a", (1, 7, 16), 16), ("b", (3, 5), 12)):
-        batch = padded_batch(lengths, padded_length, 101, seed=len(lengths))
-        outputs = torch_outputs(model, batch)
-        record |= {f"{name}.{k}": v for k, v in (batch | outputs).items()}
-    save_file(record, folder / "expected.safetensors")
+    for fixture, (architecture, sizes) in TINY.items():
+        model = tiny_model(architecture, **sizes)
+        model.save_pretrained(FIXTURES / fixture)
+        record = {}
+        for name, lengths, padded_length in (("a", (1, 7, 16), 16), ("b", (3, 5), 12)):
+            batch = padded_batch(lengths, padded_length, model.config, len(lengths))
+            outputs = torch_outputs(model, batch)
+            record |= {f"{name}.{k}": v for k, v in (batch | outputs).items()}
+        save_file(record, FIXTURES / fixture / "expected.safetensors")
     if encoder:
         batch = sentence_batch(encoder)
         states = torch_outputs(real_encoder(encoder), batch)["hidden_states"]

@@ -3,6 +3,7 @@
 Nearly all cases call `train.main` in this process, since to start one takes seconds.
 """
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -19,7 +20,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import train
-from cofi_jax import UserError, checkpoint, grammar, inputs, masks, slicing
+from cofi_jax import (
+    UserError,
+    checkpoint,
+    grammar,
+    inputs,
+    masks,
+    pretrained,
+    slicing,
+    tasks,
+)
 from cofi_jax.config import KINDS, Prune
 from cofi_jax.model import EncoderConfig, init_params
 
@@ -114,10 +124,20 @@ def there(tmp_path_factory):
         checkpoint.save_model(
             top / name, *model, tokenizer=grammar.demo_tokenizer(), about={}
         )
+    value = dataclasses.replace(sizes, num_labels=1, problem="regression")
+    answer = dataclasses.replace(sizes, pooler_size=0, problem="span")
+    for name, form in (("classes", sizes), ("value", value), ("answer", answer)):
+        params = init_params(form, jax.random.key(0))
+        rest = {"tokenizer": grammar.demo_tokenizer()}
+        pretrained.save_hugging_face(top / f"hf_{name}", params, form, **rest)
+        checkpoint.save_model(top / f"our_{name}", params, form, **rest, about={})
+    shutil.copytree(TINY_BERT, top / "sliced")
+    change_weights(cut_units)(top / "sliced")
 
-    (top / "data").mkdir()
-    for split in ("train", "validation"):
-        write_csv(top / "data", split, GOOD)
+    for name, files in DATA.items():
+        (top / name).mkdir()
+        for file, text in files.items():
+            (top / name / file).write_text(text)
     (top / "notes").mkdir()
     (top / "notes" / "todo.txt").write_text("not a run")
     for name, text in (("cut", '{"seed": '), ("list", "[1]")):
@@ -125,6 +145,14 @@ def there(tmp_path_factory):
         (top / name / "config.json").write_text(text)
     paths = {path.stem: str(path) for path in top.iterdir()}
     return paths | {"none": str(top / "none")}
+
+
+def cut_units(weights):
+    layer = "bert.encoder.layer.1."
+    for tensor in ("intermediate.dense.weight", "intermediate.dense.bias"):
+        weights[layer + tensor] = weights[layer + tensor][:40]
+    name = f"{layer}output.dense.weight"
+    weights[name] = np.ascontiguousarray(weights[name][:, :40])
 
 
 def write_csv(folder, split, text):
@@ -155,6 +183,47 @@ def check(line, *fragments):
     for fragment in fragments:
         assert fragment in line
 
+
+# Rows. Folders of these names are in the fixture `there`.
+
+GOOD = "sentence,label\nfine,1\ndull,0\nfresh,1\nbad,0\n"
+OWN = "text,verdict,stars\nfine,good,5\ndull,bad,1.5\nfresh,good,4\n"
+VALUES = "sentence1,sentence2,label\nfine,good,4.5\ndull,fresh,0.5\n"
+INFERENCES = "premise,hypothesis,label\nfine,good,0\ndull,fresh,2\n"
+
+
+def question(start):
+    answers = {"text": ["dull"], "answer_start": [start]}
+    return {"question": "fine", "context": "fresh dull", "answers": answers}
+
+
+def both(text, suffix="csv"):
+    return {f"{split}.{suffix}": text for split in ("train", "validation")}
+
+
+DATA = {
+    "data": both(GOOD),
+    "own": {
+        "train.csv": OWN,
+        "validation.csv": OWN.replace("dull,bad", "dull,awful"),
+    },
+    "values": both(VALUES),
+    "whole": {
+        f"{split}.csv": INFERENCES
+        for split in ("train", *tasks.TASKS["mnli"].validation)
+    },
+    "half": {"train.csv": INFERENCES, "validation_matched.csv": INFERENCES},
+    "squad": both(json.dumps([question(6)] * 2), "json"),
+    "unanswered": both(json.dumps([question(2)] * 2), "json"),
+    "uneven": both(
+        json.dumps([question(6) | {"answers": {"text": ["dull"], "answer_start": []}}]),
+        "json",
+    ),
+    "extra": {
+        "wrong.csv": "text,label\nfine,1\n",
+        "label.tsv": "sentence\tlabel\nfine\t1\ndull\t7\n",
+    },
+}
 
 # The command line. Values for "{...}" come from the fixture `there`.
 
@@ -264,8 +333,16 @@ COMMANDS = {
         ["prune.warmup_epochs=9"],
         ["prune.warmup_epochs=9", "at most 1"],
     ),
-    "task": ("config", ["data.task=foo"], ["data.task='foo'", "demo, sst2, cola"]),
-    "no model": ("config", ["data.task=sst2"], ["model.path=''", "must name"]),
+    "task": (
+        "config",
+        ["data.task=foo"],
+        ["data.task='foo'", "demo, sst2, cola", "own"],
+    ),
+    "no model": (
+        "config",
+        ["data.task=sst2", "data.path={data}"],
+        ["model.path=''", "must name"],
+    ),
     "too many rows": (
         "config",
         ["prune.train_rows=301"],
@@ -290,7 +367,7 @@ COMMANDS = {
     "classes": (
         "config",
         ["teacher.path={bert}"],
-        ["teacher.path='{bert}'", "3 classes", "task demo has 2"],
+        ["teacher.path='{bert}'", "3 classes", "the task has 2"],
     ),
     "pruned teacher": (
         "config",
@@ -312,6 +389,205 @@ COMMANDS = {
         ["model.path={bert}", "data.task=sst2", "data.path={data}"],
         ["teacher.train_rows=64", "at most 4"],
     ),
+    **{
+        f"columns of {task}": (
+            "config",
+            [f"data.task={task}", f"data.path={{{folder}}}"],
+            ["data.path='", "train.csv", f"{missing!r}; it has {there}"],
+        )
+        for task, missing, folder, there in (
+            ("sst2", "sentence", "own", "text, verdict, stars"),
+            ("cola", "sentence", "values", "sentence1, sentence2, label"),
+            ("mrpc", "sentence1", "data", "sentence, label"),
+            ("rte", "sentence1", "data", "sentence, label"),
+            ("stsb", "sentence1", "data", "sentence, label"),
+            ("qqp", "question1", "values", "sentence1, sentence2, label"),
+            ("qnli", "question", "data", "sentence, label"),
+            ("mnli", "premise", "data", "sentence, label"),
+            ("squad", "question", "data", "sentence, label"),
+        )
+    },
+    "second split": (
+        "config",
+        ["data.task=mnli", "data.path={half}"],
+        ["data.path='{half}'", "validation_mismatched.parquet", "train.csv"],
+    ),
+    "uneven answers": (
+        "config",
+        ["data.task=squad", "data.path={uneven}"],
+        ["data.path='{uneven}'", "row 0", "answers=", "equally long"],
+    ),
+    "no answer anywhere": (
+        "config",
+        [
+            "model.path={bert}",
+            "data.task=squad",
+            "data.path={unanswered}",
+            *(f"{stage}.train_rows=0" for stage in ("teacher", "prune", "finetune")),
+        ],
+        ["data.path='{unanswered}'"],
+    ),
+    "the task's own length": (
+        "config",
+        [
+            "model.path={bert}",
+            "data.task=squad",
+            "data.path={squad}",
+            "data.max_length=0",
+        ],
+        ["data.max_length=384", "at most 24, the model's positions"],
+    ),
+    "own without columns": (
+        "config",
+        ["data.task=own", "data.path={own}"],
+        ["data.columns=()", "one or two columns"],
+    ),
+    **{
+        f"own, {name}": (
+            "config",
+            ["data.task=own", "data.path={own}", *(f"data.{field}" for field in more)],
+            fragments,
+        )
+        for name, more, fragments in (
+            (
+                "three columns",
+                ["columns=('text','verdict','stars')"],
+                ["data.columns=('text', 'verdict', 'stars')", "one or two columns"],
+            ),
+            (
+                "no such column",
+                ["columns=('txt',)"],
+                ["train.csv", "'txt'; it has text, verdict, stars"],
+            ),
+            (
+                "no labels",
+                ["columns=('text',)"],
+                ["train.csv", "'label'; it has text, verdict, stars"],
+            ),
+            (
+                "unseen label",
+                ["columns=('text',)", "label_column=verdict"],
+                ["validation.csv", "row 1", "verdict='awful'", "among bad, good"],
+            ),
+            (
+                "one class",
+                ["columns=('text',)", "label_column=verdict", "labels=('good',)"],
+                ["data.labels=('good',)", "two classes or more"],
+            ),
+            (
+                "class twice",
+                ["columns=('text',)", "labels=('good','bad','good')"],
+                ["data.labels=('good', 'bad', 'good')", "twice"],
+            ),
+            (
+                "class not named",
+                ["columns=('text',)", "label_column=verdict", "labels=('good','poor')"],
+                ["train.csv", "row 1", "verdict='bad'", "among good, poor"],
+            ),
+            (
+                "values for classes",
+                ["columns=('text',)", "label_column=stars"],
+                ["data.label_column='stars'", "data.problem=regression"],
+            ),
+            (
+                "words for values",
+                ["columns=('text',)", "label_column=verdict", "problem=regression"],
+                ["train.csv", "row 0", "verdict='good'", "finite number"],
+            ),
+            (
+                "classes of values",
+                ["columns=('text',)", "problem=regression", "labels=('a','b')"],
+                ["data.labels=('a', 'b')", "for regression, none"],
+            ),
+            (
+                "metric",
+                ["columns=('text',)", "metrics=('f2',)"],
+                ["data.metrics=('f2',)", "'accuracy', 'matthews', 'f1'"],
+            ),
+            (
+                "metric of values",
+                ["columns=('text',)", "problem=regression", "metrics=('f1',)"],
+                ["data.metrics=('f1',)", "'spearman', 'pearson'"],
+            ),
+            (
+                "problem",
+                ["columns=('text',)", "problem=ranking"],
+                ["data.problem='ranking'", "classification, regression"],
+            ),
+        )
+    },
+    **{
+        f"not of the table: {field}": (
+            "config",
+            ["data.task=sst2", "data.path={data}", f"data.{field}={value}"],
+            [f"data.{field}=", "only the task own takes it, not sst2"],
+        )
+        for field, value in (
+            ("labels", "('bad','good')"),
+            ("columns", "('text',)"),
+            ("label_column", "verdict"),
+            ("metrics", "('f1',)"),
+            ("problem", "regression"),
+        )
+    },
+    **{
+        f"extra file {name}": (
+            "config",
+            ["data.task=sst2", "data.path={data}", f"data.extra_file={path}"],
+            [f"data.extra_file='{path}'", *fragments],
+        )
+        for name, path, fragments in (
+            ("missing", "{none}.csv", ["cannot read"]),
+            ("of another format", "{notes}/todo.txt", ["parquet", "tsv", "jsonl"]),
+            ("a folder", "{data}", ["parquet", "tsv", "jsonl"]),
+            ("without a column", "{extra}/wrong.csv", ["'sentence'; it has text"]),
+            ("with a label", "{extra}/label.tsv", ["label.tsv", "row 1", "label=7"]),
+        )
+    },
+    "match": ("config", ["distill.match=far"], ["distill.match='far'", "ordered"]),
+    "taught": ("config", ["distill.taught=odd"], ["distill.taught='odd'", "random"]),
+    "labels of no teacher": (
+        "config",
+        ["teacher.labels=('praise','blame')"],
+        ["teacher.labels=('praise', 'blame')", "teacher.path"],
+    ),
+    "labels of our teacher": (
+        "config",
+        ["teacher.path={dense}", "teacher.labels=('praise','blame')"],
+        ["teacher.labels=('praise', 'blame')", "a saved model knows its own"],
+    ),
+    "labels of others": (
+        "config",
+        ["teacher.path={hf_classes}", "teacher.labels=('praise','damn')"],
+        ["teacher.labels=('praise', 'damn')", "('blame', 'praise')"],
+    ),
+    "sliced teacher": (
+        "config",
+        [
+            "data.task=mnli",
+            "data.path={whole}",
+            "teacher.path={sliced}",
+        ],
+        ["teacher.path='{sliced}'", "pruned", "dense"],
+    ),
+    **{
+        f"teacher {model} for {task}": (
+            "config",
+            [f"data.task={task}", f"data.path={{{data}}}", f"teacher.path={{{model}}}"],
+            [f"teacher.path='{{{model}}}'", *fragments],
+        )
+        for model, task, data, fragments in (
+            ("our_value", "sst2", "data", ["regression with 1 ", "classification wi"]),
+            ("our_answer", "stsb", "values", ["span with 2 ", "regression with 1"]),
+            ("our_classes", "stsb", "values", ["classification with 2 ", "regression"]),
+            ("our_classes", "mnli", "whole", ["with 2 outputs", "with 3"]),
+            ("our_classes", "squad", "squad", ["classification with 2 ", "span with"]),
+            ("hf_value", "sst2", "data", ["has 1 classes, the task has 2"]),
+            ("hf_classes", "stsb", "values", ["has 2 classes, the task has 1"]),
+            ("hf_classes", "squad", "squad", ["qa_outputs", "fine-tuned for span"]),
+            ("hf_answer", "sst2", "data", ["fine-tuned for classification"]),
+        )
+    },
 }
 
 
@@ -328,6 +604,14 @@ def test_command(case, there, tmp_path, capsys):
     assert not workdir.exists()
 
 
+def test_argument_of_a_config_file(tmp_path, capsys):
+    config = f"{ROOT / 'configs' / 'paper.py'}:chess"
+    workdir = tmp_path / "run"
+    line = complaint(capsys, f"--config={config}", f"--workdir={workdir}")
+    check(line, f"--config='{config}'", "task='chess'", "must be one of mnli")
+    assert not workdir.exists()
+
+
 def test_process_exits_with_2_and_one_line(there, tmp_path):
     command = [sys.executable, "train.py", "--config", there["config"]]
     command += ["--workdir", str(tmp_path / "run"), "--config.prune.foo=1"]
@@ -341,7 +625,6 @@ def test_process_exits_with_2_and_one_line(there, tmp_path):
 
 # Data files
 
-GOOD = "sentence,label\nfine,1\ndull,0\nfresh,1\nbad,0\n"
 BAD_DATA = {
     "label too high": (GOOD.replace("bad,0", "bad,2"), ["row 3", "label=2", "0: "]),
     "label too low": (GOOD.replace("bad,0", "bad,-1"), ["row 3", "label=-1", "0: "]),
@@ -416,7 +699,7 @@ BAD_MODELS = {
         [UP, "(64, 31)", "(64, 32)"],
     ),
     "architecture": (change_config(model_type="gpt2"), ["'gpt2'", "'bert'"]),
-    "activation": (change_config(hidden_act="relu"), ["'relu'", "'gelu'"]),
+    "activation": (change_config(hidden_act="tanh"), ["'tanh'", "'gelu'"]),
     "a word for a size": (change_config(hidden_size="wide"), ["config.json"]),
     "no tokenizer": (
         lambda folder: (folder / "vocab.txt").unlink(),
@@ -468,7 +751,8 @@ def test_hub_out_of_reach(field, there, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
-    arguments = {"data.task": "sst2", "model.path": there["bert"], field: "no/thing"}
+    arguments = {"data.task": "sst2", "data.path": there["data"], field: "no/thing"}
+    arguments.setdefault("model.path", there["bert"])
     line = complaint(
         capsys,
         f"--config={there['config']}",

@@ -191,7 +191,7 @@ def test_all_damaged_is_none_and_says_so(two_checkpoints, tmp_path):
 # Saved models
 
 
-ABOUT = {"task": "demo", "labels": ["blame", "praise"], "metric": "accuracy"}
+ABOUT = {"task": "demo", "labels": ["blame", "praise"], "data": {"max_length": 9}}
 
 
 @pytest.fixture(scope="module")

@@ -4,20 +4,24 @@ import ast
 import dataclasses
 import importlib
 import json
+import math
 import pathlib
 
 import pytest
 
+from cofi_jax import tasks
 from cofi_jax.config import KINDS, Config, UserError, flatten, to_json, validate
+from cofi_jax.model import EncoderConfig
+from cofi_jax.sparsity import max_sparsity
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 # Appendix A of the paper.
-SST2 = {
+LARGE = {
     "seed": 57,
+    "model.path": "bert-base-uncased",
     "prune.kinds": list(KINDS),
-    "prune.target_sparsity": 0.95,
     "prune.epochs": 20,
     "prune.prepruning_epochs": 1,
     "prune.warmup_epochs": 2,
@@ -28,20 +32,97 @@ SST2 = {
     "distill.logits": 0.1,
     "distill.layers": 0.9,
     "distill.temperature": 2.0,
+    "distill.match": "closest",
+    "distill.taught": "even",
     "finetune.epochs": 20,
-    "data.task": "sst2",
-    "data.max_length": 128,
+    "finetune.batch_size": 32,
+    "finetune.learning_rate": 2e-5,
+    "data.max_length": 0,  # the task's: 128, of SQuAD 384
+    "eval_every": 500,
 }
-COLA = {
-    "data.task": "cola",
+SMALL = LARGE | {
     "prune.epochs": 100,
     "prune.prepruning_epochs": 4,
     "prune.warmup_epochs": 20,
+    "distill.match": "ordered",
+    "eval_every": 50,
+}
+SQUAD = LARGE | {
+    "prune.batch_size": 16,
+    "prune.learning_rate": 3e-5,
+    "finetune.batch_size": 16,
+    "finetune.learning_rate": 3e-5,
+}
+RECIPES = {
+    **dict.fromkeys(("mnli", "qqp", "qnli", "sst2"), LARGE),
+    **dict.fromkeys(("cola", "stsb", "mrpc", "rte"), SMALL),
+    "squad": SQUAD,
+}
+FINE = ["head", "intermediate"]
+ABLATIONS = {
+    "no_hidden": {"prune.kinds": ["head", "mha", "intermediate", "ffn"]},
+    "no_layers": {"prune.kinds": [*FINE, "hidden"]},
+    "no_hidden_no_layers": {"prune.kinds": FINE},
+    "no_hidden,no_layers": {"prune.kinds": FINE},
+    "no_distillation": {"distill.logits": 0.0, "distill.layers": 0.0},
+    "logits_only": {"distill.logits": 1.0, "distill.layers": 0.0},
+    "fixed": {"distill.match": "fixed"},
+    "closest": {"distill.match": "closest"},
+    "ordered": {"distill.match": "ordered"},
+    "random": {"distill.taught": "random"},
+    "roberta": {"model.path": "roberta-base"},
+    "random,fixed": {"distill.taught": "random", "distill.match": "fixed"},
+}
+# What the runs of docs/results.md were made with.
+SHORT_SST2 = {
+    "data.task": "sst2",
+    "data.max_length": 64,
+    "teacher.train_rows": 16_000,
+    "teacher.epochs": 3,
+    "teacher.learning_rate": 5e-5,
+    "prune.train_rows": 8_000,
+    "prune.target_sparsity": 0.95,
+    "prune.epochs": 8,
+    "prune.prepruning_epochs": 1,
+    "prune.warmup_epochs": 2,
+    "prune.learning_rate": 5e-5,
+    "prune.mask_learning_rate": 0.05,
+    "prune.multiplier_learning_rate": 0.05,
+    "distill.logits": 0.1,
+    "distill.layers": 0.9,
+    "distill.temperature": 2.0,
+    "finetune.train_rows": 8_000,
+    "finetune.epochs": 4,
+    "finetune.learning_rate": 5e-5,
+    "benchmark.batch_size": 32,
+    "benchmark.seq_length": 64,
+    "eval_every": 250,
+    "checkpoint_every": 250,
+}
+SHORT_COLA = SHORT_SST2 | {
+    "data.task": "cola",
+    "teacher.train_rows": 0,
+    "teacher.epochs": 5,
+    "prune.train_rows": 0,
+    "prune.target_sparsity": 0.60,
+    "finetune.train_rows": 0,
+}
+ROWS = {  # of the training split
+    "mnli": 392_702,
+    "qqp": 363_846,
+    "qnli": 104_743,
+    "sst2": 67_349,
+    "cola": 8_551,
+    "stsb": 5_749,
+    "mrpc": 3_668,
+    "rte": 2_490,
+    "wnli": 635,
+    "squad": 87_599,
 }
 
 
-def get_config(name):
-    return importlib.import_module(f"configs.{name}").get_config()
+def get_config(name, *argument):
+    return importlib.import_module(f"configs.{name}").get_config(*argument)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,7 +130,9 @@ def test_file_gives_a_legal_config(name):
     config = get_config(name)
     assert type(config) is Config
     validate(config)
-    assert config is not get_config(name)  # nothing is shared between two calls
+    config.prune.epochs = 3  # nothing is shared between two calls
+    config.model.path = "mine"
+    assert get_config(name) == get_config(name) != config
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,16 +143,87 @@ def test_docstring_gives_command_score_and_time(name):
     assert "time" in text.lower()
 
 
-@pytest.mark.parametrize("name, values", [("sst2_95", SST2), ("cola_95", SST2 | COLA)])
-def test_hyperparameters_are_the_papers(name, values):
-    flat = flatten(get_config(name))
-    assert {field: flat[field] for field in values} == values
+@pytest.mark.parametrize("task", RECIPES)
+def test_recipes_are_the_papers(task):
+    flat = flatten(get_config("paper", f"{task},0.6"))
+    recipe = RECIPES[task] | {"data.task": task, "prune.target_sparsity": 0.6}
+    assert {field: flat[field] for field in recipe} == recipe
 
 
-def test_sst2_60_differs_in_its_target_alone():
-    low, high = flatten(get_config("sst2_60")), flatten(get_config("sst2_95"))
-    differing = {field: low[field] for field in high if low[field] != high[field]}
-    assert differing == {"prune.target_sparsity": 0.6}
+@pytest.mark.parametrize("name", ["paper", "short"])
+@pytest.mark.parametrize("task", RECIPES)
+def test_whole_grid_is_legal(name, task):
+    plain = flatten(get_config(name, task))
+    assert plain["prune.target_sparsity"] == 0.95
+    for sparsity in (0.60, 0.70, 0.75, 0.80, 0.85, 0.90, 0.95):
+        for ablation, fields in ABLATIONS.items():
+            config = get_config(name, f"{task},{sparsity},{ablation}")
+            validate(config)
+            tasks.find(config.data)
+            fields = fields | {"prune.target_sparsity": sparsity}
+            assert flatten(config) == plain | fields
+    assert get_config(name, f"{task},fixed") == get_config(name, f"{task},0.95,fixed")
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_gates_that_are_left_reach_the_highest_target(ablation):
+    bert = EncoderConfig(
+        vocab_size=30_522,
+        hidden_size=768,
+        heads=(12,) * 12,
+        head_size=64,
+        intermediate=(3072,) * 12,
+        pooler_size=768,
+        num_labels=2,
+    )
+    config = get_config("paper", f"sst2,0.95,{ablation}")
+    assert max_sparsity(bert, config.prune.kinds) >= config.prune.target_sparsity
+
+
+@pytest.mark.parametrize(
+    "argument, fields", [("sst2,0.95", SHORT_SST2), ("cola,0.60", SHORT_COLA)]
+)
+def test_short_recipes_are_those_of_the_results(argument, fields):
+    # The paper's fine-tuning rate and batch sizes are the defaults.
+    assert flatten(get_config("short", argument)) == flatten(Config()) | fields
+
+
+@pytest.mark.parametrize("name", ["paper", "short"])
+@pytest.mark.parametrize("task", RECIPES)
+def test_gates_have_the_steps_to_close(name, task):
+    prune = get_config(name, task).prune
+    per_epoch = math.ceil((prune.train_rows or ROWS[task]) / prune.batch_size)
+    steps = (prune.epochs - prune.prepruning_epochs) * per_epoch
+    # From log-alpha ln 100 to where a gate is as often open as closed.
+    distance = math.log(100) + 2 / 3 * math.log(1.1 / 0.1)
+    assert prune.mask_learning_rate * steps >= distance
+    assert prune.train_rows <= ROWS[task]
+
+
+@pytest.mark.parametrize(
+    "argument, fragments",
+    [
+        ("", ["task=''", "mnli, qqp, qnli, sst2, cola"]),
+        ("foo,0.9", ["task='foo'", "squad"]),
+        ("sst2,60", ["sparsity='60'", "[0, 1)"]),
+        ("sst2,1.0", ["sparsity='1.0'", "[0, 1)"]),
+        ("sst2,nan", ["sparsity='nan'", "[0, 1)"]),
+        ("sst2,no_hiden", ["'no_hiden'", "no_hidden, no_layers"]),
+        ("sst2,0.9,foo", ["ablation='foo'", "no_hidden, no_layers"]),
+        ("sst2,fixed,0.9", ["ablation='0.9'", "no_hidden"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["paper", "short"])
+def test_wrong_argument_is_named(name, argument, fragments):
+    with pytest.raises(UserError) as caught:
+        get_config(name, argument)
+    assert "\n" not in str(caught.value)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_sst2_95_is_a_point_of_the_grid():
+    assert get_config("sst2_95") == get_config("paper", "sst2,0.95")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,268 +1,171 @@
-import json
+"""Rows become token ids, an epoch a plan, a plan padded batches."""
+
 import math
 
 import numpy as np
 import pytest
 
-from cofi_jax import config, data, grammar, metrics
+from cofi_jax import config, data, grammar, squad, tasks
 
-SENTENCES = ["the film was good", 'a "quoted, word', "2001", "NA", "2020-01-01"]
-LABELS = [1, 0, 1, 0, 1]
+SENTENCES = ["the film was good", "the plot was never really dull", "unheard of"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return grammar.demo_tokenizer()
+    """Word by word; padding is not 0."""
+    tokenizer = grammar.demo_tokenizer()
+    tokenizer.pad_token = "[UNK]"
+    assert tokenizer.pad_token_id == 1
+    return tokenizer
 
 
-def examples_of(lengths, pad_id=0):
+def examples_of(lengths, pad_id=0, labels=None):
     ids = [np.arange(1, n + 1, dtype=np.int32) + 10 * i for i, n in enumerate(lengths)]
     types = [np.full(n, i % 2, np.int32) for i, n in enumerate(lengths)]
-    labels = np.arange(len(lengths), dtype=np.int32) % 2
+    if labels is None:
+        labels = np.arange(len(lengths), dtype=np.int32) % 2
     return data.Examples(ids, types, labels, pad_id)
 
 
-def settings(path, task="sst2", **more):
-    return config.Data(task=task, path=str(path), **more)
+def own(*columns, **fields):
+    return tasks.find(config.Data(task="own", columns=columns, **fields))
 
 
-def write_csv(folder, text, name="train.csv"):
-    (folder / name).write_text(text)
-    return folder
+# Token ids
 
 
-def write_parquet(folder, name="train.parquet", **columns):
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table(columns), folder / name)
-    return folder
-
-
-def complaint(setting, split="train"):
-    with pytest.raises(config.UserError) as caught:
-        data.load_rows(setting, split)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-# The task table
-
-
-def test_every_task_has_a_metric():
-    for task in data.TASKS.values():
-        assert task.metric in metrics.METRICS
-        assert len(task.columns) in (1, 2) and len(task.labels) >= 2
+def test_one_column(tokenizer):
+    columns = {"sentence": SENTENCES, "label": np.array([1, 0, 1], np.int32)}
+    examples = data.tokenise(columns, tasks.TASKS["sst2"], tokenizer, max_length=20)
+    assert len(examples) == 3 and examples.pad_id == 1
+    assert examples.questions is None
+    assert examples.lengths.tolist() == [2 + len(s.split()) for s in SENTENCES]
+    words = tokenizer.get_vocab()
+    for text, ids, types in zip(
+        SENTENCES, examples.input_ids, examples.token_type_ids, strict=True
+    ):
+        inside = [words.get(word, words["[UNK]"]) for word in text.split()]
+        assert ids.tolist() == [words["[CLS]"], *inside, words["[SEP]"]]
+        assert types.tolist() == [0] * len(ids)
+        assert ids.dtype == types.dtype == np.int32
+    assert examples.labels.dtype == np.int32
+    assert examples.labels.tolist() == [1, 0, 1]
 
 
-# Reading
-
-
-def test_all_formats_give_the_same_examples(tmp_path, tokenizer):
-    rows = [
-        {"idx": i, "sentence": s, "label": label}
-        for i, (s, label) in enumerate(zip(SENTENCES, LABELS, strict=True))
-    ]
-    quoted = ['"' + s.replace('"', '""') + '"' for s in SENTENCES]
-    lines = [json.dumps(row) for row in rows]
-    contents = {
-        "csv": "label,sentence\n"
-        + "".join(f"{n},{s}\n" for n, s in zip(LABELS, quoted, strict=True)),
-        "tsv": "sentence\tlabel\n"
-        + "".join(f"{s}\t{n}\n" for s, n in zip(SENTENCES, LABELS, strict=True)),
-        "json": json.dumps(rows, indent=1),
-        "jsonl": "\n".join(lines) + "\n\n",
+def test_two_columns_in_the_order_of_the_task(tokenizer):
+    columns = {
+        "first": ["the film"],
+        "second": ["was good"],
+        "answer": np.array([1], np.int32),
     }
-    folders = [write_parquet(tmp_path, sentence=SENTENCES, label=LABELS)]
-    for suffix, text in contents.items():
-        folder = tmp_path / suffix / "sst2"  # the subfolder of the task's name
-        folder.mkdir(parents=True)
-        (folder / f"train.{suffix}").write_text(text)
-        folders.append(folder.parent)
-    for folder in folders:
-        rows = data.load_rows(settings(folder), "train")
-        assert rows["sentence"][:] == SENTENCES
-        assert rows["label"][:] == LABELS
-        examples = data.load_examples(settings(folder), "train", tokenizer)
-        assert examples.labels.dtype == np.int32
-        assert examples.labels.tolist() == LABELS
-        for text, ids in zip(SENTENCES, examples.input_ids, strict=True):
-            assert ids.dtype == np.int32
-            assert ids.tolist() == tokenizer(text)["input_ids"]
+    for names in (("first", "second"), ("second", "first")):
+        task = own(*names, label_column="answer")
+        examples = data.tokenise(columns, task, tokenizer, max_length=20)
+        expected = tokenizer(*(columns[name][0] for name in names))
+        assert examples.input_ids[0].tolist() == expected["input_ids"]
+        assert examples.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
+        assert examples.labels.tolist() == [1]
 
 
-def test_json_of_one_object_a_line(tmp_path):
-    text = '{"sentence": "a\\u2028b", "label": 1}\n{"sentence": "c", "label": 0}'
-    write_csv(tmp_path, text, "validation.json")
-    rows = data.load_rows(settings(tmp_path), "validation")
-    assert rows["sentence"][:] == ["a\u2028b", "c"]
+def test_values_stay_values(tokenizer):
+    labels = np.array([0.5, -2, 3.25], np.float32)
+    columns = {"text": SENTENCES, "label": labels}
+    task = own("text", problem="regression")
+    examples = data.tokenise(columns, task, tokenizer, max_length=20)
+    assert examples.labels.dtype == np.float32
+    assert examples.labels.tolist() == labels.tolist()
 
 
-def test_demo_is_generated(tokenizer):
-    setting = config.Data(task="demo", path="")
-    examples = data.load_examples(setting, "validation", tokenizer)
-    assert len(examples) == grammar.SIZES["validation"]
-    first = grammar.demo_rows("validation")["sentence"][0]
-    assert examples.input_ids[0].tolist() == tokenizer(first)["input_ids"]
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_are_cut(tokenizer, training):
+    one = {"a": SENTENCES, "b": SENTENCES[::-1], "label": np.zeros(3, np.int32)}
+    for task in (own("a"), own("a", "b")):
+        examples = data.tokenise(one, task, tokenizer, max_length=5, training=training)
+        assert len(examples) == 3
+        assert examples.lengths.max() == 5
+        assert all(ids[-1] == tokenizer.sep_token_id for ids in examples.input_ids)
+        whole = data.tokenise(one, task, tokenizer, max_length=50)
+        assert whole.lengths.max() > 5
 
 
-def test_max_length_cuts(tokenizer):
-    setting = config.Data(task="demo", path="", max_length=7)
-    examples = data.load_examples(setting, "validation", tokenizer)
-    assert examples.lengths.max() == 7
-    assert all(ids[-1] == tokenizer.sep_token_id for ids in examples.input_ids)
+# Questions
+
+CONTEXT = "the film was good but the plot was never really dull"
+ANSWERS = [
+    {"text": ["good"], "answer_start": [13]},
+    {"text": ["bad"], "answer_start": [13]},  # not in its place
+    {"text": ["never really dull", "dull"], "answer_start": [35, 48]},
+]
+ASKED = {
+    "question": ["the film", "the film", "the plot"],
+    "context": [CONTEXT] * 3,
+    "answers": ANSWERS,
+}
 
 
-def test_two_text_columns(tmp_path, tokenizer, monkeypatch):
-    pair = data.Task(("first", "second"), ("no", "yes"), "accuracy", "answer")
-    monkeypatch.setitem(data.TASKS, "pair", pair)
-    write_csv(tmp_path, "first,second,answer\nthe film,was good,1\n")
-    examples = data.load_examples(settings(tmp_path, "pair"), "train", tokenizer)
-    expected = tokenizer("the film", "was good")
-    assert examples.input_ids[0].tolist() == expected["input_ids"]
-    assert examples.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
-    assert examples.labels.tolist() == [1]
+def windows(tokenizer, *, max_length, training=False):
+    return data.tokenise(
+        ASKED,
+        tasks.TASKS["squad"],
+        tokenizer,
+        max_length=max_length,
+        training=training,
+    )
 
 
-def test_hub_name_is_passed_on(monkeypatch):
-    import datasets
-
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return datasets.Dataset.from_dict({"sentence": ["x"], "label": [1]})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data.load_rows(config.Data(), "validation")
-    assert calls == [(("nyu-mll/glue", "sst2"), {"split": "validation"})]
-
-
-# What a user does wrong
-
-
-def test_unknown_task():
-    message = complaint(config.Data(task="sst3"))
-    assert message.startswith("data.task='sst3'") and "cola" in message
-
-
-def test_folder_without_the_file(tmp_path):
-    write_csv(tmp_path, "", "training.csv")
-    message = complaint(settings(tmp_path))
-    assert message.startswith("data.path=")
-    assert "train.parquet" in message and "training.csv" in message
+def test_questions_by_hand(tokenizer, capsys):
+    """[CLS] the film [SEP] the film was good ... [SEP]: 4 tokens, 11 words, 1 token."""
+    examples = windows(tokenizer, max_length=40)
+    assert examples.lengths.tolist() == [4 + 11 + 1] * 3
+    assert examples.labels.tolist() == [[4 + 3, 4 + 3], [0, 0], [4 + 8, 4 + 10]]
+    assert examples.labels.dtype == np.int32
+    assert examples.pad_id == 1 and len(examples) == 3
+    for ids, types, asked in zip(
+        examples.input_ids, examples.token_type_ids, ASKED["question"], strict=True
+    ):
+        assert ids.tolist() == tokenizer(asked, CONTEXT)["input_ids"]
+        assert types.tolist() == [0] * 4 + [1] * 12
+    found = examples.questions
+    assert found.contexts == [CONTEXT] * 3
+    assert found.answers == [["good"], ["bad"], ["never really dull", "dull"]]
+    assert found.of_row.tolist() == [0, 1, 2]
+    # A model that is right about the labels answers 2 of 3.
+    logits = np.zeros((3, 16, 2))
+    for row, label in zip(logits, examples.labels, strict=True):
+        row[label, [0, 1]] = 1
+    scores = tasks.scores(tasks.TASKS["squad"], logits, examples)
+    assert scores["exact_match"] == pytest.approx(2 / 3)
+    assert capsys.readouterr().err == ""
 
 
-def test_folder_with_two_files_of_a_split(tmp_path):
-    write_csv(tmp_path, "sentence,label\nx,1\n")
-    write_csv(tmp_path, "sentence\tlabel\nx\t1\n", "train.tsv")
-    message = complaint(settings(tmp_path))
-    assert "2 found" in message and "train.csv, train.tsv" in message
+def test_questions_without_an_answer_are_left_out_of_training(tokenizer, capsys):
+    examples = windows(tokenizer, max_length=40, training=True)
+    assert examples.labels.tolist() == [[7, 7], [12, 14]]
+    assert examples.questions.of_row.tolist() == [0, 1]
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("warning: 1 questions skipped")
 
 
-@pytest.mark.parametrize("path", ["", "./x", "/no/such/folder", "~/x", "a/b/c", "x/"])
-def test_no_such_folder(path, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    message = complaint(settings(path))
-    assert message.startswith(f"data.path={path!r}")
-    assert "--config.data.path=" in message
+@pytest.mark.parametrize("training", [False, True])
+def test_questions_pass_through_as_windows(tokenizer, training):
+    examples = windows(tokenizer, max_length=12, training=training)
+    found = squad.windows(ASKED, tokenizer, max_length=12, training=training)
+    assert len(examples) == len(found.labels) > len(examples.questions.contexts)
+    assert examples.lengths.max() == 12
+    np.testing.assert_equal(examples.input_ids, found.input_ids)
+    np.testing.assert_equal(examples.token_type_ids, found.token_type_ids)
+    np.testing.assert_array_equal(examples.labels, found.labels)
+    np.testing.assert_equal(vars(examples.questions), vars(found.questions))
 
 
-def test_a_file_for_a_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(write_csv(tmp_path, "sentence,label\nx,1\n"))
-    assert "neither a folder" in complaint(settings("train.csv"))
-
-
-def test_hub_out_of_reach(monkeypatch):
-    import datasets
-
-    def load_dataset(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the Hub\nat all")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    message = complaint(config.Data())
-    assert message.startswith("data.path='nyu-mll/glue'")
-    assert "Couldn't reach the Hub at all" in message
-    assert "--config.data.path=" in message and "validation.parquet" in message
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("train.parquet", b"garbage"),
-        ("train.csv", b"sentence,label\nx,1,2,3\n"),
-        ("train.csv", b"sentence,label\n\xff\xfe,1\n"),
-        ("train.csv", b""),
-        ("train.json", b'[{"sentence": "x"'),
-        ("train.json", b"[1, 2]"),
-        ("train.jsonl", b'{"sentence": "x", "label": 1}\n{"sent'),
-    ],
-)
-def test_unreadable_file(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    message = complaint(settings(tmp_path))
-    assert message.startswith("data.path=") and f"cannot read {tmp_path}" in message
-
-
-@pytest.mark.parametrize("column", ["sentence", "label"])
-def test_missing_column(tmp_path, column):
-    columns = {"sentence": ["x"], "label": [1], "idx": [0]}
-    del columns[column]
-    message = complaint(settings(write_parquet(tmp_path, **columns)))
-    assert f"column '{column}'" in message and "idx" in message
-
-
-@pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
-def test_empty_split(tmp_path, name):
-    write_csv(tmp_path, "sentence,label\n" if name.endswith("csv") else "", name)
-    assert "has no rows" in complaint(settings(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "labels, row, shown",
-    [
-        (["0", "2"], 1, "2"),
-        (["0", "1", "-1"], 2, "-1"),
-        (["1", "0.5"], 1, "0.5"),
-        (["1", ""], 1, "None"),
-        (["1", "positive"], 1, "'positive'"),
-    ],
-)
-def test_wrong_label_in_csv(tmp_path, labels, row, shown):
-    write_csv(tmp_path, "sentence,label\n" + "".join(f"x,{n}\n" for n in labels))
-    message = complaint(settings(tmp_path))
-    assert f"row {row} " in message and f"label={shown};" in message
-    assert "0: 'negative'" in message and "-1" in message
-
-
-@pytest.mark.parametrize(
-    "labels, shown", [(["1", "0"], "'1'"), ([True], "True"), ([None], "None")]
-)
-def test_label_of_another_type(tmp_path, labels, shown):
-    write_parquet(tmp_path, sentence=["x"] * len(labels), label=labels)
-    assert f"row 0 (the first is 0) has label={shown};" in complaint(settings(tmp_path))
-
-
-def test_missing_text(tmp_path):
-    write_parquet(tmp_path, sentence=["x", "", None], label=[1, 1, 0])
-    assert "row 2 (the first is 0) has no text" in complaint(settings(tmp_path))
-    (tmp_path / "train.parquet").unlink()
-    write_csv(tmp_path, "sentence,label\nx,1\n,0\n")
-    assert "row 1 (the first is 0) has no text" in complaint(settings(tmp_path))
-
-
-def test_text_of_another_type(tmp_path):
-    write_parquet(tmp_path, sentence=[["x"]], label=[1])
-    assert "must be text" in complaint(settings(tmp_path))
+# Choosing and planning
 
 
 def test_too_many_rows_asked_for():
     with pytest.raises(config.UserError, match="prune.train_rows=4.*at most 3"):
         data.first_rows(examples_of([1, 2, 3]), 4, field="prune.train_rows")
-
-
-# Choosing and planning
 
 
 def test_first_rows():
@@ -283,6 +186,9 @@ def test_take_keeps_fields_together():
     assert taken.input_ids[0].tolist() == [21, 22]
     assert taken.token_type_ids[0].tolist() == [0, 0]
     assert taken.labels.tolist() == [0, 0] and taken.pad_id == 7
+    spans = np.array([[1, 2], [3, 4], [5, 6]], np.int32)
+    taken = examples_of([3, 1, 2], labels=spans).take(np.array([2, 0]))
+    assert taken.labels.tolist() == [[5, 6], [1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -297,6 +203,19 @@ def test_take_keeps_fields_together():
 def test_bucket_lengths(buckets, max_length, expected):
     setting = config.Data(buckets=buckets, max_length=max_length)
     assert data.bucket_lengths(setting) == expected
+
+
+@pytest.mark.parametrize(
+    "task, expected",
+    [
+        ("sst2", (16, 32, 64, 128)),
+        ("own", (16, 32, 64, 128)),
+        ("squad", (16, 32, 64, 128, 256, 384)),
+    ],
+)
+def test_bucket_lengths_end_in_the_task_s_own(task, expected):
+    columns = ("text",) if task == "own" else ()
+    assert data.bucket_lengths(config.Data(task=task, columns=columns)) == expected
 
 
 @pytest.mark.parametrize("n, batch_size", [(1, 4), (4, 4), (999, 32), (70, 64)])
@@ -357,6 +276,25 @@ def test_batch_by_hand():
         "labels": ([1, 0, 1], np.int32),
         "weight": ([1, 1, 0], np.float32),
     }
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.array([0.5, -1, 2.25], np.float32),
+        np.array([[1, 2], [0, 0], [3, 5]], np.int32),
+    ],
+)
+def test_labels_of_a_batch(labels):
+    examples = examples_of([2, 3, 1], labels=labels)
+    batch = data.make_batch(examples, np.array([2, 1]), length=4, batch_size=4)
+    expected = labels[[2, 1, 2, 2]]
+    np.testing.assert_array_equal(batch["labels"], expected, strict=True)
+    assert batch["weight"].tolist() == [1, 1, 0, 0]
+    seen = np.empty_like(labels)
+    for rows, batch in data.eval_batches(examples, batch_size=2, buckets=(2, 4)):
+        seen[rows] = batch["labels"][: len(rows)]
+    np.testing.assert_array_equal(seen, labels)
 
 
 def test_eval_batches_cover_every_row_once():

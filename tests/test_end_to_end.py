@@ -1,6 +1,8 @@
 """The whole program on a tiny model: what it writes, and what a kill costs."""
 
+import dataclasses
 import json
+import pathlib
 import random
 
 import jax
@@ -37,6 +39,22 @@ def get_config():
 
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.mark.parametrize(
+    "config, workdir",
+    [
+        ("configs/demo.py", "runs/demo"),
+        ("configs/paper.py", "runs/paper"),
+        ("configs/paper.py:mnli", "runs/paper-mnli"),
+        ("configs/paper.py:mnli,0.60,no_hidden", "runs/paper-mnli-0.60-no_hidden"),
+    ],
+)
+@pytest.mark.parametrize("joint", ["=", " "])
+def test_default_workdir(config, workdir, joint):
+    argv = ["train.py", *f"--config{joint}{config}".split()]
+    assert train.parse(argv)[1] == pathlib.Path(workdir)
+    assert train.parse([*argv[:1], "--workdir=x", *argv[1:]])[1] == pathlib.Path("x")
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +98,32 @@ def test_report_says_what_the_saved_models_are(finished):
     total = sum(x.size for x in jax.tree.leaves(dense_params))
     assert result["params"]["total"]["dense"] == total
     assert result["masked_vs_sliced_max_abs_diff"] <= 1e-4
+    for name in ("teacher", "pruned"):
+        score = result[name]["score"]
+        assert result[name]["scores"] == {"validation": {"accuracy": score}}
     latency = result["latency_ms"]
     assert result["speedup"] == pytest.approx(latency["dense"] / latency["pruned"])
     assert set(result["seconds"]) == set(STAGES)
     assert all(seconds > 0 for seconds in result["seconds"].values())
     for field in ("device", "dtype", "batch_size", "seq_length", "repeats"):
         assert result["benchmark"][field]
+
+
+def test_saved_models_say_what_they_were_made_of(finished):
+    workdir, _ = finished
+    config = json.loads((workdir / "config.json").read_text())
+    sizes, _, about = cofi.read_about(workdir / "teacher")
+    assert about == {
+        "task": "demo",
+        "labels": ["blame", "praise"],
+        "data": config["data"],
+    }
+    _, _, more = cofi.read_about(workdir / "pruned")
+    result = json.loads((workdir / "report.json").read_text())
+    assert more == about | {
+        "dense": json.loads(json.dumps(dataclasses.asdict(sizes))),
+        "sparsity": result["sparsity"],
+    }
 
 
 def test_every_stage_left_its_lines(finished):

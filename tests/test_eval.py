@@ -1,6 +1,7 @@
 """What eval.py says of a saved model is what its parameters say by hand."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -11,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 from conftest import random_params
+from safetensors.numpy import save_file
 
 import eval as program  # the name of a built-in
-from cofi_jax import checkpoint, grammar, masks, slicing
-from cofi_jax.config import KINDS
+from cofi_jax import checkpoint, grammar, masks, pretrained, slicing, tasks
+from cofi_jax.config import KINDS, Data
 from cofi_jax.model import EncoderConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -29,7 +31,15 @@ DENSE = EncoderConfig(
     num_labels=2,
     max_positions=20,
 )
-ABOUT = {"task": "sst2", "metric": "accuracy", "max_length": 20, "buckets": [8, 20]}
+THREE = dataclasses.replace(DENSE, num_labels=3)
+MNLI = tasks.TASKS["mnli"]
+OTHER_ORDER = [2, 0, 1]  # of its classes
+
+
+def about(task, path, **more):
+    data = Data(task=task, path=str(path), max_length=20, buckets=(8, 20))
+    labels = list(tasks.TASKS[task].labels)
+    return {"task": task, "labels": labels, "data": dataclasses.asdict(data)} | more
 
 
 def removal():
@@ -42,6 +52,9 @@ def removal():
     return gates
 
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 @pytest.fixture(scope="module")
 def there(tmp_path_factory):
     """Folders that command lines name: `{dense}`, `{pruned}`, `{data}`, ..."""
@@ -49,20 +62,38 @@ def there(tmp_path_factory):
     (top / "data").mkdir()
     lines = [f"{sentence}\t{label}\n" for sentence, label in ROWS]
     (top / "data" / "validation.tsv").write_text("sentence\tlabel\n" + "".join(lines))
+    (top / "mnli").mkdir()
+    for number, split in enumerate(MNLI.validation):
+        rows = [("premise", "hypothesis", "label")]
+        for i, (sentence, label) in enumerate(ROWS[: 40 + number]):
+            rows.append((sentence, ROWS[i - number - 1][0], str((i + label) % 3)))
+        text = "".join("\t".join(row) + "\n" for row in rows)
+        (top / "mnli" / f"{split}.tsv").write_text(text)
     (top / "notes").mkdir()
     (top / "notes" / "todo.txt").write_text("not a model")
 
     params = random_params(DENSE, seed=0)
     small, spec = slicing.prune(params, removal(), DENSE)
     short = dataclasses.replace(DENSE, max_positions=9)
-    more = {"data_path": str(top / "data"), "dense": dataclasses.asdict(DENSE)}
-    for name, model, sizes, kept, about in (
-        ("dense", params, DENSE, None, ABOUT | more),
-        ("pruned", small, spec.config(DENSE), spec, ABOUT | more),
+    sst2 = about("sst2", top / "data")
+    more = {"dense": dataclasses.asdict(DENSE), "sparsity": 0.5}
+    chess = {"data": sst2["data"] | {"task": "chess"}}
+    unknown = {"data": sst2["data"] | {"tokens": 20}}
+    three = random_params(THREE, seed=3)
+    small_three, spec_three = slicing.prune(three, removal(), THREE)
+    mnli = about("mnli", top / "mnli")
+    more_three = {"dense": dataclasses.asdict(THREE), "sparsity": 0.5}
+    for name, model, sizes, kept, described in (
+        ("dense", params, DENSE, None, sst2),
+        ("pruned", small, spec.config(DENSE), spec, sst2 | more),
         ("bare", params, DENSE, None, {}),
-        ("strange", params, DENSE, None, ABOUT | more | {"task": "chess"}),
-        ("homeless", params, DENSE, None, ABOUT),
+        ("rootless", small, spec.config(DENSE), spec, sst2),
+        ("strange", params, DENSE, None, sst2 | chess),
+        ("newer", params, DENSE, None, sst2 | unknown),
+        ("homeless", params, DENSE, None, about("sst2", "")),
         ("short", random_params(short, seed=0), short, None, {}),
+        ("three", three, THREE, None, mnli),
+        ("small", small_three, spec_three.config(THREE), spec_three, mnli | more_three),
     ):
         checkpoint.save_model(
             top / name,
@@ -70,11 +101,23 @@ def there(tmp_path_factory):
             sizes,
             kept,
             tokenizer=grammar.demo_tokenizer(),
-            about=about,
+            about=described,
         )
     for name, damage in (("damaged", damage_params), ("nameless", damage_about)):
         shutil.copytree(top / "dense", top / name)
         damage(top / name)
+
+    rest = {"tokenizer": grammar.demo_tokenizer()}
+    labels = [name.upper() for name in MNLI.labels]
+    pretrained.save_hugging_face(top / "hf", three, THREE, labels=labels, **rest)
+    turned = three | {
+        "classifier": {k: v[..., OTHER_ORDER] for k, v in three["classifier"].items()}
+    }
+    labels = [labels[i] for i in OTHER_ORDER]
+    pretrained.save_hugging_face(top / "hf_named", turned, THREE, labels=labels, **rest)
+    pretrained.save_hugging_face(top / "hf_nameless", turned, THREE, **rest)
+    shutil.copytree(top / "hf", top / "hf_small")
+    save_file(torch_tensors(small_three), top / "hf_small" / "model.safetensors")
     return {path.name: str(path) for path in top.iterdir()} | {
         "none": str(top / "none")
     }
@@ -88,6 +131,50 @@ def damage_params(folder):
 
 def damage_about(folder):
     (folder / "model.json").write_text('{"format": 1')
+
+
+def torch_tensors(params):
+    """A sliced model as its authors published theirs, absent blocks' LayerNorms too."""
+    tensors = {}
+
+    def linear(name, node, inputs):
+        kernel = np.asarray(node["kernel"])
+        matrix = kernel.reshape(np.prod(kernel.shape[:inputs]), -1)
+        tensors[f"{name}.weight"] = np.ascontiguousarray(matrix.T)
+        tensors[f"{name}.bias"] = np.asarray(node["bias"]).reshape(-1)
+
+    def norm(name, node):
+        tensors[f"{name}.weight"] = np.asarray(node["scale"])
+        tensors[f"{name}.bias"] = np.asarray(node["bias"])
+
+    embeddings = params["embeddings"]
+    for ours, theirs in (
+        ("word", "word"),
+        ("position", "position"),
+        ("type", "token_type"),
+    ):
+        name = f"bert.embeddings.{theirs}_embeddings.weight"
+        tensors[name] = np.asarray(embeddings[ours])
+    norm("bert.embeddings.LayerNorm", embeddings["norm"])
+    width = len(embeddings["norm"]["bias"])
+    left_behind = dict.fromkeys(("scale", "bias"), np.ones(width, np.float32))
+    for i in range(len(DENSE.heads)):
+        layer, top = params.get(f"layer_{i}", {}), f"bert.encoder.layer.{i}"
+        if "attention" in layer:
+            for part in ("query", "key", "value"):
+                name = f"{top}.attention.self.{part}"
+                linear(name, layer["attention"][part], inputs=1)
+            name = f"{top}.attention.output.dense"
+            linear(name, layer["attention"]["output"], inputs=2)
+        if "ffn" in layer:
+            linear(f"{top}.intermediate.dense", layer["ffn"]["up"], inputs=1)
+            linear(f"{top}.output.dense", layer["ffn"]["down"], inputs=1)
+        name = f"{top}.attention.output.LayerNorm"
+        norm(name, layer.get("attention_norm", left_behind))
+        norm(f"{top}.output.LayerNorm", layer.get("ffn_norm", left_behind))
+    linear("bert.pooler.dense", params["pooler"], inputs=1)
+    linear("classifier", params["classifier"], inputs=1)
+    return tensors
 
 
 def run(capsys, *arguments):
@@ -127,6 +214,7 @@ def test_numbers(name, there, tmp_path, capsys):
     dense_size = encoder_size(checkpoint.load_model(there["dense"])[1])
     assert result["score"] == pytest.approx(accuracy_by_hand(there[name]))
     assert 0.2 < result["score"] < 0.8  # of a random model: neither class alone
+    assert result["scores"] == {"validation": {"accuracy": result["score"]}}
     assert result["examples"] == len(ROWS)
     assert result["params"] == {
         "encoder": size,
@@ -143,7 +231,8 @@ def test_numbers(name, there, tmp_path, capsys):
 
     for text in (
         there[name],
-        f"{result['score']:.4f} of 70 examples",
+        f"{result['score']:.4f}",
+        "| examples           | 70 ",
         f"{100 * result['sparsity']:.1f} %",
         "latency of a batch",
         f"on {how['device']}, float32, batches of 2 x 12 tokens, median of 3",
@@ -166,7 +255,7 @@ def test_against_adds_the_speedup(there, capsys):
     status, out, err = run(capsys, f"--model={there['pruned']}", *arguments)
     assert (status, err) == (0, "")
     assert "| speedup " in out
-    assert f"{accuracy_by_hand(there['pruned']):.4f} of 70" in out
+    assert f"{accuracy_by_hand(there['pruned']):.4f}" in out
 
 
 def test_other_data(there, tmp_path, capsys):
@@ -175,17 +264,112 @@ def test_other_data(there, tmp_path, capsys):
     arguments = [f"--data={tmp_path}", "--repeats=1", "--batch_size=1"]
     status, out, err = run(capsys, f"--model={there['homeless']}", *arguments)
     assert (status, err) == (0, "")
-    assert "of 5 examples" in out
+    assert "| examples           | 5 " in out
+
+
+# Hugging Face folders
+
+
+@pytest.fixture(scope="module")
+def evaluated(there):
+    """The result of each of the saved models for MNLI, and of what becomes of them."""
+
+    def evaluate(name, **options):
+        if name.startswith("hf"):
+            options |= {"task": "mnli", "data_path": there["mnli"]}
+        return program.evaluate(there[name], batch_size=1, repeats=1, **options)
+
+    return functools.cache(evaluate)
+
+
+def test_every_split_has_its_score(evaluated):
+    result = evaluated("three")
+    assert list(result["scores"]) == list(MNLI.validation)
+    first, second = (scores["accuracy"] for scores in result["scores"].values())
+    assert 0.1 < first < 0.7 and 0.1 < second < 0.7 and first != second
+    assert result["score"] == first
+    assert result["examples"] == 40 + 41
+
+
+@pytest.mark.parametrize("ours, theirs", [("three", "hf"), ("small", "hf_small")])
+def test_hugging_face_folder(ours, theirs, evaluated):
+    """Dense, and sliced with nothing but the dense sizes beside it."""
+    first, second = evaluated(ours), evaluated(theirs)
+    for key in ("task", "metric", "score", "scores", "examples", "params", "kept"):
+        assert first[key] == second[key]
+    assert first["sparsity"] == pytest.approx(second["sparsity"])
+    assert (second["sparsity"] > 0.3) == (ours == "small")
+
+
+def test_labels_say_what_the_classes_are(evaluated):
+    order = tuple(MNLI.labels[i] for i in OTHER_ORDER)
+    whole = evaluated("three")["scores"]
+    assert evaluated("hf_nameless", labels=order)["scores"] == whole
+    assert evaluated("hf_nameless")["scores"] != whole
+    assert evaluated("hf_named")["scores"] == whole  # its config.json tells
+    assert evaluated("hf_named", labels=MNLI.labels)["scores"] != whole
+
+
+def test_hugging_face_on_the_command_line(there, tmp_path, capsys):
+    order = ",".join(MNLI.labels[i] for i in OTHER_ORDER)
+    arguments = ["--task=mnli", f"--labels={order}", f"--data={there['mnli']}"]
+    arguments += [f"--against={there['hf']}", "--repeats=1", "--batch_size=1"]
+    arguments.append(f"--json={tmp_path / 'x.json'}")
+    status, out, err = run(capsys, f"--model={there['hf_nameless']}", *arguments)
+    assert (status, err) == (0, "")
+    result = json.loads((tmp_path / "x.json").read_text())
+    for split in MNLI.validation:
+        assert f"| accuracy, {split} " in out
+        assert f"{result['scores'][split]['accuracy']:.4f}" in out
+    assert "| speedup " in out
+
+
+@pytest.mark.parametrize("ours, theirs", [("small", "hf"), ("hf_small", "three")])
+def test_a_hugging_face_rival(ours, theirs, evaluated, there):
+    options = {"against": there[theirs]}
+    assert evaluated(ours, **options)["speedup"] > 0
 
 
 # name: (arguments, what the line must say)
 BAD = {
     "no model": ([], ["--model=None", "usage"]),
-    "no such path": (["--model={none}"], ["model='{none}'", "model.json", "nothing"]),
+    "no such path": (["--model={none}"], ["{none}", "task=''"]),
     "not a model": (["--model={notes}"], ["model='{notes}'", "todo.txt"]),
     "damaged": (["--model={damaged}"], ["model='{damaged}'", "params are damaged"]),
     "model.json": (["--model={nameless}"], ["model='{nameless}'", "model.json"]),
-    "from a notebook": (["--model={bare}"], ["model='{bare}'", "max_length", "task"]),
+    "from a notebook": (["--model={bare}"], ["model='{bare}'", "without data"]),
+    "pruned by hand": (["--model={rootless}"], ["'{rootless}'", "without dense"]),
+    "a field to come": (["--model={newer}"], ["{newer}'", "damaged", "tokens"]),
+    "task of ours": (
+        ["--model={dense}", "--task=sst2"],
+        ["task='sst2'", "a saved model knows its own"],
+    ),
+    "labels of ours": (
+        ["--model={dense}", "--labels=negative,positive"],
+        ["labels=('negative', 'positive')", "a saved model knows its own"],
+    ),
+    "no task": (["--model={hf}"], ["task=''", "{hf}", "mnli", "squad"]),
+    "no such task": (["--model={hf}", "--task=chess"], ["'chess'", "mnli"]),
+    "nothing": (["--model={notes}", "--task=mnli"], ["'{notes}'", "todo.txt"]),
+    "nowhere": (["--model={none}", "--task=mnli"], ["'{none}'", "no such folder"]),
+    "labels missing": (
+        ["--model={hf}", "--task=mnli", "--labels=neutral,entailment"],
+        ["('neutral', 'entailment')", "permutation", "contradiction"],
+    ),
+    "labels misspelt": (
+        ["--model={hf}", "--task=mnli", "--labels=neutral,entailment,no"],
+        ["('neutral', 'entailment', 'no')", "permutation", "contradiction"],
+    ),
+    "labels of values": (
+        ["--model={hf}", "--task=stsb", "--labels=low,high"],
+        ["('low', 'high')"],
+    ),
+    "classes": (["--model={hf}", "--task=sst2"], ["'{hf}'", "3 classes", "has 2"]),
+    "no spans": (["--model={hf}", "--task=squad"], ["'{hf}'", "qa_outputs"]),
+    "rival of another task": (
+        ["--model={dense}", "--against={hf}"],
+        ["against='{hf}'", "3 classes", "has 2"],
+    ),
     "unknown task": (["--model={strange}"], ["'chess'", "demo, sst2, cola"]),
     "too long": (["--model={dense}", "--seq_length=21"], ["seq_length=21", "most 20"]),
     "too long for the other": (
@@ -210,8 +394,17 @@ BAD = {
 }
 
 
+@pytest.fixture
+def offline(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    for library in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, there, capsys):
+def test_bad_input(case, there, capsys, offline):
     arguments, fragments = BAD[case]
     status, out, err = run(capsys, *(a.format(**there) for a in arguments))
     assert (status, out) == (2, "")
@@ -226,5 +419,6 @@ def test_process_exits_with_2_and_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: model='{tmp_path / 'none'}': must be")
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path / "none") in done.stderr
     assert done.stdout == ""

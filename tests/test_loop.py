@@ -72,6 +72,32 @@ def test_predict_all_restores_the_order(rows, batch_size):
     assert shapes <= {(batch_size, bucket) for bucket in BUCKETS}
 
 
+@pytest.mark.parametrize("rows, batch_size", [(1, 4), (11, 4), (3, 1)])
+def test_predict_all_pads_spans_to_the_last_bucket(rows, batch_size):
+    lengths = np.random.default_rng(rows).integers(1, 5, rows)
+    lengths[rows // 2] = 7
+    examples = examples_of(lengths)
+    shapes = set()
+
+    def predict(params, gates, batch):
+        """Logits that name the token: its id, and that times a constant."""
+        del gates
+        real = batch["input_ids"] * batch["attention_mask"]
+        shapes.add(real.shape)
+        return jnp.stack([real, params * real], -1)
+
+    buckets = (4, 7, 9)  # no row needs the last one
+    logits = loop.predict_all(
+        predict, jnp.int32(3), {}, examples, batch_size=batch_size, buckets=buckets
+    )
+    assert {length for _, length in shapes} <= {4, 7}
+    assert logits.shape == (rows, 9, 2)
+    expected = np.zeros_like(logits)
+    for row, ids in zip(expected, examples.input_ids, strict=True):
+        row[: len(ids)] = np.stack([ids, 3 * ids], -1)
+    np.testing.assert_array_equal(logits, expected)
+
+
 # Batches are a function of the step
 
 

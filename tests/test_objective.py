@@ -1,4 +1,4 @@
-"""Losses and layer matching, against closed forms and brute force."""
+"""Layer matching and whole objectives, against closed forms and brute force."""
 
 import dataclasses
 import itertools
@@ -10,81 +10,20 @@ import pytest
 from conftest import random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import rel_entr, softmax
+from scipy import stats
+from scipy.special import log_softmax, rel_entr, softmax
 
+from cofi_jax import masks as masks_lib
 from cofi_jax import objective, sparsity
 from cofi_jax.config import Distill
 from cofi_jax.masks import mask_shapes
 from cofi_jax.model import Encoder
-
-LN2 = float(np.log(2))
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-# Task loss
-
-
-def test_task_loss_by_hand():
-    """Probabilities 1/2 and 1/4 of the label: ln 2 and 2 ln 2."""
-    logits = np.array([[0, 0], [3 * LN2, 2 * LN2], [7, -7]], np.float32)
-    logits[1] = np.log([3, 1])
-    labels = np.array([0, 1, 1])
-    loss = objective.task_loss(logits, labels, np.array([1.0, 1.0, 0.0]))
-    np.testing.assert_allclose(loss, 1.5 * LN2, rtol=1e-6)
-    loss = objective.task_loss(logits, labels, np.array([0.0, 1.0, 0.0]))
-    np.testing.assert_allclose(loss, 2 * LN2, rtol=1e-6)
-
-
-def test_weighted_mean_of_nothing_is_zero():
-    assert objective.weighted_mean(np.ones(3), np.zeros(3)) == 0
-
-
-# Logit distillation
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
-def test_distill_logits_is_the_scaled_divergence(temperature):
-    student, teacher = draw(4, 3), draw(4, 3, seed=1)
-    weight = np.array([1.0, 1.0, 0.0, 1.0])
-    p = softmax(teacher.astype(float) / temperature, axis=-1)
-    q = softmax(student.astype(float) / temperature, axis=-1)
-    divergence = rel_entr(p, q).sum(-1)
-    expected = temperature**2 * (divergence * weight).sum() / 3
-    loss = objective.distill_logits(student, teacher, weight, temperature)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-
-
-def test_distill_logits_by_hand():
-    """Teacher (1/2, 1/2), student (1/4, 3/4): KL = ln(2 / sqrt 3)."""
-    student, teacher = np.log([[1.0, 3.0]]), np.zeros((1, 2))
-    loss = objective.distill_logits(student, teacher, np.ones(1), 1.0)
-    np.testing.assert_allclose(loss, np.log(2 / np.sqrt(3)), rtol=1e-6)
-
-
-def test_distill_logits_of_equals_is_zero_and_ignores_filling():
-    logits = draw(3, 4) * 10
-    ones = np.ones(3)
-    assert objective.distill_logits(logits, logits + 5, ones, 2.0) < 1e-5
-    other = logits.copy()
-    other[2] = -other[2]
-    weight = np.array([1.0, 1.0, 0.0])
-    assert objective.distill_logits(other, logits, weight, 2.0) < 1e-5
-    assert objective.distill_logits(other, logits, ones, 2.0) > 1
-
-
-def test_distill_logits_gradient_is_t_times_the_gap():
-    """d/ds T^2 KL = T (softmax(s / T) - softmax(t / T))."""
-    student, teacher, temperature = draw(1, 5), draw(1, 5, seed=1), 3.0
-    gradient = jax.grad(objective.distill_logits)(
-        student, teacher, np.ones(1), temperature
-    )
-    gap = softmax(student / temperature) - softmax(teacher / temperature)
-    np.testing.assert_allclose(gradient, temperature * gap, atol=1e-6)
 
 
 # Which layers are compared
@@ -112,6 +51,53 @@ def test_taught_layers_rise_to_the_last():
         assert len(taught) == min(layers, count)
         assert list(taught) == sorted(set(taught))
         assert taught[0] >= 0 and taught[-1] == layers - 1
+
+
+def windows(layers, count):
+    """Each taught layer and those below it, down to the one taught before."""
+    taught = objective.taught_layers(layers, count)
+    starts = (0, *(layer + 1 for layer in taught))
+    return [range(a, b + 1) for a, b in zip(starts, taught, strict=False)]
+
+
+@pytest.mark.parametrize(
+    "layers, count, expected",
+    [
+        (12, 4, [3, 3, 3, 3]),
+        (6, 4, [2, 1, 2, 1]),
+        (24, 4, [6, 6, 6, 6]),
+        (7, 3, [2, 3, 2]),
+        (3, 5, [1, 1, 1]),  # no more than there are
+        (5, 1, [5]),
+    ],
+)
+def test_drawn_layers_are_uniform_in_their_windows(layers, count, expected):
+    assert [len(window) for window in windows(layers, count)] == expected
+    many = 6000
+    keys = jax.random.split(jax.random.key(layers), many)
+    drawn = jax.jit(jax.vmap(lambda key: objective.draw_layers(key, layers, count)))(
+        keys
+    )
+    assert drawn.dtype == jnp.int32 and drawn.shape == (many, len(expected))
+    for ids, window in zip(np.asarray(drawn).T, windows(layers, count), strict=True):
+        found, counts = np.unique(ids, return_counts=True)
+        assert found.tolist() == list(window)
+        if len(window) > 1:
+            assert stats.chisquare(counts).pvalue > 1e-4
+    # Windows are drawn independently of each other.
+    for one, other in itertools.combinations(np.asarray(drawn).T, 2):
+        if len(set(one)) > 1 < len(set(other)):
+            pairs = np.unique(np.stack([one, other]), axis=1, return_counts=True)[1]
+            assert len(pairs) == len(set(one)) * len(set(other))
+            assert stats.chisquare(pairs).pvalue > 1e-4
+
+
+def test_drawn_layers_are_a_function_of_the_key():
+    def drawn(seed):
+        return objective.draw_layers(jax.random.key(seed), 12, 4).tolist()
+
+    assert [drawn(seed) for seed in range(5)] == [drawn(seed) for seed in range(5)]
+    assert len({tuple(drawn(seed)) for seed in range(20)}) > 10
 
 
 def closest_by_hand(costs, alive):
@@ -197,6 +183,7 @@ def test_alive_layers_by_config_and_masks(tiny):
 # Layer distillation
 
 L, B, T, D, NARROW, K = 3, 2, 4, 5, 3, 2
+TAUGHT = (0, 2)
 
 
 @pytest.fixture
@@ -207,7 +194,15 @@ def layers():
     return student, teacher, draw(NARROW, D, seed=2), weight
 
 
-def layers_by_hand(student, teacher, projection, weight, alive, match):
+def matches_by_hand(match, costs, alive, taught):
+    """By hand, a layer's number or None where nothing is compared."""
+    if match == "fixed":
+        return [layer if alive[layer] else None for layer in taught]
+    by_hand = {"closest": closest_by_hand, "ordered": ordered_by_hand}
+    return by_hand[match](costs, alive)
+
+
+def layers_by_hand(student, teacher, projection, weight, alive, taught, match):
     def distance(t, s):
         squares = []
         for b, i in zip(*np.nonzero(weight), strict=True):
@@ -215,123 +210,326 @@ def layers_by_hand(student, teacher, projection, weight, alive, match):
         return np.mean(squares)
 
     costs = [[distance(t, s) for s in student] for t in teacher]
-    matched = match(costs, alive)
-    return sum(row[i] for row, i in zip(costs, matched, strict=True)), matched
+    matched = matches_by_hand(match, costs, alive, taught)
+    pairs = zip(costs, matched, strict=True)
+    return sum(row[i] for row, i in pairs if i is not None), matched
 
 
-@pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("alive", [(1, 1, 1), (0, 1, 1), (1, 0, 0)])
-def test_distill_layers_by_hand(layers, alive, ordered):
-    alive = np.array(alive, bool)
-    match = ordered_by_hand if ordered else closest_by_hand
-    expected, matched = layers_by_hand(*layers, alive, match)
-    loss = objective.distill_layers(*layers, alive, ordered=ordered)
+_distill_layers = jax.jit(
+    jax.value_and_grad(objective.distill_layers, argnums=(0, 2)),
+    static_argnames="match",
+)
+
+
+@pytest.mark.parametrize("match", ["closest", "ordered", "fixed"])
+@pytest.mark.parametrize("alive", [(1, 1, 1), (0, 1, 1), (1, 0, 0), (0, 1, 0)])
+def test_distill_layers_by_hand(layers, alive, match):
+    alive, taught = np.array(alive, bool), np.array(TAUGHT)
+    expected, matched = layers_by_hand(*layers, alive, TAUGHT, match)
+    loss, gradients = _distill_layers(*layers, alive, taught, match=match)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    if match == "fixed":
+        assert (loss == 0) == (not alive[[0, 2]].any())
 
     # Padding is not looked at, not even by the matching.
     student, teacher, projection, weight = layers
     noise = 100 * (1 - weight[..., None])
     noisy = student + noise, teacher - noise, projection, weight
-    again = objective.distill_layers(*noisy, alive, ordered=ordered)
+    again, _ = _distill_layers(*noisy, alive, taught, match=match)
     np.testing.assert_allclose(again, expected, rtol=1e-5)
 
-    # d/ds = 2 (sW - t) W' / (D tokens), of the layers that were chosen.
-    gradient = jax.grad(objective.distill_layers)(*layers, alive, ordered=ordered)
-    closed_form = np.zeros_like(student)
+    # d/ds = 2 (sW - t) W' / (D tokens), of the layers that were chosen; and
+    # d/dW = 2 s' (sW - t) / (D tokens): the projection is trained as well.
+    to_student, to_projection = np.zeros_like(student), np.zeros_like(projection)
     for t, i in zip(teacher, matched, strict=True):
-        gap = (student[i] @ projection - t) * weight[..., None]
-        closed_form[i] += 2 * gap @ projection.T / (D * weight.sum())
-    np.testing.assert_allclose(gradient, closed_form, atol=1e-6)
+        if i is not None:
+            gap = 2 * (student[i] @ projection - t) * weight[..., None]
+            gap /= D * weight.sum()
+            to_student[i] += gap @ projection.T
+            to_projection += np.einsum("btn,btd->nd", student[i], gap)
+    np.testing.assert_allclose(gradients[0], to_student, atol=1e-6)
+    np.testing.assert_allclose(gradients[1], to_projection, atol=1e-5)
     others = np.array([i not in matched for i in range(L)])
-    np.testing.assert_array_equal(gradient[others], 0)
+    np.testing.assert_array_equal(gradients[0][others], 0)
 
 
-def test_distill_layers_projection_learns(layers):
-    """d/dW = 2 s' (sW - t) / (D tokens): the projection is trained as well."""
-    student, teacher, projection, weight = layers
-    alive = np.array([False, True, False])
-    gradient = jax.grad(objective.distill_layers, argnums=2)(
-        *layers, alive, ordered=False
-    )
-    s = student[1][weight > 0]
-    gaps = sum(s @ projection - t[weight > 0] for t in teacher)
-    np.testing.assert_allclose(gradient, 2 * s.T @ gaps / (D * weight.sum()), atol=1e-5)
+@pytest.mark.parametrize("match", ["closest", "ordered", "fixed"])
+def test_distill_layers_sums_in_one_order(layers, match):
+    """A scatter may add up in any order on a GPU, and a resumed run would differ."""
+    arguments = *layers, np.ones(L, bool), jnp.array(TAUGHT)
+    gradient = jax.grad(objective.distill_layers, argnums=(0, 1, 2))
+    program = jax.make_jaxpr(lambda *a: gradient(*a, match=match))(*arguments)
+    assert "scatter" not in str(program)
 
 
 # Whole objectives
 
 
-@pytest.fixture(scope="module")
-def world(tiny, tiny_batch):
-    """A teacher of four layers, a narrower student with blocks missing, a batch."""
-    base = dataclasses.replace(tiny, dropout=0.0)
-    teacher = dataclasses.replace(base, heads=(3,) * 4, intermediate=(6,) * 4)
-    student = dataclasses.replace(
-        base, hidden_size=10, heads=(3, 0, 0), intermediate=(0, 0, 4)
-    )
-    batch = tiny_batch | {
-        "labels": np.array([0, 2, 1]),
-        "weight": np.array([1.0, 1.0, 0.0], np.float32),
-    }
-    return teacher, random_params(teacher, 1), student, random_params(student, 2), batch
+LABELS = {
+    "classification": np.array([0, 2, 1], np.int32),
+    "regression": np.array([0.5, -1, 9], np.float32),
+    "span": np.array([[1, 5], [2, 2], [0, 0]], np.int32),
+}
+OUTPUTS = {"classification": 3, "regression": 1, "span": 2}
+PROJECTION = draw(10, 16, seed=5) / 4
 
 
-@pytest.mark.parametrize("match", ["closest", "ordered"])
-def test_distillation_objective_by_hand(world, match):
-    teacher, teacher_params, student, params, batch = world
-    distill = Distill(0.3, 0.7, 2.0, match, num_layers=2)
-    projection = draw(10, 16, seed=5) / 4
-    loss_of = objective.distillation_objective(
-        Encoder(student), Encoder(teacher), distill
-    )
-    embeddings = {"embeddings": params["embeddings"]}
-    rest = {k: v for k, v in params.items() if k != "embeddings"}
-    theta = {"params": rest, "distill_projection": projection}
-    key = jax.random.key(0)
-    (loss, metrics), gradient = jax.jit(
-        jax.value_and_grad(loss_of, argnums=2, has_aux=True)
-    )(theta, embeddings, {"teacher": teacher_params}, batch, key)
+class World:
+    """A teacher of four layers, a narrower student, a batch."""
 
-    ours, target = (
-        Encoder(config).apply({"params": p}, batch)
-        for config, p in ((student, params), (teacher, teacher_params))
-    )
-    logits = 4 * np.mean(
-        rel_entr(softmax(target.logits / 2, -1), softmax(ours.logits / 2, -1)).sum(-1)[
-            :2
+    def __init__(self, tiny, batch, problem, heads, intermediate):
+        base = dataclasses.replace(
+            tiny, dropout=0.0, problem=problem, num_labels=OUTPUTS[problem]
+        )
+        self.problem = problem
+        self.teacher = dataclasses.replace(base, heads=(3,) * 4, intermediate=(6,) * 4)
+        self.student = dataclasses.replace(
+            base, hidden_size=10, heads=heads, intermediate=intermediate
+        )
+        self.teacher_params = random_params(self.teacher, 1)
+        self.params = random_params(self.student, 2)
+        weight = np.array([1.0, 1.0, 0.0], np.float32)
+        self.batch = batch | {"labels": LABELS[problem], "weight": weight}
+        self.context = {"teacher": self.teacher_params}
+        self.target = Encoder(self.teacher).apply(
+            {"params": self.teacher_params}, self.batch
+        )
+
+    def theta(self, **more):
+        return {"params": self.params, "distill_projection": PROJECTION} | more
+
+    def output(self, masks=None):
+        variables = {"params": self.params, "masks": masks or {}}
+        return Encoder(self.student).apply(variables, self.batch)
+
+    def distillation(self, distill):
+        return objective.distillation_objective(
+            Encoder(self.student), Encoder(self.teacher), distill
+        )
+
+    def pruning(self, distill):
+        return objective.pruning_objective(
+            Encoder(self.student), Encoder(self.teacher), distill
+        )
+
+    def choices(self, logits):
+        """What is chosen from, row after row; two choices of each span."""
+        for row in (0, 1):  # the third one has no weight
+            if self.problem == "span":
+                length = self.batch["attention_mask"][row].sum()
+                yield from np.float64(logits[row, :length]).T
+            else:
+                yield np.float64(logits[row])
+
+    def task_by_hand(self, logits):
+        labels = self.batch["labels"][:2].reshape(-1)
+        if self.problem == "regression":
+            return np.mean((logits[:2, 0] - labels) ** 2)
+        pairs = zip(self.choices(logits), labels, strict=True)
+        return -np.mean([log_softmax(row)[label] for row, label in pairs])
+
+    def logits_by_hand(self, logits, temperature):
+        target = self.target.logits
+        if self.problem == "regression":
+            return np.mean((logits[:2] - target[:2]) ** 2)
+        terms = [
+            rel_entr(softmax(t / temperature), softmax(s / temperature)).sum()
+            for s, t in zip(self.choices(logits), self.choices(target), strict=True)
         ]
+        return temperature**2 * np.mean(terms)
+
+    def layers_by_hand(self, output, taught, match, alive):
+        return layers_by_hand(
+            np.stack(output.hidden_states[1:]),
+            np.stack([self.target.hidden_states[1 + i] for i in taught]),
+            PROJECTION,
+            self.batch["attention_mask"] * self.batch["weight"][:, None],
+            alive,
+            taught,
+            match,
+        )
+
+
+@pytest.fixture(scope="module")
+def worlds(tiny, tiny_batch):
+    """By problem; the student is sliced, and nothing is left of its layer 1."""
+    widths = (3, 0, 0, 2), (0, 0, 4, 6)
+    return {problem: World(tiny, tiny_batch, problem, *widths) for problem in LABELS}
+
+
+@pytest.fixture(scope="module")
+def dense_worlds(tiny, tiny_batch):
+    """By problem; the student may have gates."""
+    widths = (3,) * 4, (6,) * 4
+    return {problem: World(tiny, tiny_batch, problem, *widths) for problem in LABELS}
+
+
+CASES = [
+    ("classification", "closest", "even"),
+    ("classification", "fixed", "even"),
+    ("span", "fixed", "even"),
+    ("classification", "closest", "random"),
+    ("span", "ordered", "random"),
+    ("regression", "fixed", "random"),
+]
+
+
+@pytest.mark.parametrize("problem, match, which", CASES)
+def test_distillation_objective_by_hand(worlds, problem, match, which):
+    world = worlds[problem]
+    distill = Distill(0.3, 0.7, 2.0, match, num_layers=2, taught=which)
+    embeddings = {"embeddings": world.params["embeddings"]}
+    theta = world.theta()
+    theta["params"] = {k: v for k, v in world.params.items() if k != "embeddings"}
+    loss_of = jax.jit(world.distillation(distill))
+    output = world.output()
+    logits = world.logits_by_hand(output.logits, 2.0)
+    seen = set()
+    for seed in range(1 if which == "even" else 6):
+        key = jax.random.key(seed)
+        loss, metrics = loss_of(theta, embeddings, world.context, world.batch, key)
+        taught = (1, 3)
+        if which == "random":
+            taught = objective.draw_layers(jax.random.fold_in(key, 1), 4, 2).tolist()
+            assert taught[0] in (0, 1) and taught[1] in (2, 3)
+        alive = [True, False, True, True]
+        layers, matched = world.layers_by_hand(output, taught, match, alive)
+        assert 1 not in matched
+        assert set(metrics) == {"loss_logits", "loss_layers"}
+        np.testing.assert_allclose(metrics["loss_logits"], logits, rtol=1e-4)
+        np.testing.assert_allclose(metrics["loss_layers"], layers, rtol=1e-4)
+        np.testing.assert_allclose(loss, 0.3 * logits + 0.7 * layers, rtol=1e-4)
+        seen.add(tuple(taught))
+    assert len(seen) > 1 or which == "even"
+
+
+def test_nobody_teaches_the_teacher(worlds):
+    world = worlds["classification"]
+    gradient_of = jax.jit(jax.grad(world.distillation(Distill()), 2, has_aux=True))
+    gradient, _ = gradient_of(
+        world.theta(), {}, world.context, world.batch, jax.random.key(0)
     )
-    layers, matched = layers_by_hand(
-        np.stack(ours.hidden_states[1:]),
-        np.stack([target.hidden_states[i] for i in (2, 4)]),
-        projection,
-        batch["attention_mask"] * batch["weight"][:, None],
-        [True, False, True],
-        ordered_by_hand if match == "ordered" else closest_by_hand,
-    )
-    assert 1 not in matched
-    np.testing.assert_allclose(metrics["loss_logits"], logits, rtol=1e-4)
-    np.testing.assert_allclose(metrics["loss_layers"], layers, rtol=1e-4)
-    np.testing.assert_allclose(loss, 0.3 * logits + 0.7 * layers, rtol=1e-4)
-    for leaf in jax.tree.leaves(gradient):  # nobody teaches the teacher
+    for leaf in jax.tree.leaves(gradient):
         np.testing.assert_array_equal(leaf, 0)
 
 
 @pytest.mark.parametrize("logits, layers", [(0.0, 1.0), (1.0, 0.0)])
-def test_a_term_of_weight_zero_is_not_computed(world, logits, layers):
-    teacher, params, _, _, batch = world
-    loss_of = objective.distillation_objective(
-        Encoder(teacher), Encoder(teacher), Distill(logits, layers)
+def test_a_term_of_weight_zero_is_not_computed(worlds, logits, layers):
+    world = worlds["classification"]
+    teacher, params = Encoder(world.teacher), world.teacher_params
+    for match in ("closest", "fixed"):
+        loss_of = objective.distillation_objective(
+            teacher, teacher, Distill(logits, layers, match=match)
+        )
+        theta = {"params": params, "distill_projection": jnp.eye(16)}
+        if not layers:
+            del theta["distill_projection"]
+        key = jax.random.key(0)
+        loss, metrics = loss_of(theta, {}, world.context, world.batch, key)
+        assert set(metrics) == {"loss_logits" if logits else "loss_layers"}
+        assert abs(loss) < 1e-5  # a copy of the teacher has nothing to learn
+
+
+@pytest.mark.parametrize("problem", LABELS)
+def test_logits_alone(worlds, problem):
+    world = worlds[problem]
+    loss_of = world.distillation(Distill(0.5, 0.0, temperature=3.0))
+    theta = {"params": world.params}
+    loss, _ = jax.jit(loss_of)(theta, {}, world.context, world.batch, jax.random.key(0))
+    expected = 0.5 * world.logits_by_hand(world.output().logits, 3.0)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def random_masks(config, seed=7):
+    """Gates in (0, 1), a third of them closed."""
+    rng = np.random.default_rng(seed)
+    return {
+        kind: np.where(rng.random(shape) < 1 / 3, 0, rng.random(shape)).astype("f4")
+        for kind, shape in mask_shapes(config).items()
+    }
+
+
+@pytest.mark.parametrize("problem", LABELS)
+def test_without_a_teacher_the_labels_teach(dense_worlds, problem):
+    """No teacher, no context, no projection; the masks count."""
+    world = dense_worlds[problem]
+    model, none = Encoder(world.student), Distill(logits=0.0, layers=0.0)
+    loss_of = jax.jit(objective.distillation_objective(model, None, none))
+    theta, key = {"params": world.params}, jax.random.key(0)
+    seen = []
+    for masks in ({}, random_masks(world.student)):
+        loss, metrics = loss_of(theta, {}, {}, world.batch, key, masks)
+        expected = world.task_by_hand(world.output(masks).logits)
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+        assert set(metrics) == {"loss_task"} and metrics["loss_task"] == loss
+        seen.append(loss)
+    assert abs(seen[0] - seen[1]) > 1e-3
+    trained, _ = jax.jit(objective.task_objective(model))(
+        theta, {}, {}, world.batch, key
     )
-    theta = {"params": params, "distill_projection": jnp.eye(16)}
-    loss, metrics = loss_of(theta, {}, {"teacher": params}, batch, jax.random.key(0))
-    assert set(metrics) == {"loss_logits" if logits else "loss_layers"}
-    assert abs(loss) < 1e-5  # a copy of the teacher has nothing to learn
+    np.testing.assert_allclose(trained, seen[0], rtol=1e-6)
 
 
-def test_pruning_objective_with_open_gates(tiny, world):
+def pruning_theta(world, log_alpha, **multipliers):
+    multipliers = {"linear": 0.0, "quadratic": 0.0} | multipliers
+    return world.theta(
+        log_alpha=log_alpha, multipliers=jax.tree.map(jnp.float32, multipliers)
+    )
+
+
+@pytest.mark.parametrize(
+    "problem, distill",
+    [
+        ("span", Distill(0.0, 0.0)),
+        ("span", Distill(0.3, 0.7, 2.0, "fixed", num_layers=2)),
+        ("regression", Distill(0.3, 0.7, 2.0, "closest", num_layers=2)),
+        (
+            "regression",
+            Distill(0.3, 0.7, 2.0, "ordered", num_layers=2, taught="random"),
+        ),
+    ],
+    ids=str,
+)
+def test_pruning_objective_by_hand(dense_worlds, problem, distill):
+    """The masks that the key draws, then imitation and penalty, each by hand."""
+    world = dense_worlds[problem]
+    rng = np.random.default_rng(4)
+    log_alpha = {
+        kind: rng.normal(0, 1, shape).astype(np.float32)
+        for kind, shape in mask_shapes(world.student).items()
+    }
+    log_alpha["mha"][1] = log_alpha["ffn"][1] = -50  # surely dead
+    theta = pruning_theta(world, log_alpha, linear=2.0, quadratic=3.0)
+    context = {"target_sparsity": 0.6, "warmup_steps": 0, "step": 9}
+    if distill.logits:
+        context |= world.context
+    loss_of = jax.jit(world.pruning(distill))
+    for seed in range(3):
+        key = jax.random.key(seed)
+        loss, metrics = loss_of(theta, {}, context, world.batch, key)
+        mask_key, rest = jax.random.split(key)
+        masks = masks_lib.sample(log_alpha, mask_key)
+        output = world.output(masks)
+        if not distill.logits:
+            expected = world.task_by_hand(output.logits)
+        else:
+            taught = (1, 3)
+            if distill.taught == "random":
+                rest = jax.random.fold_in(rest, 1)
+                taught = objective.draw_layers(rest, 4, 2).tolist()
+            alive = objective.alive_layers(world.student, masks).tolist()
+            assert not alive[1]
+            layers, _ = world.layers_by_hand(output, taught, distill.match, alive)
+            expected = 0.3 * world.logits_by_hand(output.logits, 2.0) + 0.7 * layers
+        gap = sparsity.expected_sparsity(log_alpha, world.student) - 0.6
+        expected += 2 * gap + 3 * gap**2
+        np.testing.assert_allclose(loss, expected, rtol=2e-4)
+        assert ("loss_task" in metrics) == (not distill.logits)
+
+
+def test_pruning_objective_with_open_gates(tiny, worlds):
     """Gates that are surely open leave imitation; then s = 0 and s - t = -t."""
-    batch = world[-1]
+    batch = worlds["classification"].batch
     config = dataclasses.replace(tiny, dropout=0.0)
     params, other = random_params(config, 3), random_params(config, 4)
     model, distill = Encoder(config), Distill()
@@ -369,8 +567,8 @@ def test_pruning_objective_with_open_gates(tiny, world):
         np.testing.assert_allclose(multipliers["quadratic"], target**2, atol=1e-5)
 
 
-def test_pruning_objective_draws_gates_from_the_key(tiny, world):
-    batch = world[-1]
+def test_pruning_objective_draws_gates_from_the_key(tiny, worlds):
+    batch = worlds["classification"].batch
     model = Encoder(dataclasses.replace(tiny, dropout=0.0))
     params = random_params(tiny, 3)
     log_alpha = {kind: jnp.zeros(shape) for kind, shape in mask_shapes(tiny).items()}

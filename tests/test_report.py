@@ -13,8 +13,12 @@ def make_report(heads=(2, 0, 1, 4), widths=(30, 64, 0, 1), num_heads=4, width=25
     return {
         "task": "sst2",
         "metric": "accuracy",
-        "teacher": {"score": 0.9243},
-        "pruned": {"score": 0.9060, "score_before_finetune": 0.8933},
+        "teacher": {"score": 0.9243, "scores": {"validation": {"accuracy": 0.9243}}},
+        "pruned": {
+            "score": 0.9060,
+            "score_before_finetune": 0.8933,
+            "scores": {"validation": {"accuracy": 0.9060}},
+        },
         "sparsity": 0.95041,
         "target_sparsity": 0.95,
         "params": {
@@ -175,6 +179,69 @@ def test_table_holds_the_numbers():
         ["3", "1 / 4", "-"],
         ["4", "4 / 4", "1 / 256"],
     ]
+
+
+def several(**teacher_and_pruned):
+    """A report with these scores in place of the one."""
+    content = make_report()
+    for model, scores in teacher_and_pruned.items():
+        first = next(iter(next(iter(scores.values())).values()))
+        content[model] |= {"score": first, "scores": scores}
+    return content
+
+
+def test_table_holds_every_metric():
+    content = several(
+        teacher={"validation": {"f1": 0.88, "exact_match": 0.81}},
+        pruned={"validation": {"f1": 0.825, "exact_match": 0.823}},
+    )
+    rows = cells(report.table(content | {"metric": "f1"}))
+    assert rows[2:5] == [
+        ["f1", "0.8800", "0.8250", "-0.0550; 0.8933 before fine-tuning"],
+        ["exact_match", "0.8100", "0.8230", "+0.0130"],
+        ["encoder parameters", "85.0 M", "4.2 M", "5.0 % left"],
+    ]
+
+
+def test_table_holds_every_split():
+    content = several(
+        teacher={"matched": {"accuracy": 0.84}, "mismatched": {"accuracy": 0.85}},
+        pruned={"matched": {"accuracy": 0.80}, "mismatched": {"accuracy": 0.81}},
+    )
+    rows = cells(report.table(content))
+    assert rows[2][:3] == ["accuracy", "0.8400", "0.8000"]
+    assert rows[3] == ["accuracy, mismatched", "0.8500", "0.8100", "-0.0400"]
+    assert rows[4][0] == "encoder parameters"
+
+
+def test_evaluation_holds_every_score():
+    text = report.evaluation(
+        {
+            "model": "runs/x/pruned",
+            "scores": {"matched": {"accuracy": 0.8}, "mismatched": {"accuracy": 0.81}},
+            "examples": 19_647,
+            "params": {"encoder": 4_250_000, "total": 27_933_000},
+            "sparsity": 0.95,
+            "kept": {"hidden": 760, "heads": [2, 0], "intermediate": [0, 31]},
+            "latency_ms": {"model": 3.3512},
+            "benchmark": {
+                "latency_spread_ms": {"model": [3.3, 3.4]},
+                "examples_per_second": {"model": 38_195.0},
+                "device": "NVIDIA H200",
+                "dtype": "bfloat16",
+                "batch_size": 128,
+                "seq_length": 64,
+                "repeats": 30,
+            },
+        }
+    )
+    assert cells(text)[2:6] == [
+        ["accuracy, matched", "0.8000"],
+        ["accuracy, mismatched", "0.8100"],
+        ["examples", "19647"],
+        ["encoder parameters", "4.2 M"],
+    ]
+    assert ["heads", "2 -"] in cells(text) and "speedup" not in text
 
 
 def test_table_says_where_the_latency_was_measured():

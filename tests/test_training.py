@@ -359,3 +359,16 @@ def test_predict_is_the_model_in_evaluation(tiny, tiny_params, tiny_batch):
         np.testing.assert_allclose(
             predict(tiny_params, given, tiny_batch), expected.logits, atol=1e-5
         )
+
+
+def test_predictions_of_spans_are_zero_at_padding(tiny, tiny_batch):
+    sizes = dataclasses.replace(tiny, problem="span", num_labels=2)
+    model, params = Encoder(sizes), random_params(sizes, 5)
+    real = tiny_batch["attention_mask"] > 0
+    for given in ({}, {"ffn": jnp.array([0.0, 0.5])}):
+        logits = training.make_predict(model)(params, given, tiny_batch)
+        assert logits.shape == (*real.shape, 2)
+        np.testing.assert_array_equal(logits[~real], 0)
+        expected = model.apply({"params": params, "masks": given}, tiny_batch).logits
+        np.testing.assert_allclose(logits[real], expected[real], atol=1e-5)
+        assert (np.abs(expected[~real]) > 0).all()  # else it would test nothing
