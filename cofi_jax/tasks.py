@@ -51,6 +51,7 @@ TASKS = {
         ("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",)
     ),
     "rte": Task(_PAIR, ("entailment", "not_entailment"), ("accuracy",)),
+    "wnli": Task(_PAIR, ("not_entailment", "entailment"), ("accuracy",)),
     "stsb": Task(_PAIR, (), ("spearman", "pearson"), problem="regression"),
     "squad": Task(
         ("question", "context"),
