@@ -19,7 +19,7 @@ from collections.abc import Callable
 from cofi_jax.config import Config, reject
 
 LARGE = ("mnli", "qqp", "qnli", "sst2")
-SMALL = ("cola", "stsb", "mrpc", "rte")
+SMALL = ("cola", "stsb", "mrpc", "rte", "wnli")
 TASKS = (*LARGE, *SMALL, "squad")
 SPARSITY = 0.95
 

@@ -55,7 +55,7 @@ SQUAD = LARGE | {
 }
 RECIPES = {
     **dict.fromkeys(("mnli", "qqp", "qnli", "sst2"), LARGE),
-    **dict.fromkeys(("cola", "stsb", "mrpc", "rte"), SMALL),
+    **dict.fromkeys(("cola", "stsb", "mrpc", "rte", "wnli"), SMALL),
     "squad": SQUAD,
 }
 FINE = ["head", "intermediate"]
