@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -105,6 +104,8 @@ def _read_file(field, task, file) -> "pyarrow.Table":
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
+                true_values=[],  # true is a word as well
+                false_values=[],
             )
             return csv.read_csv(file, parse_options=parse, convert_options=convert)
         # Not pyarrow's reader, which turns texts that look like dates into dates.
@@ -133,7 +134,8 @@ def _load_from_hub(data, task, split) -> "pyarrow.Table":
         found = datasets.load_dataset(path, subset, split=split)
         return found.with_format("arrow")[:]
     except Exception as error:  # no network, no such name, no such split, a bad cache
-        problem = f"no such folder, and the hub gave no {split} rows of {data.task}"
+        problem = f"no such folder, and the hub's {path} gave no {split} rows of "
+        problem += f"{data.task}"
         problem += f" ({type(error).__name__}: {error}); {instead}"
         raise _bad(field, problem) from error
 
@@ -147,6 +149,8 @@ def _checked(task, part) -> _Part:
         if column not in table.column_names:
             there = ", ".join(table.column_names)
             raise _bad(field, f"{source} needs a column {column!r}; it has {there}")
+        if table.column_names.count(column) > 1:
+            raise _bad(field, f"{source} has several columns {column!r}; must be one")
     for column in task.columns:
         texts = table.column(column)
         if texts.null_count:
@@ -235,7 +239,7 @@ def _values(task, values):
 
     def number(value):
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        return real and math.isfinite(value)
+        return real and abs(value) <= np.finfo(np.float32).max  # not of nan
 
     wrong = next((i for i, value in enumerate(values) if not number(value)), None)
     labels = None if wrong is not None else np.array(values, np.float32)
@@ -247,8 +251,12 @@ def _answers(task, values):
 
     def answers(value):
         value = value if isinstance(value, dict) else {}
-        lists = [value.get("text"), value.get("answer_start")]
-        return all(isinstance(x, list) for x in lists) and len(set(map(len, lists))) < 2
+        texts, starts = value.get("text"), value.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list):
+            return False
+        right = all(isinstance(x, str) for x in texts)
+        right &= all(type(x) is int for x in starts)
+        return right and len(texts) == len(starts)
 
     wrong = next((i for i, value in enumerate(values) if not answers(value)), None)
     return values, wrong, "must hold lists `text` and `answer_start`, equally long"

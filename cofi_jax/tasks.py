@@ -89,6 +89,11 @@ def find(data: config.Data) -> Task:
     if len(data.columns) not in (1, 2):
         legal = "the task own needs the names of one or two columns of text"
         raise config.reject("data.columns", data.columns, legal)
+    if len({*data.columns, data.label_column}) <= len(data.columns):
+        legal = (
+            f"names a column twice, data.label_column={data.label_column!r} included"
+        )
+        raise config.reject("data.columns", data.columns, legal)
     if len(set(data.labels)) != len(data.labels):
         raise config.reject("data.labels", data.labels, "names a class twice")
     if len(data.labels) == 1 or (data.labels and data.problem == "regression"):

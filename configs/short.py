@@ -52,7 +52,7 @@ def recipe(task: str) -> Config:
         config.benchmark.batch_size = 8
         config.benchmark.seq_length = 384
         _rows(config, teacher=3_000, prune=1_500, finetune=1_500)
-        _epochs(config, teacher=2, warmup=1, prune=4, finetune=1)
+        _epochs(config, teacher=2, warmup=1, prune=3, finetune=1)
     else:
         config.eval_every = 100
         _epochs(config, teacher=3, warmup=1, prune=5, finetune=4)

@@ -505,6 +505,21 @@ COMMANDS = {
                 ["data.metrics=('f2',)", "'accuracy', 'matthews', 'f1'"],
             ),
             (
+                "f1 of three",
+                ["columns=('text',)", "labels=('a','b','c')", "metrics=('f1',)"],
+                ["data.metrics=('f1',)", "two classes"],
+            ),
+            (
+                "f1 of three in the rows",
+                ["columns=('text',)", "label_column=text", "metrics=('f1',)"],
+                ["data.metrics=('f1',)", "two classes", "'text' has 3"],
+            ),
+            (
+                "no path",
+                ["columns=('text',)", "path="],
+                ["data.path=''", "--config.data.path=path/to/folder"],
+            ),
+            (
                 "metric of values",
                 ["columns=('text',)", "problem=regression", "metrics=('f1',)"],
                 ["data.metrics=('f1',)", "'spearman', 'pearson'"],

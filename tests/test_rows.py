@@ -307,6 +307,26 @@ def test_a_thousand_classes(tmp_path):
     assert task.num_outputs == 1000
 
 
+def test_f1_is_of_two_classes(tmp_path):
+    data = own(tmp_path, metrics=("accuracy", "f1"))
+    write_labels(tmp_path, "train", "no", "yes", "both")
+    message = complaint(data)
+    assert message.startswith("data.metrics=('accuracy', 'f1')")
+    write_labels(tmp_path, "train", "no", "yes")
+    assert labels_of(data).tolist() == [0, 1]
+
+
+def test_words_of_csv_that_look_like_booleans(tmp_path):
+    write(tmp_path, "sentence,label\na,true\nb,false\n")
+    data = own(tmp_path, labels=("true", "false"))
+    assert labels_of(data).tolist() == [0, 1]
+
+
+def test_two_columns_of_a_name(tmp_path):
+    write(tmp_path, "sentence,label,sentence\na,1,b\n")
+    assert "several columns 'sentence'" in complaint(settings(tmp_path))
+
+
 def test_lists_are_no_classes(tmp_path):
     assert "label" in complaint(own(write_labels(tmp_path, "train", [1], [2], [1])))
 
@@ -373,6 +393,7 @@ def test_values_of_a_csv(tmp_path):
     [
         ([1.0, float("nan")], 1, "nan"),
         ([1.0, 2.0, float("-inf")], 2, "-inf"),
+        ([1.0, -1e300], 1, "-1e+300"),  # not a float32
         ([True, False], 0, "True"),
         (["1.5"], 0, "'1.5'"),
         ([1, None], 1, "None"),
@@ -430,6 +451,9 @@ def test_answers_stay_as_they_are(tmp_path):
         {"text": ["c"], "answer_start": None},
         {"text": ["c", "c"], "answer_start": [0]},
         {"text": [], "answer_start": [0]},
+        {"text": ["c"], "answer_start": [None]},
+        {"text": [None], "answer_start": [0]},
+        {"text": ["c"], "answer_start": ["0"]},
     ],
     ids=str,
 )

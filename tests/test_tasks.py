@@ -163,6 +163,11 @@ def test_metrics_that_own_has_not(problem, metrics, legal):
     assert message.startswith(f"data.metrics={metrics!r}") and legal in message
 
 
+@pytest.mark.parametrize("columns", [("text", "text"), ("label",), ("text", "label")])
+def test_a_column_is_named_once(columns):
+    assert complaint(own(columns=columns)).startswith("data.columns=")
+
+
 def test_f1_needs_two_classes():
     task = tasks.find(own(labels=("no", "yes"), metrics=("f1",)))
     assert tasks.scores(task, np.eye(2), labelled(0, 1)) == {"f1": 1}
