@@ -149,7 +149,7 @@ def markdown(content: dict[str, Any]) -> str:
         if member["state"] == "failed"
     ]
     sources = [
-        f"- {row['config']}: {row['paper']['source']}"
+        f"- paper, {row['config']}: {row['paper']['source']}"
         for row in content["rows"]
         if row["paper"]
     ]

@@ -239,7 +239,7 @@ def _values(task, values):
 
     def number(value):
         real = isinstance(value, int | float) and not isinstance(value, bool)
-        return real and abs(value) <= np.finfo(np.float32).max  # not of nan
+        return real and abs(value) <= float(np.finfo(np.float32).max)  # not of nan
 
     wrong = next((i for i, value in enumerate(values) if not number(value)), None)
     labels = None if wrong is not None else np.array(values, np.float32)

@@ -122,7 +122,7 @@ def test_papers_figures_stand_beside_and_name_their_source():
     group = members("short-mnli-0.95", task="mnli", seeds=(1,))
     (cells,), below = table(sweep.summary(group, {group[0].workdir: report(0.7)}))
     assert (cells["paper: score"], cells["paper: speedup"]) == ("0.806", "12.1")
-    assert "- short-mnli-0.95: table 1" in below
+    assert "- paper, short-mnli-0.95: table 1" in below
 
 
 # The whole program on tiny runs
