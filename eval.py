@@ -25,6 +25,7 @@ from absl import flags
 from cofi_jax import (
     benchmark,
     checkpoint,
+    inputs,
     loop,
     pretrained,
     report,
@@ -50,14 +51,20 @@ class Loaded(NamedTuple):
     dense: EncoderConfig
 
 
-def load(path: str, *, task: str, labels: tuple[str, ...], field: str) -> Loaded:
-    """A saved model, or a Hugging Face folder or name of a model for `task`.
+def load(
+    path: str,
+    *,
+    data: config_lib.Data | None,
+    labels: tuple[str, ...] = (),
+    field: str = "model",
+) -> Loaded:
+    """A saved model, or a Hugging Face folder or name of a model for `data`'s task.
 
     Raises:
       UserError: for what is neither, and for a task that does not fit.
     """
     if checkpoint.is_model(path):
-        for flag, value in (("task", task), ("labels", labels)):
+        for flag, value in (("task", data and data.task), ("labels", labels)):
             if value:
                 legal = "is for Hugging Face models; a saved model knows its own"
                 raise reject(flag, value, legal)
@@ -76,14 +83,13 @@ def load(path: str, *, task: str, labels: tuple[str, ...], field: str) -> Loaded
         return Loaded(model, params, tokenizer, data, dense)
     folder = pathlib.Path(path).expanduser()
     local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if (folder.is_dir() or local and not task) and not (
+    if (folder.is_dir() or local and not data) and not (
         folder / "config.json"
     ).exists():
         checkpoint.read_about(path, field=field)  # says what it found instead
-    if not task:
+    if not data:
         legal = f"must name the task that {path} was made for: {', '.join(tasks.TASKS)}"
-        raise reject("task", task, legal)
-    data = config_lib.Data(task=task)
+        raise reject("task", "", legal)
     row = tasks.find(data)
     folder = pretrained.resolve(path, field)
     config, params = pretrained.load_classifier(
@@ -98,6 +104,7 @@ def load(path: str, *, task: str, labels: tuple[str, ...], field: str) -> Loaded
         folder, field, row.num_outputs, config_lib.Model(), row.problem
     )
     tokenizer = pretrained.load_tokenizer(folder, field)
+    inputs.check_tokenizer(tokenizer, config, field=field, path=path)
     length = min(row.max_length, config.longest)
     data = dataclasses.replace(data, max_length=length)
     return Loaded(Encoder(config), params, tokenizer, data, dense)
@@ -130,7 +137,8 @@ def evaluate(
     Raises:
       UserError: for a path, data set or length that does not fit.
     """
-    loaded = load(model_path, task=task, labels=labels, field="model")
+    data = config_lib.Data(task=task) if task else None
+    loaded = load(model_path, data=data, labels=labels)
     model, params = loaded.model, loaded.params
     models = {"model": (model, params)}
     if against and checkpoint.is_model(against):
@@ -138,7 +146,7 @@ def evaluate(
             "against": checkpoint.load_model(against, field="against")[:2]
         } | models
     elif against:
-        other = load(against, task=task or loaded.data.task, labels=(), field="against")
+        other = load(against, data=loaded.data, field="against")
         models = {"against": (other.model, other.params)} | models
     on_cpu = jax.default_backend() == "cpu"
     longest = min(m.config.longest for m, _ in models.values())
@@ -167,7 +175,8 @@ def evaluate(
             buckets=data_lib.bucket_lengths(data),
         )
         scores[split] = tasks.scores(row, logits, examples)
-        counts[split] = len(examples)
+        questions = examples.questions  # which may have several windows each
+        counts[split] = len(questions.contexts if questions else examples)
     encoder = sparsity.num_params({}, model.config)
     return {
         "model": str(model_path),
@@ -223,8 +232,11 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{rest[0]!r}: unknown argument; usage: {usage}")
         if values.model is None:
             raise reject("--model", None, f"must be a saved model; usage: {usage}")
-        if values.json and not pathlib.Path(values.json).absolute().parent.is_dir():
-            raise reject("--json", values.json, "must be in a folder that exists")
+        target = pathlib.Path(values.json).absolute()
+        if values.json and (target.is_dir() or not target.parent.is_dir()):
+            raise reject(
+                "--json", values.json, "must be a file in a folder that exists"
+            )
         result = evaluate(
             values.model,
             data_path=values.data,

@@ -16,6 +16,7 @@ import pathlib
 import platform
 import statistics
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ class Member:
 def run(members: Sequence[Member], workdir: pathlib.Path) -> dict[str, Any]:
     """All members, or those that are left: the content of `sweep.json`.
 
-    A member that ends in a UserError is noted, and the next one begins.
+    A member that fails is noted, and the next one begins.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -66,14 +67,21 @@ def run(members: Sequence[Member], workdir: pathlib.Path) -> dict[str, Any]:
         print(f"[{number}/{len(order)}] {member.workdir}", flush=True)
         try:
             outcomes[member.workdir] = train.run(member.config, member.workdir)
-        except UserError as error:
-            outcomes[member.workdir] = str(error)
-            print(f"error: {member.workdir.name}: {error}", file=sys.stderr)
+        except Exception as error:  # those that come after may well do
+            outcomes[member.workdir] = _line(error)
+            print(f"error: {member.workdir.name}: {_line(error)}", file=sys.stderr)
         jax.clear_caches()  # of programs that are of no more use
         content = summary(members, outcomes)
         report.write_atomically(workdir / "table.md", markdown(content))
         report.write_json(workdir / "sweep.json", content)
     return content
+
+
+def _line(error):
+    if isinstance(error, UserError):
+        return str(error)
+    traceback.print_exception(error)  # a bug, or a machine that is too small
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def summary(
@@ -212,7 +220,8 @@ def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
         if name == "config.seed":
             raise reject("--config.seed", override, "the seeds are --seeds 1,2,3")
     seeds = known.seeds.split(",")
-    if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+    whole = all(seed.isdecimal() and seed.isascii() for seed in seeds)
+    if not whole or len(set(map(int, seeds))) < len(seeds):
         legal = "must be whole numbers with commas between them, none twice"
         raise reject("--seeds", known.seeds, legal)
     members = []
@@ -220,8 +229,9 @@ def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
         for seed in seeds:
             name = train.name_of(file)
             folder = known.workdir / f"{name}-seed{seed}"
-            flags = [f"--config={file}", f"--workdir={folder}", *overrides]
-            config, _ = train.parse([argv[0], *flags, f"--config.seed={seed}"])
+            flags = [f"--config={file}", f"--workdir={folder}"]
+            flags += [f"--config.seed={seed}", *overrides]
+            config, _ = train.parse([argv[0], *flags])
             config_lib.validate(config)
             tasks.find(config.data)
             inputs.check_workdir(config, folder)

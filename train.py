@@ -8,6 +8,7 @@ Killed at any moment, the same command goes on where it was.
 
 import dataclasses
 import fcntl
+import functools
 import importlib.metadata
 import json
 import logging
@@ -209,14 +210,16 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "default: runs/<config>", flag_values=values)
-    path = None
+    path, lists = None, {}
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
         name, equals, value = argument.partition("=")
         name, value = name.lstrip("-"), value if equals else following
         if argument.startswith("-") and name == "config":
             path = value
         elif argument.startswith("-") and name.startswith("config."):
-            _check_override(name.removeprefix("config."), value, bare=not equals)
+            name = name.removeprefix("config.")
+            if _check_override(name, value, bare=not equals) is tuple:
+                lists[name] = value
     if path is None:
         raise reject("--config", path, f"{_LEGAL_CONFIG}; usage: {_USAGE}")
     try:
@@ -235,6 +238,11 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
         raise reject("--config", path, f"{text}; {_LEGAL_CONFIG}") from error
     if not isinstance(config, Config):
         raise reject("--config", path, _LEGAL_CONFIG)
+    for name, value in lists.items():  # a,b is ("a", "b")
+        *sections, field = name.split(".")
+        node = functools.reduce(getattr, sections, config)
+        if getattr(node, field) == (value,) and not value.startswith("("):
+            setattr(node, field, tuple(value.split(",")))
     if rest:
         raise UserError(f"{rest[0]!r}: unknown argument; usage: {_USAGE}")
     return config, pathlib.Path(values.workdir or f"runs/{name_of(path)}")
@@ -247,7 +255,10 @@ def name_of(path: str) -> str:
 
 
 def _check_override(field, value, *, bare):
-    """Says what is legal where the flags library would not; `bare`: has no `=`."""
+    """Says what is legal where the flags library would not; `bare`: has no `=`.
+
+    Returns the type of the field.
+    """
     node, parent = Config(), "config"
     for name in field.split("."):
         fields = vars(node) if dataclasses.is_dataclass(node) else {}
@@ -267,6 +278,7 @@ def _check_override(field, value, *, bare):
         except ValueError as error:
             legal = f"must be of type {kind.__name__}"
             raise reject(f"--config.{field}", value, legal) from error
+    return kind
 
 
 def main(argv: list[str]) -> int:

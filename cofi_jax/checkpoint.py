@@ -170,7 +170,7 @@ def save_model(
 
 def is_model(path: str | Path) -> bool:
     """Whether `path` is a folder that `save_model` wrote."""
-    return (Path(path) / "model.json").is_file()
+    return (Path(path).expanduser() / "model.json").is_file()
 
 
 def read_about(
@@ -185,7 +185,7 @@ def read_about(
     Raises:
       UserError: where there is no such model, or a newer version wrote it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not is_model(path):
         found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
         raise reject(field, str(path), f"must be a folder with {_FILES}; found {found}")
@@ -218,7 +218,7 @@ def load_model(
     Raises:
       UserError: where there is no such model, it is damaged or too new.
     """
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     config, spec, _ = read_about(path, field=field)
     try:
         params = _load_params(path / "params", config)
@@ -246,4 +246,4 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
       UserError: where it is missing or damaged.
     """
-    return pretrained.load_tokenizer(Path(path) / "tokenizer", "model")
+    return pretrained.load_tokenizer(Path(path).expanduser() / "tokenizer", "model")

@@ -150,12 +150,14 @@ def section(kind: type, fields: dict[str, Any], *, field: str, path: str) -> Any
     Raises:
       UserError: for fields that `kind` does not have; `field` and `path` say where.
     """
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
-        return kind(**lists)
-    except TypeError as error:
+        items = dict(fields).items()
+        node = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in items})
+        _check_types(node, kind(), "")
+    except (TypeError, ValueError) as error:
         legal = f"its description does not fit this version: {error}"
         raise reject(field, path, legal) from error
+    return node
 
 
 def flatten(config: Config | str) -> dict[str, Any]:

@@ -72,19 +72,18 @@ def tokenise(
             tokenizer.pad_token_id,
             found.questions,
         )
-    encoded = tokenizer(
-        *(columns[name] for name in task.columns),
-        truncation=True,
-        max_length=max_length,
-        return_token_type_ids=True,
-        return_attention_mask=False,
-    )
-    return Examples(
-        [np.array(ids, np.int32) for ids in encoded["input_ids"]],
-        [np.array(ids, np.int32) for ids in encoded["token_type_ids"]],
-        columns[task.label_column],
-        tokenizer.pad_token_id,
-    )
+    labels, ids, types = columns[task.label_column], [], []
+    for first in range(0, len(labels), 1000):  # not all at once: lists are large
+        encoded = tokenizer(
+            *(columns[name][first : first + 1000] for name in task.columns),
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=True,
+            return_attention_mask=False,
+        )
+        ids += [np.array(row, np.int32) for row in encoded["input_ids"]]
+        types += [np.array(row, np.int32) for row in encoded["token_type_ids"]]
+    return Examples(ids, types, labels, tokenizer.pad_token_id)
 
 
 def first_rows(examples: Examples, rows: int, *, field: str) -> Examples:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 
 from cofi_jax import (
     checkpoint,
@@ -104,6 +105,7 @@ def _load_trained(config, task):
             model.config, dropout=config.model.dropout, dtype=config.model.dtype
         )
         tokenizer = checkpoint.load_tokenizer(path)
+        params = _in_order(params, checkpoint.read_about(path)[2], task, path)
     else:
         folder = pretrained.resolve(path, "teacher.path")
         sizes, params = pretrained.load_classifier(
@@ -126,6 +128,19 @@ def _load_trained(config, task):
     return Encoder(sizes), params, tokenizer
 
 
+def _in_order(params, about, task, path):
+    """The parameters with the classes of a saved model in the task's order."""
+    classes = about.get("labels", list(task.labels))
+    if sorted(classes) != sorted(task.labels):
+        legal = f"has classes {classes}, the task has {list(task.labels)}"
+        raise reject("teacher.path", path, legal)
+    if not classes:
+        return params
+    rows = np.array([classes.index(name) for name in task.labels])
+    classifier = {name: x[..., rows] for name, x in params["classifier"].items()}
+    return params | {"classifier": classifier}
+
+
 def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
     """Raises UserError where lengths, vocabulary or target do not fit the model."""
     for field, value in (
@@ -135,13 +150,9 @@ def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
         if value > sizes.longest:
             legal = f"must be at most {sizes.longest}, the model's positions"
             raise reject(field, value, legal)
-    if len(tokenizer) > sizes.vocab_size:
-        raise reject(
-            "teacher.path" if config.teacher.path else "model.path",
-            config.teacher.path or config.model.path,
-            f"its tokenizer has {len(tokenizer)} tokens, its weights "
-            f"{sizes.vocab_size}",
-        )
+    field = "teacher.path" if config.teacher.path else "model.path"
+    path = config.teacher.path or config.model.path
+    check_tokenizer(tokenizer, sizes, field=field, path=path)
     highest = sparsity.max_sparsity(sizes, config.prune.kinds)
     if config.prune.target_sparsity > highest:
         raise reject(
@@ -149,6 +160,15 @@ def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
             config.prune.target_sparsity,
             f"gates of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
         )
+
+
+def check_tokenizer(
+    tokenizer: Any, sizes: EncoderConfig, *, field: str, path: str
+) -> None:
+    """Raises UserError where the tokenizer has tokens that the model has not."""
+    if len(tokenizer) > sizes.vocab_size:
+        legal = f"its tokenizer has {len(tokenizer)} tokens, its weights "
+        raise reject(field, path, legal + str(sizes.vocab_size))
 
 
 def check_rows(config: Config, train: data_lib.Examples) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def load_encoder(
         fresh = {ours for ours, theirs in heads.items() if theirs in spoilt}
         loaded = torch_names.from_torch(get, config, prefix, without=fresh)
     # The outer jit leaves out what is not asked for.
-    init = jax.jit(lambda key: {name: init_params(config, key)[name] for name in fresh})
+    init = jax.jit(lambda key: {n: init_params(config, key)[n] for n in sorted(fresh)})
     return config, loaded | init(key)
 
 
@@ -133,8 +134,8 @@ def load_classifier(
       labels: the task's classes in its order, the order of the logits that come
         back; () takes what the folder has, and is for regression and span.
       label_order: the same classes in the order of the folder's logits; () takes
-        the names in config.json where they are the task's, upper or lower case, or
-        else the task's order.
+        the names in config.json or, with a warning where it has none, the task's
+        order.
       model: `dropout` and `dtype` are taken from here.
 
     Returns:
@@ -157,6 +158,10 @@ def load_classifier(
         if wrong := torch_names.complaints(shapes, config, prefix):
             raise Misfit(next(iter(wrong.values())))
         params = torch_names.from_torch(get, config, prefix)
+    if rows is None:
+        order = ", ".join(labels)
+        warning = f"{folder} does not name its classes; taken as {order}"
+        print(f"warning: {warning}", file=sys.stderr)
     if rows:
         classifier = params["classifier"]
         params["classifier"] = {k: v[..., rows] for k, v in classifier.items()}
@@ -228,6 +233,8 @@ def _open_torch(path):
     except ImportError as error:
         reason = f"{path.name} needs PyTorch: pip install torch, or give {_WEIGHTS}"
         raise Misfit(reason) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        raise Misfit(f"{path.name} needs PyTorch 2.6, which reads weights alone")
     try:
         tensors = torch.load(
             path,
@@ -293,7 +300,10 @@ def load_tokenizer(folder: Path, field: str):
         legal = f"has no tokenizer; must hold {' or '.join(_VOCABULARIES)}"
         raise reject(field, str(folder), legal)
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the tokenizers library raises plain Exception
         reason = f"its tokenizer cannot be read ({type(error).__name__})"
         raise reject(field, str(folder), reason) from error
+    if tokenizer.pad_token_id is None:
+        raise reject(field, str(folder), "its tokenizer has no padding token")
+    return tokenizer

@@ -1,6 +1,7 @@
 """Rows of a task: from the hub, or from files of anyone's own; every row is checked."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # slow to import: a wrong flag should fail before that
     import pyarrow
 
 FORMATS = ("parquet", "csv", "tsv", "json", "jsonl")
+_WHOLE = r"-?\d+"
 _MOST_CLASSES = 1000  # more are numbers to be predicted, or a mistake
 Columns = dict[str, Any]  # a list of texts by column; labels as an array
 
@@ -48,7 +50,9 @@ def load(
         parts["train"].append(_checked(task, part))
     if task.problem == "classification" and not task.labels:
         task = _with_labels(task, parts["train"])
-    return task, {split: _join(task, found) for split, found in parts.items()}
+    # Names that were read off the rows are names; their order is nobody's choice.
+    numbered = bool(task.hub or data.labels)
+    return task, {split: _join(task, p, numbered) for split, p in parts.items()}
 
 
 class _Part(NamedTuple):
@@ -99,13 +103,14 @@ def _read_file(field, task, file) -> "pyarrow.Table":
             if file.suffix == ".tsv":
                 parse = csv.ParseOptions(delimiter="\t", quote_char=False)
             # An empty cell is missing; the word NA, or a number, is text.
+            texts = [*task.columns]
+            if task.problem == "classification":
+                texts.append(task.label_column)
             convert = csv.ConvertOptions(
-                column_types=dict.fromkeys(task.columns, pyarrow.string()),
+                column_types=dict.fromkeys(texts, pyarrow.string()),
                 null_values=[""],
                 strings_can_be_null=True,
                 quoted_strings_can_be_null=False,
-                true_values=[],  # true is a word as well
-                false_values=[],
             )
             return csv.read_csv(file, parse_options=parse, convert_options=convert)
         # Not pyarrow's reader, which turns texts that look like dates into dates.
@@ -161,13 +166,13 @@ def _checked(task, part) -> _Part:
     return part
 
 
-def _join(task, parts) -> Columns:
+def _join(task, parts, numbered) -> Columns:
     """The columns of all parts of a split, labels encoded."""
     columns = {
         name: [text for part in parts for text in part.table.column(name).to_pylist()]
         for name in task.columns
     }
-    labels = [_encode(task, part) for part in parts]
+    labels = [_encode(task, part, numbered) for part in parts]
     if task.problem == "span":
         return columns | {task.label_column: sum(labels, [])}
     return columns | {task.label_column: np.concatenate(labels)}
@@ -181,9 +186,9 @@ def _with_labels(task, parts) -> tasks.Task:
         for value in part.table.column(task.label_column).to_pylist()
         if value is not None
     }
-    numeric = all(isinstance(value, int | float) for value in found.values())
-    names = sorted(found, key=found.get if numeric else None)
-    fractions = numeric and any(value % 1 for value in found.values())
+    whole = all(re.fullmatch(_WHOLE, name) for name in found)
+    names = sorted(found, key=int if whole else None)
+    fractions = not whole and all(map(_is_number, found))
     nested = any(isinstance(value, list | dict) for value in found.values())
     if fractions or nested or not 2 <= len(names) <= _MOST_CLASSES:
         some = ", ".join(names[:5])
@@ -197,16 +202,25 @@ def _with_labels(task, parts) -> tasks.Task:
 
 
 def _text(value) -> str:
-    # A csv with an empty cell, and pandas, make floats of integers.
-    whole = isinstance(value, float) and value.is_integer()
-    return str(int(value) if whole else value)
+    # Pandas makes floats of integers where a cell is empty.
+    return re.sub(rf"^({_WHOLE})\.0$", r"\1", str(value))
 
 
-def _encode(task, part):
-    """Labels as the losses take them: class numbers, or values, or answers."""
+def _is_number(text) -> bool:
+    try:
+        return bool(float(text) + 1)
+    except ValueError:
+        return False
+
+
+def _encode(task, part, numbered):
+    """Labels as the losses take them: class numbers, or values, or answers.
+
+    With `numbered`, a class may be told by its number instead of its name.
+    """
     values = part.table.column(task.label_column).to_pylist()
     encode = {
-        "classification": _class_numbers,
+        "classification": functools.partial(_class_numbers, numbered=numbered),
         "regression": _values,
         "span": _answers,
     }[task.problem]
@@ -218,13 +232,13 @@ def _encode(task, part):
     raise _bad(part.field, problem)
 
 
-def _class_numbers(task, values):
+def _class_numbers(task, values, numbered):
     """Class numbers; the first wrong row, or None; what is legal."""
     numbers = {name: i for i, name in enumerate(task.labels)}
-    texts = list(map(_text, values))
+    texts = [value if value is None else _text(value) for value in values]
     legal = f"must be among {', '.join(task.labels)}"
     # Names that are numbers themselves leave no doubt.
-    if not any(re.fullmatch(r"-?\d+", name) for name in task.labels):
+    if numbered and not any(re.fullmatch(_WHOLE, name) for name in task.labels):
         if task.hub:
             legal = f"must be an integer among {dict(enumerate(task.labels))}, or one "
             legal += "of these names (hub test splits hold only -1)"

@@ -99,6 +99,9 @@ def find(data: config.Data) -> Task:
     if len(data.labels) == 1 or (data.labels and data.problem == "regression"):
         legal = "must name two classes or more; for regression, none"
         raise config.reject("data.labels", data.labels, legal)
+    if data.problem not in _OWN_METRICS:
+        legal = f"must be one of {', '.join(_OWN_METRICS)}"
+        raise config.reject("data.problem", data.problem, legal)
     legal = _OWN_METRICS[data.problem]
     if not set(data.metrics) <= set(legal):
         raise config.reject("data.metrics", data.metrics, f"must be among {legal}")

@@ -120,30 +120,46 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
 
 def class_rows(
     fields: dict, labels: Sequence[str], label_order: Sequence[str], field: str
-) -> list[int]:
-    """The model's row of each of `labels`; [] where its order is not known otherwise.
+) -> list[int] | None:
+    """The model's row of each of `labels`; None where nothing tells its order.
 
     Args:
-      fields: of config.json; the names in it count where they are the task's.
+      fields: of config.json; the names in it count, unless they are LABEL_0, ...
       labels: the task's classes in its order.
-      label_order: the same in the order of the model, () for that of `fields`;
-        neither minds upper and lower case.
+      label_order: the same in the order of the model, () for that of `fields`.
+        Upper and lower case count only where classes differ in nothing else.
       field: the config field that named the folder, for messages.
 
     Raises:
       UserError: where `label_order` is no permutation of `labels`.
+      Misfit: where there is none and the names in `fields` are not `labels`.
     """
-    task, order, named = (
-        [name.lower() for name in names]
-        for names in (labels, label_order, _class_names(fields))
-    )
-    if order and sorted(order) != sorted(task):
+    named = _class_names(fields)
+    order = list(label_order) or named
+    rows = _rows(order, labels) or _rows(_lower(order), _lower(labels))
+    where = f"{field.removesuffix('.path')}.labels"
+    if label_order and not rows:
         legal = f"must be a permutation of {tuple(labels)}, in the order of the model"
-        where = f"{field.removesuffix('.path')}.labels"
         raise reject(where, tuple(label_order), legal)
-    if not order and sorted(named) == sorted(task):
-        order = named
-    return [order.index(name) for name in task] if order else []
+    if rows or not labels:
+        return rows
+    real = not all(name.startswith("LABEL_") for name in named)
+    if real and len(set(named)) == len(labels):
+        raise Misfit(
+            f"names its classes {', '.join(named[:5])}; give the task's own names, "
+            f"{', '.join(labels[:5])}, in the order of the model: {where}"
+        )
+    return None
+
+
+def _rows(order, labels):
+    """Where each label stands in `order`; [] unless that is a permutation."""
+    fits = len(set(order)) == len(order) and sorted(order) == sorted(labels)
+    return [order.index(name) for name in labels] if fits else []
+
+
+def _lower(names):
+    return [name.lower() for name in names]
 
 
 def _class_names(fields):

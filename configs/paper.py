@@ -52,7 +52,7 @@ ABLATIONS: dict[str, Callable[[Config], None]] = {
     "no_distillation": _distill(logits=0.0, layers=0.0),
     "logits_only": _distill(logits=1.0, layers=0.0),
     # Table 11, the student layer that a teacher layer is compared with.
-    "fixed": _distill(match="fixed"),
+    "fixed": _distill(match="fixed", num_layers=12),  # every layer
     "closest": _distill(match="closest"),
     "ordered": _distill(match="ordered"),
     # The authors' later advice: which teacher layers.

@@ -59,7 +59,7 @@ def recipe(task: str) -> Config:
     if task == "stsb":
         _rows(config, teacher=0, prune=3_000, finetune=3_000)
     if task == "rte":
-        _rows(config, teacher=0, prune=1_500, finetune=1_500)
+        _rows(config, teacher=0, prune=1_000, finetune=1_000)
         config.data.buckets = (32, 64, 96)
     return config
 

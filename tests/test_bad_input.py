@@ -281,10 +281,10 @@ COMMANDS = {
         ["teacher.freeze_embeddings=maybe"],
         ["teacher.freeze_embeddings='maybe'", "true or false"],
     ),
-    "kinds in one word": (
+    "kinds with a comma and no name": (
         "config",
-        ["prune.kinds=head,ffn"],
-        ["prune.kinds='head,ffn'", str(KINDS)],
+        ["prune.kinds=head,"],
+        ["prune.kinds=''", str(KINDS)],
     ),
     "unknown kind": (
         "config",
@@ -455,6 +455,11 @@ COMMANDS = {
                 ["data.columns=('text', 'verdict', 'stars')", "one or two columns"],
             ),
             (
+                "column twice",
+                ["columns=('text',)", "label_column=text"],
+                ["data.columns=('text',)", "twice"],
+            ),
+            (
                 "no such column",
                 ["columns=('txt',)"],
                 ["train.csv", "'txt'; it has text, verdict, stars"],
@@ -511,7 +516,7 @@ COMMANDS = {
             ),
             (
                 "f1 of three in the rows",
-                ["columns=('text',)", "label_column=text", "metrics=('f1',)"],
+                ["columns=('verdict',)", "label_column=text", "metrics=('f1',)"],
                 ["data.metrics=('f1',)", "two classes", "'text' has 3"],
             ),
             (
@@ -556,7 +561,7 @@ COMMANDS = {
             ("of another format", "{notes}/todo.txt", ["parquet", "tsv", "jsonl"]),
             ("a folder", "{data}", ["parquet", "tsv", "jsonl"]),
             ("without a column", "{extra}/wrong.csv", ["'sentence'; it has text"]),
-            ("with a label", "{extra}/label.tsv", ["label.tsv", "row 1", "label=7"]),
+            ("with a label", "{extra}/label.tsv", ["label.tsv", "row 1", "label='7'"]),
         )
     },
     "match": ("config", ["distill.match=far"], ["distill.match='far'", "ordered"]),
@@ -641,9 +646,9 @@ def test_process_exits_with_2_and_one_line(there, tmp_path):
 # Data files
 
 BAD_DATA = {
-    "label too high": (GOOD.replace("bad,0", "bad,2"), ["row 3", "label=2", "0: "]),
-    "label too low": (GOOD.replace("bad,0", "bad,-1"), ["row 3", "label=-1", "0: "]),
-    "label a fraction": (GOOD.replace("bad,0", "bad,1.5"), ["row 3", "label=1.5"]),
+    "label too high": (GOOD.replace("bad,0", "bad,2"), ["row 3", "label='2'", "0: "]),
+    "label too low": (GOOD.replace("bad,0", "bad,-1"), ["row 3", "label='-1'", "0: "]),
+    "label a fraction": (GOOD.replace("bad,0", "bad,1.5"), ["row 3", "label='1.5'"]),
     "label a word": (GOOD.replace("bad,0", "bad,x"), ["row 3", "label='x'"]),
     "label missing": (GOOD.replace("bad,0", "bad,"), ["row 3", "label="]),
     "text missing": (GOOD.replace("dull", ""), ["row 1", "'sentence'"]),

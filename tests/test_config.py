@@ -66,12 +66,16 @@ ABLATIONS = {
     "no_hidden,no_layers": {"prune.kinds": FINE},
     "no_distillation": {"distill.logits": 0.0, "distill.layers": 0.0},
     "logits_only": {"distill.logits": 1.0, "distill.layers": 0.0},
-    "fixed": {"distill.match": "fixed"},
+    "fixed": {"distill.match": "fixed", "distill.num_layers": 12},
     "closest": {"distill.match": "closest"},
     "ordered": {"distill.match": "ordered"},
     "random": {"distill.taught": "random"},
     "roberta": {"model.path": "roberta-base"},
-    "random,fixed": {"distill.taught": "random", "distill.match": "fixed"},
+    "random,fixed": {
+        "distill.taught": "random",
+        "distill.match": "fixed",
+        "distill.num_layers": 12,
+    },
 }
 # What the runs of docs/results.md were made with.
 SHORT_SST2 = {

@@ -322,6 +322,28 @@ def test_words_of_csv_that_look_like_booleans(tmp_path):
     assert labels_of(data).tolist() == [0, 1]
 
 
+def test_a_missing_class_is_not_the_class_none(tmp_path):
+    write(tmp_path, "sentence,label\na,None\nb,y\nc,\n")
+    assert "row 2 (the first is 0) has label=None;" in complaint(own(tmp_path))
+
+
+def test_classes_are_read_alike_in_every_file(tmp_path):
+    write(tmp_path, "sentence,label\na,1.0\nb,x\nc,007\n")
+    write(tmp_path, "sentence,label\na,1.0\nb,007\n", "validation.csv")
+    task, found = rows.load(own(tmp_path), ("train", "validation"))
+    assert task.labels == ("007", "1", "x")
+    assert found["validation"]["label"].tolist() == [1, 0]
+
+
+def test_names_that_were_read_are_not_numbered(tmp_path):
+    write_labels(tmp_path, "train", "neg", "pos")
+    write_labels(tmp_path, "validation", 0, 1)
+    message = complaint(own(tmp_path), "train", "validation")
+    assert "validation.parquet, row 0 " in message
+    data = own(tmp_path, labels=("pos", "neg"))  # now their order is a choice
+    assert labels_of(data, "validation").tolist() == [0, 1]
+
+
 def test_two_columns_of_a_name(tmp_path):
     write(tmp_path, "sentence,label,sentence\na,1,b\n")
     assert "several columns 'sentence'" in complaint(settings(tmp_path))
@@ -334,9 +356,9 @@ def test_lists_are_no_classes(tmp_path):
 @pytest.mark.parametrize(
     "labels, row, shown",
     [
-        (["0", "2"], 1, "2"),
-        (["0", "1", "-1"], 2, "-1"),
-        (["1", "0.5"], 1, "0.5"),
+        (["0", "2"], 1, "'2'"),
+        (["0", "1", "-1"], 2, "'-1'"),
+        (["1", "0.5"], 1, "'0.5'"),
         (["1", ""], 1, "None"),
         (["1", "good"], 1, "'good'"),
         (["positive", "1"], 1, "'1'"),  # by name or by number, not both
@@ -549,7 +571,7 @@ def test_extra_rows_of_values_and_of_answers(tmp_path):
         (
             "more.csv",
             "sentence,label\nx,1\ny,7\n",
-            "row 1 (the first is 0) has label=7;",
+            "row 1 (the first is 0) has label='7';",
         ),
     ],
 )

@@ -319,3 +319,22 @@ def test_process_exits_with_2_and_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
+
+
+def test_a_member_that_breaks_does_not_end_the_sweep(tmp_path, monkeypatch, capsys):
+    def run(config, workdir):
+        if config.seed == 1:
+            raise RuntimeError("out of memory\nat all")
+        return report(0.8)
+
+    monkeypatch.setattr(train, "run", run)
+    found = [
+        sweep.Member("demo", Config(seed=seed), tmp_path / f"demo-seed{seed}")
+        for seed in (1, 2)
+    ]
+    monkeypatch.setattr(sweep.jax.config, "update", lambda *_: None)
+    content = sweep.run(found, tmp_path)
+    assert [m["state"] for m in content["members"]] == ["failed", "finished"]
+    assert content["members"][0]["error"] == "RuntimeError: out of memory at all"
+    assert "Traceback" in capsys.readouterr().err
+    assert "1, 1 failed" in (tmp_path / "table.md").read_text()

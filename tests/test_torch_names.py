@@ -11,7 +11,7 @@ import record_parity
 from conftest import random_params
 from safetensors.numpy import load_file, save_file
 
-from cofi_jax import pretrained, slicing
+from cofi_jax import pretrained, slicing, torch_config
 from cofi_jax.config import Model, UserError
 from cofi_jax.model import Encoder, EncoderConfig
 
@@ -556,3 +556,18 @@ def test_the_tokenizer_comes_along(tmp_path):
     )
     again = pretrained.load_tokenizer(folder, FIELD)
     assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_classes_that_differ_in_case_alone():
+    fields = {"id2label": {"0": "us", "1": "US"}}
+    assert torch_config.class_rows(fields, ("US", "us"), (), "model") == [1, 0]
+    assert torch_config.class_rows({}, ("US", "us"), ("us", "US"), "model") == [1, 0]
+
+
+def test_classes_of_other_names_are_not_guessed():
+    labels = ("entailment", "not_entailment")
+    fields = {"id2label": {"0": "not entailment", "1": "entailment"}}
+    with pytest.raises(torch_config.Misfit, match="not entailment.*teacher.labels"):
+        torch_config.class_rows(fields, labels, (), "teacher.path")
+    for nameless in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}):
+        assert torch_config.class_rows(nameless, labels, (), "model") is None
