@@ -51,7 +51,7 @@ def recipe(task: str) -> Config:
         config.prune.multiplier_learning_rate = 0.1
         config.benchmark.batch_size = 8
         config.benchmark.seq_length = 384
-        _rows(config, teacher=3_000, prune=1_000, finetune=1_000)
+        _rows(config, teacher=2_000, prune=1_000, finetune=1_000)
         _epochs(config, teacher=2, warmup=1, prune=3, finetune=1)
     else:
         config.eval_every = 100
