@@ -139,7 +139,8 @@ def save_model(
       config: their sizes (of the sliced model where it is one).
       spec: what was kept of the dense model; None for a dense one.
       tokenizer: the Hugging Face tokenizer.
-      about: JSON-able: `task`, `labels`, `metric`, `max_length`, `dense`, ...
+      about: JSON-able: `task`, `labels`, `data` (the fields of `config.Data`), of a
+        sliced one `dense` (the sizes it was cut from) and `sparsity`.
 
     Raises:
       UserError: where `path` exists, or the parameters do not fit the sizes.
