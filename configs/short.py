@@ -51,15 +51,14 @@ def recipe(task: str) -> Config:
         config.prune.multiplier_learning_rate = 0.1
         config.benchmark.batch_size = 8
         config.benchmark.seq_length = 384
-        _rows(config, teacher=2_000, prune=1_000, finetune=1_000)
-        _epochs(config, teacher=2, warmup=1, prune=3, finetune=1)
+        _rows(config, teacher=2_000, prune=2_000, finetune=2_000)
+        _epochs(config, teacher=2, warmup=1, prune=4, finetune=1)
     else:
         config.eval_every = 100
         _epochs(config, teacher=3, warmup=1, prune=5, finetune=4)
     if task == "stsb":
         _rows(config, teacher=0, prune=3_000, finetune=3_000)
     if task == "rte":
-        _rows(config, teacher=0, prune=1_000, finetune=1_000)
         config.data.buckets = (32, 64, 96)
     return config
 
