@@ -10,7 +10,7 @@ teacher: --config.teacher.path=runs/short-sst2-0.95/teacher
 
 Expected: SST-2 accuracy about 0.81 at 95 % and 0.87 at 60 %, where the dense model has
 0.88; CoLA Matthews correlation about 0.23 at 60 %, dense 0.32 (docs/results.md). Time:
-20 minutes to an hour on two CPU cores; SQuAD takes several.
+15 minutes to an hour on two CPU cores.
 """
 
 from cofi_jax.config import Config
