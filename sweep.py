@@ -6,7 +6,8 @@
 
 Each member is a run of train.py in `<workdir>/<config>-seed<n>`; every other
 `--config.x=y` goes to all of them. After each, `table.md` and `sweep.json` are written
-anew. Killed at any moment, the same command goes on where it was.
+anew, in the end `compare.html`. Killed at any moment, the same command goes on where it
+was.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import jax
 
 import train
 from cofi_jax import config as config_lib
-from cofi_jax import inputs, paper, report, tasks
+from cofi_jax import inputs, page, paper, report, tasks
 from cofi_jax.config import Config, UserError, reject
 
 _USAGE = (
@@ -47,11 +48,20 @@ class Member:
     workdir: pathlib.Path
 
 
-def run(members: Sequence[Member], workdir: pathlib.Path) -> dict[str, Any]:
-    """All members, or those that are left: the content of `sweep.json`.
+def run(
+    members: Sequence[Member], workdir: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+    """All members, or those that are left.
 
     A member that fails is noted, and the next one begins.
+
+    Returns:
+      The content of `sweep.json`, and the names of the files that were written.
+
+    Raises:
+      UserError: the workdir cannot be written, or has pictures of something else.
     """
+    page.check_folder(workdir, "--workdir")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +84,18 @@ def run(members: Sequence[Member], workdir: pathlib.Path) -> dict[str, Any]:
         content = summary(members, outcomes)
         report.write_atomically(workdir / "table.md", markdown(content))
         report.write_json(workdir / "sweep.json", content)
-    return content
+    finished = [
+        (member.name, outcomes[member.workdir])
+        for member in members
+        if isinstance(outcomes.get(member.workdir), dict)
+    ]
+    written = ["table.md", "sweep.json"]
+    try:
+        if finished:
+            written += page.write_comparison(workdir, finished, "--workdir")[:1]
+    except Exception as error:  # the table is what hours were spent for
+        print(f"warning: no compare.html: {_line(error)}", file=sys.stderr)
+    return content, written
 
 
 def _line(error):
@@ -249,11 +270,11 @@ def main(argv: list[str]) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         members, workdir = parse(argv)
-        content = run(members, workdir)
+        content, written = run(members, workdir)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{markdown(content)}\nWritten to {workdir}: table.md, sweep.json")
+    print(f"\n{markdown(content)}\nWritten to {workdir}: {', '.join(written)}")
     return 2 if any(row["failed"] for row in content["rows"]) else 0
 
 

@@ -25,7 +25,9 @@ import cofi_jax
 from cofi_jax import (
     benchmark,
     checkpoint,
+    events,
     inputs,
+    page,
     plots,
     report,
     rows,
@@ -54,6 +56,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
       UserError: for what the user can mend; then nothing was written over.
     """
     config_lib.validate(config)
+    if config.tensorboard:
+        events.check()
     inputs.check_workdir(config, workdir)
     if (workdir / "report.json").exists():
         return json.loads((workdir / "report.json").read_text())
@@ -93,7 +97,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
                 str((workdir / f"compiled-{platform.node()}").absolute()),
             )
         report.write_atomically(workdir / "config.json", config_lib.to_json(config))
-        log = report.MetricsLog(workdir / "metrics.jsonl")
+        mirror = events.Events(workdir / "tensorboard") if config.tensorboard else None
+        log = report.MetricsLog(workdir / "metrics.jsonl", mirror)
         shared = stages.Run(config, workdir, task, train, examples, log)
         return _stages(shared, teacher, params, tokenizer)
 
@@ -105,17 +110,23 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     if config.data.task == tasks.OWN:
         data["labels"] = task.labels  # read off the training rows, perhaps
     about = {"task": config.data.task, "labels": list(task.labels), "data": data}
+    if base := inputs.base_model(config):
+        about["base_model"] = base
     seconds = {"teacher": 0.0}
     if not config.teacher.path:
         params, seconds["teacher"] = stages.train_teacher(run, model, params)
     params = jax.device_put(params)
-    if not (workdir / "teacher").exists():
-        checkpoint.save_model(
-            workdir / "teacher", params, model.config, tokenizer=tokenizer, about=about
-        )
     teacher_scores = run.scores(training.make_predict(model), params)
     teacher_score = stages.main_score(teacher_scores)
     print(f"teacher: {metric} {teacher_score:.4f}", flush=True)
+    if not (workdir / "teacher").exists():
+        checkpoint.save_model(
+            workdir / "teacher",
+            params,
+            model.config,
+            tokenizer=tokenizer,
+            about=about | {"scores": teacher_scores},
+        )
 
     student, seconds["prepruning"] = stages.prepare(run, model, params)
     student, masks, seconds["prune"] = stages.learn_masks(run, model, student, params)
@@ -137,16 +148,6 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     student = stages.Student(sliced, student.projection[hidden])
     sliced, seconds["finetune"] = stages.finetune(run, small, student, model, params)
     scores = run.scores(training.make_predict(small), sliced)
-    about |= {"dense": dataclasses.asdict(model.config), "sparsity": removed}
-    if not (workdir / "pruned").exists():
-        checkpoint.save_model(
-            workdir / "pruned",
-            sliced,
-            small.config,
-            spec,
-            tokenizer=tokenizer,
-            about=about,
-        )
     measured = benchmark.inference(
         {"dense": (model, params), "pruned": (small, sliced)},
         batch_size=config.benchmark.batch_size,
@@ -179,10 +180,25 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
         "seconds": seconds,
         "versions": _versions(),
     }
-    plots.plot_sparsity(report.read_metrics(run.log.path), workdir / "sparsity.png")
+    if not (workdir / "pruned").exists():
+        about |= {"dense": dataclasses.asdict(model.config), "sparsity": removed}
+        checkpoint.save_model(
+            workdir / "pruned",
+            sliced,
+            small.config,
+            spec,
+            tokenizer=tokenizer,
+            about=about | {"report": result},
+        )
+    else:  # killed just after: the figures that were measured stay
+        *_, saved = checkpoint.read_about(workdir / "pruned")
+        result = saved.get("report", result)
+    metrics, settings = report.read_metrics(run.log.path), config_lib.to_json(config)
+    plots.plot_sparsity(metrics, workdir / "sparsity.png")
     plots.plot_structure(result, workdir / "structure.png")
-    text = report.markdown(result, config_lib.to_json(config))
-    report.write_atomically(workdir / "report.md", text)
+    report.write_atomically(workdir / "report.md", report.markdown(result, settings))
+    text = page.run_page(result, metrics, settings)
+    report.write_atomically(workdir / "report.html", text)
     # Last: its presence says that the run is complete.
     report.write_json(workdir / "report.json", result)
     return result

@@ -1,14 +1,18 @@
 """How fast models run: always things side by side, in turn, in one run.
 
-A machine speeds up and slows down over minutes. Here the calls alternate, A B A B,
-so the i-th times of A and B were taken under the same conditions:
+A machine speeds up and slows down over minutes. Here turns alternate, A B A B, so the
+i-th turns of A and B were taken under the same conditions:
 
-    speedup = median(A) / median(B),    spread = 5th and 95th percentile of A_i / B_i
+    speedup = median over i of A_i / B_i,    spread = their 5th and 95th percentile
+
+A turn is a short burst of calls, A_i the median of their times. Of single calls in
+alternation a small model would always find the caches full of the large one.
 """
 
 import argparse
 import dataclasses
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -23,70 +27,93 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax import masks, objective, training
-from cofi_jax.config import Distill
+from cofi_jax.config import Distill, reject
 from cofi_jax.model import Encoder, EncoderConfig, init_params
+
+_TURN_MS = 50.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What one call took, in milliseconds, in the order it was measured."""
+    """What the calls took, in milliseconds: a tuple for each turn, in their order."""
 
-    times_ms: tuple[float, ...]
+    turns: tuple[tuple[float, ...], ...]
+
+    @property
+    def by_turn(self) -> np.ndarray:
+        """(repeats,) the median of each turn."""
+        return np.array([np.median(times) for times in self.turns])
 
     @property
     def median_ms(self) -> float:
-        """Half of the calls were faster."""
-        return float(np.median(self.times_ms))
+        """Half of the calls were faster; every turn weighs the same."""
+        return self.percentile_ms(50)
 
-    @property
-    def low_ms(self) -> float:
-        """The 5th percentile."""
-        return float(np.percentile(self.times_ms, 5))
-
-    @property
-    def high_ms(self) -> float:
-        """The 95th percentile."""
-        return float(np.percentile(self.times_ms, 95))
+    def percentile_ms(self, percent: float) -> float:
+        """`percent` of the calls were faster; every turn weighs the same."""
+        # Else slow moments, of few calls, would hardly count.
+        weights = np.concatenate([[1 / len(turn)] * len(turn) for turn in self.turns])
+        calls = {"weights": weights, "method": "inverted_cdf"}
+        return float(np.percentile(np.concatenate(self.turns), percent, **calls))
 
     @property
     def repeats(self) -> int:
-        """How many calls were timed."""
-        return len(self.times_ms)
+        """How many turns there were."""
+        return len(self.turns)
 
 
 def side_by_side(
-    calls: dict[str, Callable[[], Any]], *, repeats: int, warmup: int = 3
+    calls: dict[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int = 3,
+    turn_ms: float = _TURN_MS,
 ) -> dict[str, Timing]:
     """Times the calls in turn, each until its result is ready.
 
     Args:
       calls: name to function of no arguments; any pytree of arrays comes back.
-      repeats: timed calls of each.
+      repeats: turns of each.
       warmup: untimed calls of each beforehand; the first one compiles.
+      turn_ms: a turn ends after this time; it has one call at least. The first call,
+        which fills the caches anew, counts only where no other follows.
     """
     for call in calls.values():
         for _ in range(warmup):
             jax.block_until_ready(call())
-    times_ms = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times_ms[name].append((time.perf_counter() - start) * 1e3)
-    return {name: Timing(tuple(times)) for name, times in times_ms.items()}
+    turns = {name: [] for name in calls}
+    collecting = gc.isenabled()
+    gc.disable()  # it would strike one call or another
+    try:
+        for _ in range(repeats):
+            for name, call in calls.items():
+                turns[name].append(_turn(call, turn_ms))
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(found)) for name, found in turns.items()}
+
+
+def _turn(call, turn_ms):
+    times, total = [], 0.0
+    while not times or total < turn_ms:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append((time.perf_counter() - start) * 1e3)
+        total += times[-1]
+    return tuple(times[1:] or times)
 
 
 def speedup(dense: Timing, pruned: Timing) -> tuple[float, tuple[float, float]]:
     """How many times as fast `pruned` is, and the spread of that.
 
-    Both come from one `side_by_side`, so their i-th times belong together.
+    Both come from one `side_by_side`, so their i-th turns belong together.
 
     Returns:
-      The ratio of the medians; the 5th and 95th percentile of the ratios by pair.
+      The median of the ratios turn by turn; their 5th and 95th percentile.
     """
-    ratios = np.divide(dense.times_ms, pruned.times_ms)
-    low, high = np.percentile(ratios, (5, 95))
-    return dense.median_ms / pruned.median_ms, (float(low), float(high))
+    low, middle, high = np.percentile(dense.by_turn / pruned.by_turn, (5, 50, 95))
+    return float(middle), (float(low), float(high))
 
 
 def inference(
@@ -95,7 +122,6 @@ def inference(
     batch_size: int,
     seq_length: int,
     repeats: int,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Times forward passes on one batch of random tokens without padding.
 
@@ -103,23 +129,52 @@ def inference(
       models: name to (linen module, params), the dense one first.
       batch_size: sequences in a batch (B).
       seq_length: tokens in a sequence (T), no more than the models have positions.
-      repeats: timed passes of each model.
-      seed: of the token ids.
+      repeats: turns of each model, of one pass or as many as 50 ms hold.
 
     Returns:
       The part of `report.json` that is measured here: `latency_ms` by name, with
       two models `speedup` (first over second) and `speedup_spread`, and
       `benchmark`, which says how it was measured.
+
+    Raises:
+      UserError: where the memory does not suffice.
     """
+    sizes = {"batch_size": batch_size, "seq_length": seq_length}
+    timings = passes(models, **sizes, repeats=repeats)
+    return _result(timings, conditions(models) | sizes)
+
+
+def passes(
+    models: dict[str, tuple[Any, Any]],
+    *,
+    batch_size: int,
+    seq_length: int,
+    repeats: int,
+) -> dict[str, Timing]:
+    """The timings behind `inference`, of any number of models."""
     vocab_size = min(model.config.vocab_size for model, _ in models.values())
-    batch = _random_batch(vocab_size, batch_size, seq_length, seed)
-    calls = {
-        name: functools.partial(_forward(model), jax.device_put(params), batch)
-        for name, (model, params) in models.items()
-    }
-    timings = side_by_side(calls, repeats=repeats)
+    try:
+        batch = _random_batch(vocab_size, batch_size, seq_length)
+        calls = {
+            name: functools.partial(_forward(model), jax.device_put(params), batch)
+            for name, (model, params) in models.items()
+        }
+        return side_by_side(calls, repeats=repeats)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            legal = f"too much for the memory, with sequences of {seq_length}"
+            raise reject("batch_size", batch_size, legal) from error
+        raise
+
+
+def conditions(models: dict[str, tuple[Any, Any]]) -> dict[str, str]:
+    """`device`, `dtype` and `matmul_precision` of a measurement."""
     dtypes = dict.fromkeys(np.dtype(m.config.dtype).name for m, _ in models.values())
-    return _result(timings, batch, " and ".join(dtypes))
+    return {
+        "device": describe(jax.devices()[0]),
+        "dtype": " and ".join(dtypes),
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+    }
 
 
 def pruning_step(
@@ -140,7 +195,7 @@ def pruning_step(
       1.05 means that masks and Lagrangian cost 5 %.
     """
     model = Encoder(config)
-    batch = _random_batch(config.vocab_size, batch_size, seq_length, seed=0)
+    batch = _random_batch(config.vocab_size, batch_size, seq_length)
     batch["labels"] = jnp.zeros(batch_size, jnp.int32)
     batch["weight"] = jnp.ones(batch_size)
     params = init_params(config, jax.random.key(0))
@@ -179,12 +234,13 @@ def pruning_step(
         "plain": stepper(objective.distillation_objective, **theta),
     }
     timings = side_by_side(calls, repeats=repeats)
-    return _result(timings, batch, config.dtype)
+    sizes = {"batch_size": batch_size, "seq_length": seq_length}
+    return _result(timings, conditions({"": (model, params)}) | sizes)
 
 
-def _random_batch(vocab_size, batch_size, seq_length, seed):
+def _random_batch(vocab_size, batch_size, seq_length):
     shape = (batch_size, seq_length)
-    ids = np.random.default_rng(seed).integers(vocab_size, size=shape)
+    ids = np.random.default_rng(0).integers(vocab_size, size=shape)
     return {
         "input_ids": jnp.asarray(ids, jnp.int32),
         "attention_mask": jnp.ones(shape, jnp.int32),
@@ -192,22 +248,18 @@ def _random_batch(vocab_size, batch_size, seq_length, seed):
     }
 
 
-def _result(timings, batch, dtype):
+def _result(timings, how):
     result = {"latency_ms": {name: t.median_ms for name, t in timings.items()}}
     if len(timings) == 2:
         ratio, spread = speedup(*timings.values())
         result |= {"speedup": ratio, "speedup_spread": list(spread)}
-    batch_size, seq_length = batch["input_ids"].shape
-    result["benchmark"] = {
-        "device": describe(batch["input_ids"].device),
-        "dtype": dtype,
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-        "batch_size": batch_size,
-        "seq_length": seq_length,
+    result["benchmark"] = how | {
         "repeats": next(iter(timings.values())).repeats,
-        "latency_spread_ms": {n: [t.low_ms, t.high_ms] for n, t in timings.items()},
+        "latency_spread_ms": {
+            n: [t.percentile_ms(5), t.percentile_ms(95)] for n, t in timings.items()
+        },
         "examples_per_second": {
-            name: 1e3 * batch_size / t.median_ms for name, t in timings.items()
+            name: 1e3 * how["batch_size"] / t.median_ms for name, t in timings.items()
         },
     }
     return result

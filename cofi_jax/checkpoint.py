@@ -3,6 +3,7 @@
 Two things are stored: a stage's resumable state, in numbered checkpoints of which
 the newest two are kept, and saved models,
 
+    <path>/README.md     the model card
     <path>/model.json    sizes, what was kept of the dense model, task and labels
     <path>/params/       orbax
     <path>/tokenizer/    Hugging Face
@@ -23,8 +24,8 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from cofi_jax import pretrained
-from cofi_jax.config import reject
+from cofi_jax import card, pretrained
+from cofi_jax.config import DTYPES, reject
 from cofi_jax.model import Encoder, EncoderConfig, abstract_params
 from cofi_jax.slicing import PrunedSpec
 
@@ -140,12 +141,14 @@ def save_model(
       spec: what was kept of the dense model; None for a dense one.
       tokenizer: the Hugging Face tokenizer.
       about: JSON-able: `task`, `labels`, `data` (the fields of `config.Data`), of a
-        sliced one `dense` (the sizes it was cut from) and `sparsity`.
+        sliced one `dense` (the sizes it was cut from) and `sparsity`; for the model
+        card `base_model` (a name on the hub), `scores` by split or the `report`.
 
     Raises:
       UserError: where `path` exists, or the parameters do not fit the sizes.
     """
     path = Path(path).absolute()
+    readme = card.text(config, about, {})
     if path.exists():
         raise reject("path", str(path), "exists; nothing is written over")
     try:
@@ -166,6 +169,7 @@ def save_model(
         "about": about,
     }
     (partial / "model.json").write_text(json.dumps(described, indent=1) + "\n")
+    (partial / "README.md").write_text(readme)
     os.replace(partial, path)
 
 
@@ -202,18 +206,29 @@ def read_about(
             )
         config = EncoderConfig.from_json(described["config"])
         spec = described["spec"] and PrunedSpec.from_json(described["spec"])
-        return config, spec, described["about"]
+        about = dict(described["about"])
+        if "dense" in about:
+            EncoderConfig.from_json(about["dense"])
+        return config, spec, about
     except (KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
         raise reject(field, str(path), f"model.json is damaged ({error!r})") from error
 
 
 def load_model(
-    path: str | Path, *, field: str = "model"
+    path: str | Path,
+    *,
+    dtype: str = "",
+    sharding: jax.sharding.Sharding | None = None,
+    field: str = "model",
 ) -> tuple[Encoder, dict, PrunedSpec | None]:
     """A saved model: the module, its parameters and what it kept of the dense one.
 
     Args:
       path: a folder that `save_model` wrote.
+      dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given
+        (parameters float32).
+      sharding: where every parameter lies, on however many devices; the first device
+        if not given.
       field: what messages call the path.
 
     Raises:
@@ -221,18 +236,24 @@ def load_model(
     """
     path = Path(path).expanduser().absolute()
     config, spec, _ = read_about(path, field=field)
+    if dtype not in ("", *DTYPES):
+        raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        params = _load_params(path / "params", config)
+        params = _load_params(path / "params", config, sharding)
     except Exception as error:  # whatever the storage library makes of the damage
         reason = f"params are damaged ({type(error).__name__})"
         raise reject(field, str(path), reason) from error
+    if dtype:
+        config = dataclasses.replace(config, dtype=dtype)
+        params = jax.tree.map(lambda array: array.astype(dtype), params)
     return Encoder(config), params, spec
 
 
-def _load_params(path, config):
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def _load_params(path, config, sharding):
     abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract_params(config),
     )
     params = ocp.load(path, abstract)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 KINDS = ("head", "mha", "intermediate", "ffn", "hidden")
+DTYPES = ("float32", "bfloat16")
 
 
 class UserError(ValueError):
@@ -137,6 +138,7 @@ class Config:
     log_every: int = 50  # steps
     eval_every: int = 500  # steps
     checkpoint_every: int = 500  # steps
+    tensorboard: bool = False  # also write event files, with tensorboardX
 
 
 def to_json(config: Config) -> str:
@@ -188,7 +190,7 @@ def validate(config: Config) -> None:
         )
     check_kinds("prune.kinds", prune.kinds)
     choices = {
-        "model.dtype": ("float32", "bfloat16"),
+        "model.dtype": DTYPES,
         "teacher.schedule": ("linear", "constant"),
         "prune.schedule": ("linear", "constant"),
         "prune.mask_schedule": ("linear", "constant"),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -34,11 +35,12 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
                 raise reject("workdir", str(workdir), "must be a new or a run's folder")
         return
     try:
-        there = config_lib.flatten(path.read_text())
+        # A field that is younger than the run had its default.
+        there = config_lib.flatten(Config()) | config_lib.flatten(path.read_text())
     except (AttributeError, ValueError) as error:  # not an object; not JSON
         raise reject("workdir", str(workdir), "its config.json is damaged") from error
     here = config_lib.flatten(config)
-    for field in sorted(there.keys() | here.keys()):
+    for field in sorted((there.keys() | here.keys()) - {"tensorboard"}):
         if there.get(field) != here.get(field):
             raise reject(
                 "workdir",
@@ -126,6 +128,15 @@ def _load_trained(config, task):
         legal += f"{config.data.task} for {task.problem} with {task.num_outputs}"
         raise reject("teacher.path", path, legal)
     return Encoder(sizes), params, tokenizer
+
+
+def base_model(config: Config) -> str:
+    """The name on the hub of the model that the run starts from, or ""."""
+    path = config.teacher.path or config.model.path
+    if checkpoint.is_model(path):
+        return checkpoint.read_about(path)[2].get("base_model", "")
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+    return path if named and not pathlib.Path(path).exists() else ""
 
 
 def _in_order(params, about, task, path):

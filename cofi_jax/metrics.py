@@ -28,7 +28,9 @@ def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
     """Matthews' correlation coefficient in [-1, 1]; 0 for a constant prediction."""
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(labels, np.argmax(logits, axis=-1)))
+    with warnings.catch_warnings():  # of a single class
+        warnings.simplefilter("ignore")
+        return float(matthews_corrcoef(labels, np.argmax(logits, axis=-1)))
 
 
 def pearson(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -270,7 +270,7 @@ def save_hugging_face(
     Raises:
       UserError: as `to_hugging_face`, and where `folder` exists.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     folder = Path(folder).absolute()
     if folder.exists():
@@ -279,7 +279,7 @@ def save_hugging_face(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(tensors, partial / _WEIGHTS, metadata={"format": "pt"})
+    (partial / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)

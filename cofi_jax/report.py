@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+_TERMINAL = 100  # characters
+
 
 def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
     """Replaces the file at `path`, or leaves it as it was."""
@@ -55,9 +57,9 @@ class MetricsLog:
     the line it was writing; the next run's `MetricsLog` removes a broken one.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        """Opens the log at `path`, new or continued."""
-        self.path = pathlib.Path(path)
+    def __init__(self, path: str | os.PathLike, mirror: Any = None):
+        """Opens the log at `path`, new or continued; `mirror`: an `events.Events`."""
+        self.path, self._mirror = pathlib.Path(path), mirror
         self._rewrite(read_metrics(path) if self.path.exists() else [])
 
     def rewind(self, stage: str, step: int) -> float:
@@ -85,9 +87,13 @@ class MetricsLog:
         line = _line({"stage": stage, "step": step} | values)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
+        if self._mirror:
+            self._mirror.write(json.loads(line))
 
     def _rewrite(self, metrics: Iterable[dict[str, Any]]) -> None:
         write_atomically(self.path, "".join(map(_line, metrics)))
+        if self._mirror:
+            self._mirror.rewrite(metrics)
 
 
 def _line(values: dict[str, Any]) -> str:
@@ -108,10 +114,10 @@ def table(report: dict[str, Any]) -> str:
         rows.append((name, f"{dense:.4f}", f"{pruned:.4f}", change))
     for part, name in (("encoder", "encoder parameters"), ("total", "all parameters")):
         dense, pruned = (report["params"][part][key] for key in ("dense", "pruned"))
-        left = f"{_percent(pruned / dense)} left"
-        rows.append((name, _count(dense), _count(pruned), left))
-    target = f"target {_percent(report['target_sparsity'])}"
-    rows.append(("sparsity", "-", _percent(report["sparsity"]), target))
+        left = f"{percent(pruned / dense)} left"
+        rows.append((name, count(dense), count(pruned), left))
+    target = f"target {percent(report['target_sparsity'])}"
+    rows.append(("sparsity", "-", percent(report["sparsity"]), target))
     hidden = [str(report[key]["hidden"]) for key in ("dense", "kept")]
     rows.append(("hidden width", *hidden, ""))
     latency = [f"{report['latency_ms'][key]:.2f} ms" for key in ("dense", "pruned")]
@@ -157,11 +163,13 @@ def _grid(rows: Sequence[Sequence[str]], alignment: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """`0.953` as `95.3 %`."""
     return f"{100 * fraction:.1f} %"
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """`10_600_000` as `10.6 M`."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= 0.99995 * size:  # 999 950 would read 1000.0 k
             return f"{number / size:.1f} {unit}"
@@ -169,36 +177,81 @@ def _count(number: int) -> str:
 
 
 def evaluation(result: dict[str, Any]) -> str:
-    """What `eval.py` found for one model, as GitHub-flavoured markdown."""
-    how, kept = result["benchmark"], result["kept"]
-    low, high = how["latency_spread_ms"]["model"]
-    rate = how["examples_per_second"]["model"]
-    rows = [
-        ("", result["model"]),
-        *((name, f"{value:.4f}") for name, value in score_rows(result["scores"])),
-        ("examples", str(result["examples"])),
-        ("encoder parameters", _count(result["params"]["encoder"])),
-        ("all parameters", _count(result["params"]["total"])),
-        ("sparsity", _percent(result["sparsity"])),
-        ("hidden width", str(kept["hidden"])),
-        ("heads", " ".join(str(n or "-") for n in kept["heads"])),
-        ("feed-forward width", " ".join(str(n or "-") for n in kept["intermediate"])),
-        (
-            "latency of a batch",
-            f"{result['latency_ms']['model']:.2f} ms ({low:.2f} to {high:.2f} ms), "
-            f"{rate:,.0f} examples/s",
-        ),
-    ]
-    if "speedup" in result:
-        low, high = result["speedup_spread"]
-        rows.append(
-            ("speedup", f"{result['speedup']:.1f}x ({low:.1f}x to {high:.1f}x)")
-        )
-    where = (
-        f"Latency on {how['device']}, {how['dtype']}, batches of {how['batch_size']} x "
-        f"{how['seq_length']} tokens, median of {how['repeats']}."
+    """What `eval.py` found, as GitHub-flavoured markdown: a column for each model."""
+    models, how = result["models"], result["benchmark"]
+    first, several = models[0]["name"], len(models) > 1
+    columns = [_evaluation_column(model, reference=first) for model in models]
+    names = max(columns, key=len)  # models may differ in layers
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    rows = [row for row in rows if set(row[1:]) != {"-"}]
+    titles = ["", *(model["name"] for model in models)]
+    times = [("batch", "model", "median", "95 %", "examples/s", "speedup")]
+    times += [_timing_row(cell, reference=first) for cell in result["grid"]]
+    if not several:
+        times = [row[:-1] for row in times]
+    paths = [f"- {m['name']}: {m['model']}" for m in models if m["name"] != m["model"]]
+    counts = " and ".join(map(str, result["examples"].values()))
+    scored = f"Scores on {counts} examples ({result['data']}), ± one standard error"
+    timed = f"Timed on {how['device']};\n{how['dtype']}, matrix precision "
+    timed += f"{how['matmul_precision']}, in {how['repeats']} turns"
+    if several:
+        scored += f";\ndifferences are those to {first}"
+        timed += f" of each model;\nspeedup over {first}: median of the turns, "
+        timed += "5th to 95th percentile"
+    tables = _fitting([titles, *rows])
+    tables += [f"{scored}.", _grid(times, "<<>>>>"[: len(times[0])]), f"{timed}."]
+    return "\n\n".join(filter(None, ["\n".join(paths), *tables]))
+
+
+def _evaluation_column(model, reference):
+    cells = {}
+    keys = ("scores", "standard_errors", "differences", "difference_errors")
+    for found in zip(*(score_rows(model[key]) for key in keys), strict=True):
+        name, (score, error, gap, its_error) = found[0][0], [v for _, v in found]
+        cells[name] = f"{score:.4f} ± {error:.4f}"
+        gap = f"{gap:+.4f} ± {its_error:.4f}"
+        cells[f"{name}, difference"] = "-" if model["name"] == reference else gap
+    cells["encoder parameters"] = count(model["params"]["encoder"])
+    cells["all parameters"] = count(model["params"]["total"])
+    cells["sparsity"] = percent(model["sparsity"])
+    cells["on disk"] = f"{model['bytes'] / 1e6:.1f} MB"
+    for length, products in model["multiply_adds"].items():
+        cells[f"multiply-adds, {length} tokens"] = count(products)
+    cells["hidden width"] = str(model["kept"]["hidden"])
+    widths = zip(model["kept"]["heads"], model["kept"]["intermediate"], strict=True)
+    for layer, (heads, units) in enumerate(widths, start=1):
+        cells[f"layer {layer}: heads, FFN"] = f"{heads or 'none'}, {units or 'none'}"
+    return cells
+
+
+def _timing_row(cell, reference):
+    low, high = cell["speedup_spread"]
+    gain = f"{cell['speedup']:.2f}x ({low:.2f}x to {high:.2f}x)"
+    return (
+        f"{cell['batch_size']} x {cell['seq_length']}",
+        cell["model"],
+        *(_milliseconds(cell[key]) for key in ("latency_ms", "latency_p95_ms")),
+        f"{cell['examples_per_second']:,.0f}",
+        "-" if cell["model"] == reference else gain,
     )
-    return f"{_grid(rows, '<<')}\n\n{where}"
+
+
+def _milliseconds(number):
+    return f"{number:.{3 if number < 1 else 2}f} ms"
+
+
+def _fitting(rows):
+    """The table, cut into several where the columns are too many for a terminal."""
+    names, *columns = zip(*rows, strict=True)
+    parts = [[names]]
+    for column in columns:
+        together = [*parts[-1], column]
+        width = sum(max(map(len, column)) + 3 for column in together)
+        if width < _TERMINAL or len(together) == 2:
+            parts[-1] = together
+        else:
+            parts.append([names, column])
+    return [_grid([*zip(*p, strict=True)], "<" + ">" * (len(p) - 1)) for p in parts]
 
 
 def markdown(report: dict[str, Any], config_json: str) -> str:
@@ -206,7 +259,7 @@ def markdown(report: dict[str, Any], config_json: str) -> str:
     seconds, versions = report["seconds"].items(), report["versions"].items()
     return f"""# Pruned for {report["task"]}
 
-{_percent(report["sparsity"])} of the encoder's parameters are gone; the model runs \
+{percent(report["sparsity"])} of the encoder's parameters are gone; the model runs \
 {report["speedup"]:.1f}x as fast, with {report["metric"]} \
 {report["pruned"]["score"]:.4f} where the dense one has \
 {report["teacher"]["score"]:.4f}.
@@ -225,9 +278,11 @@ sliced model after fine-tuning.
 - Encoder parameters: weights and biases of attention and feed-forward blocks. \
 Sparsity is the fraction of them that was removed. All parameters: those and \
 embeddings, LayerNorms, pooler and head.
-- Latency: the median of {report["benchmark"]["repeats"]} passes, both models timed \
-in turn in one process after warming up. Speedup: the ratio of the medians, in \
-brackets the 5th and 95th percentile of the ratios taken pair by pair.
+- Latency: the median of the passes in {report["benchmark"]["repeats"]} turns, which \
+weigh the same, of at least 50 ms (less the first pass) or one pass, both models in \
+turn in one process after warming up. \
+Speedup: the median of the ratios turn by turn, in brackets their 5th and 95th \
+percentile.
 - Evaluated in float32 on the validation set, the logits of the masked and the \
 sliced model differ by at most \
 {report["masked_vs_sliced_max_abs_diff"]:.1e}.

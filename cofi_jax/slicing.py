@@ -8,6 +8,7 @@ rows and columns whose gates are open. For every mask
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +32,23 @@ class PrunedSpec:
             heads=tuple(map(len, self.heads)),
             intermediate=tuple(map(len, self.intermediate)),
         )
+
+    def masks(self, config: EncoderConfig) -> Masks:
+        """Hard gates of all kinds on a dense model of `config` that keep just this."""
+
+        def row(kept, size):
+            return np.isin(np.arange(size), kept).astype(np.float32)
+
+        def rows(kept, sizes):
+            return np.stack([row(units, max(sizes)) for units in kept])
+
+        gates = {
+            "head": rows(self.heads, config.heads),
+            "intermediate": rows(self.intermediate, config.intermediate),
+            "hidden": row(self.hidden, config.hidden_size),
+        }
+        gates |= {"mha": gates["head"].max(-1), "ffn": gates["intermediate"].max(-1)}
+        return {kind: jnp.asarray(gate) for kind, gate in gates.items()}
 
     @classmethod
     def from_json(cls, fields: dict) -> "PrunedSpec":
@@ -114,55 +132,73 @@ def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
 
 def take(params: dict, spec: PrunedSpec) -> dict:
     """The rows and columns of `params` that `spec` keeps, as new arrays."""
-    hidden = np.asarray(spec.hidden)
 
-    def gather(node, **axes):
-        """`gather(node, kernel=(rows, columns), bias=(rows,))`, None for all."""
-        result = {}
-        for name, keep in axes.items():
-            array = node[name]
-            for axis, rows in enumerate(keep):
-                if rows is not None:
-                    array = jnp.take(array, np.asarray(rows), axis=axis)
-            result[name] = array
-        return result
+    def gather(path, array):
+        for axis, kept in enumerate(_kept(path, params, spec)):
+            if kept is not None:
+                array = jnp.take(array, np.asarray(kept), axis=axis)
+        return array
 
-    def norm(node):
-        return gather(node, scale=(hidden,), bias=(hidden,))
+    present = {}
+    for name, node in params.items():
+        if name.startswith("layer_"):
+            i = int(name.removeprefix("layer_"))
+            units = {"attention": spec.heads[i], "ffn": spec.intermediate[i]}
+            node = {k: v for k, v in node.items() if units[k.removesuffix("_norm")]}
+        if node:
+            present[name] = node
+    return jax.tree_util.tree_map_with_path(gather, present)
 
-    embeddings = params["embeddings"]
-    tables = {name: (None, hidden) for name in embeddings if name != "norm"}
-    taken = dict(params) | {
-        "embeddings": gather(embeddings, **tables) | {"norm": norm(embeddings["norm"])},
-    }
+
+def expand(params: dict, spec: PrunedSpec, dense: dict) -> dict:
+    """The inverse of `take`: NumPy arrays of the dense shapes, 0 where nothing stayed.
+
+    With them and `spec.masks` the dense model computes what the sliced one does.
+
+    Args:
+      params: of the sliced model.
+      spec: what it kept of the dense one.
+      dense: the dense parameters, or what `abstract_params` says of them.
+    """
+    sliced = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def scatter(path, like):
+        whole = np.zeros(like.shape, like.dtype)
+        if path in sliced:
+            kept = zip(_kept(path, dense, spec), whole.shape, strict=True)
+            index = np.ix_(*(np.arange(n) if k is None else k for k, n in kept))
+            whole[index] = sliced[path]
+        return whole
+
+    return jax.tree_util.tree_map_with_path(scatter, dense)
+
+
+# What the axes of a kernel and of a bias run over; * is not cut.
+_AXES = {
+    "query": ("DH*", "H*"),
+    "key": ("DH*", "H*"),
+    "value": ("DH*", "H*"),
+    "output": ("H*D", "D"),
+    "up": ("DF", "F"),
+    "down": ("FD", "D"),
+    "norm": ("D", "D"),
+    "attention_norm": ("D", "D"),
+    "ffn_norm": ("D", "D"),
+    "embeddings": ("*D", ""),
+}
+
+
+def _kept(path, params, spec):
+    """The indices that stay on each axis of the array at `path`; None for all."""
+    top, *_, module, leaf = (path[0].key, *(entry.key for entry in path))
     # The first layer of the head reads the hidden states.
-    head = "pooler" if "pooler" in params else "classifier"
-    taken[head] = gather(params[head], kernel=(hidden,), bias=())
-    for i, (heads, units) in enumerate(zip(spec.heads, spec.intermediate, strict=True)):
-        layer, kept = taken.pop(f"layer_{i}", {}), {}
-        if heads:
-            attention = {
-                name: gather(node, kernel=(hidden, heads), bias=(heads,))
-                for name, node in layer["attention"].items()
-                if name != "output"
-            }
-            attention["output"] = gather(
-                layer["attention"]["output"],
-                kernel=(heads, None, hidden),
-                bias=(hidden,),
-            )
-            kept["attention"] = attention
-            kept["attention_norm"] = norm(layer["attention_norm"])
-        if units:
-            up, down = layer["ffn"]["up"], layer["ffn"]["down"]
-            kept["ffn"] = {
-                "up": gather(up, kernel=(hidden, units), bias=(units,)),
-                "down": gather(down, kernel=(units, hidden), bias=(hidden,)),
-            }
-            kept["ffn_norm"] = norm(layer["ffn_norm"])
-        if kept:
-            taken[f"layer_{i}"] = kept
-    return taken
+    first = "pooler" if "pooler" in params else "classifier"
+    kernel, bias = _AXES.get(module, ("D*" if module == first else "**", "*"))
+    kept = {"*": None, "D": spec.hidden}
+    if top.startswith("layer_"):
+        i = int(top.removeprefix("layer_"))
+        kept |= {"H": spec.heads[i], "F": spec.intermediate[i]}
+    return [kept[axis] for axis in (bias if leaf == "bias" else kernel)]
 
 
 def prune(params: dict, masks: Masks, config: EncoderConfig) -> tuple[dict, PrunedSpec]:

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax import hard_concrete
+from cofi_jax.config import reject
 from cofi_jax.masks import (
     ALL,
     LogAlpha,
     Masks,
+    MaskTransform,
     chain,
     evaluation_masks,
     keep_at_least,
@@ -41,19 +43,22 @@ def cost(gates: Masks, config) -> jax.Array:
       gates: the gated kinds, NumPy or JAX arrays; NumPy float64 counts exactly.
       config: the `EncoderConfig` which the gates thin out.
     """
-    d, total = config.head_size, 0.0
-    hidden = gates["hidden"].sum() if "hidden" in gates else float(config.hidden_size)
+    # Integer gates are counted in integers: exactly, under jit as well.
+    whole = all(np.issubdtype(gate.dtype, np.integer) for gate in gates.values())
+    number = int if whole else float
+    d, total = config.head_size, number(0)
+    hidden = gates["hidden"].sum() if "hidden" in gates else number(config.hidden_size)
     for outer, inner, widths, unit_cost in (
         ("mha", "head", config.heads, 4 * d * hidden + 3 * d),
         ("ffn", "intermediate", config.intermediate, 2 * hidden + 1),
     ):
-        units = np.asarray(widths, np.float64)  # (L,), as is whatever follows
-        any_open = (units > 0).astype(np.float64)
+        units = np.asarray(widths, number)  # (L,), as is whatever follows
+        any_open = (units > 0).astype(number)
         if inner in gates:
             units = gates[inner].sum(-1)
             any_open = 1 - (1 - gates[inner]).prod(-1)
         blocks = units * unit_cost + any_open * hidden
-        total = total + (blocks * gates.get(outer, 1.0)).sum()
+        total = total + (blocks * gates.get(outer, number(1))).sum()
     return total
 
 
@@ -65,6 +70,31 @@ def num_params(masks: Masks, config) -> int:
 def exact_sparsity(masks: Masks, config) -> float:
     """Fraction of the counted weights that slicing with `masks` removes."""
     return 1 - num_params(masks, config) / num_params({}, config)
+
+
+def multiply_adds(config, seq_length: int) -> int:
+    """Multiply-adds of all matrix products of a forward pass, by sequence of T tokens.
+
+    With D = hidden_size, d = head_size, h_l heads and F_l units in layer l: sum over l
+
+        4 T D h_l d      query, key, value and output projections
+        2 T^2 h_l d      scores and context
+        2 T D F_l        up and down
+
+    and D P + P C for the head on the first token (P = pooler_size, C = num_labels),
+    or T D C for one on every token. A FLOP count is twice as large.
+
+    Args:
+      config: of the dense or the sliced model.
+      seq_length: T, padding included.
+    """
+    tokens, width = seq_length, config.hidden_size
+    joined = sum(config.heads) * config.head_size
+    total = 4 * tokens * width * joined + 2 * tokens**2 * joined
+    total += 2 * tokens * width * sum(config.intermediate)
+    if config.problem == "span":
+        return total + tokens * width * config.num_labels
+    return total + (width + config.num_labels) * config.pooler_size
 
 
 def _opened(masks):
@@ -104,7 +134,7 @@ def lagrangian(sparsity, target, multipliers: Masks) -> jax.Array:
     return multipliers["linear"] * gap + multipliers["quadratic"] * gap**2
 
 
-def meet_target(
+def target_masks(
     log_alpha: LogAlpha, config, target: float, tolerance: float = 1e-3
 ) -> Masks:
     """Evaluation masks whose exact sparsity meets `target`.
@@ -166,3 +196,79 @@ def _nearest(log_alpha, config, target, tolerance):
 
 def _shift(log_alpha, kinds, offset):
     return {k: v + offset if k in kinds else v for k, v in log_alpha.items()}
+
+
+# Of equally open gates the cheapest close first.
+_FINE_TO_COARSE = ("intermediate", "head", "hidden", "mha", "ffn")
+
+
+def meet_target(config, target: float) -> MaskTransform:
+    """Closes the least open gates until the exact sparsity is at least `target`.
+
+    No more than it takes: with the last of them open the target would be missed. Of
+    equally open ones intermediate gates close first, then head, hidden, mha, ffn; in
+    a kind the first of every row, then the second of every row, and so on. None is
+    opened, masks that meet the target stay as they are, and so does one hidden
+    dimension. Where log-alphas are known, `target_masks` can open gates too.
+
+    Args:
+      config: the dense `EncoderConfig`.
+      target: in [0, 1).
+
+    Raises:
+      UserError: for another target; when applied, for one that the masks' kinds
+        cannot reach.
+    """
+    if not 0 <= target < 1:
+        raise reject("target", target, "must be in [0, 1)")
+    full = num_params({}, config)
+
+    def removed(size):
+        return 1 - size / full
+
+    largest = int((1 - target) * full) + 1  # and down to what float64 calls the target
+    while removed(largest) < target:
+        largest -= 1
+    # float32 rounds counts above 2**24, int32 holds those below 2**31.
+    exact = np.int32 if full < 2**31 else np.float32
+
+    def apply(masks):
+        lowest = {kind: np.zeros(np.shape(gates)) for kind, gates in masks.items()}
+        if "hidden" in lowest:
+            lowest["hidden"][0] = 1
+        if num_params(lowest, config) > largest:
+            highest = exact_sparsity(lowest, config)
+            legal = f"gates of {tuple(masks)} reach at most {highest:.3f}"
+            raise reject("target", target, legal)
+        order = _closing_order(masks)
+
+        def closed_to(number):
+            return {k: jnp.where(order[k] < number, 0, v) for k, v in masks.items()}
+
+        low, high = 0, sum(gates.size for gates in masks.values())
+        for _ in range(high.bit_length()):  # bisection
+            middle = (low + high) // 2
+            gates = closed_to(middle)
+            gates = {kind: (gate > 0).astype(exact) for kind, gate in gates.items()}
+            enough = cost(gates, config) <= exact(largest)
+            low = jnp.where(enough, low, middle + 1)
+            high = jnp.where(enough, middle, high)
+        return closed_to(high)
+
+    return apply
+
+
+def _closing_order(masks):
+    """The number of gates that close before each one, by kind."""
+    kinds = [kind for kind in _FINE_TO_COARSE if kind in masks]
+    columns = [jnp.ravel(masks[kind].T) for kind in kinds]
+    if not kinds:
+        return {}
+    order = jnp.argsort(jnp.argsort(jnp.concatenate(columns), stable=True))
+    ends = np.cumsum([column.size for column in columns])
+    parts = dict(zip(kinds, jnp.split(order, ends[:-1]), strict=True))
+    order = {kind: part.reshape(masks[kind].T.shape).T for kind, part in parts.items()}
+    if "hidden" in order:  # a model without a hidden dimension cannot be sliced
+        most_open = order["hidden"] == order["hidden"].max()
+        order["hidden"] = jnp.where(most_open, ends[-1], order["hidden"])
+    return order

@@ -243,7 +243,7 @@ def learn_masks(
             "of masks and multipliers would do",
             file=sys.stderr,
         )
-    gates = sparsity.meet_target(
+    gates = sparsity.target_masks(
         theta["log_alpha"], model.config, settings.target_sparsity
     )
     params = whole_params(theta, state.frozen)

@@ -125,6 +125,21 @@ def from_torch(
     return jax.tree_util.tree_map_with_path(leaf, wanted)
 
 
+def bert_form(params: dict, config: EncoderConfig) -> tuple[dict, EncoderConfig]:
+    """The same model with the sizes of a BERT, whatever its family.
+
+    RoBERTa differs in the rows of its position table, which are cut off here where no
+    token has them, and in the names of its head. It numbers real tokens alone, so for
+    padding on the right only.
+    """
+    table = params["embeddings"]["position"][config.position_offset :]
+    embeddings = params["embeddings"] | {"position": table}
+    config = dataclasses.replace(
+        config, model_type="bert", position_offset=0, max_positions=len(table)
+    )
+    return params | {"embeddings": embeddings}, config
+
+
 def to_hugging_face(
     params: dict, config: EncoderConfig, labels: Sequence[str] = ()
 ) -> tuple[dict[str, np.ndarray], dict]:

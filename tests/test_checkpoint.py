@@ -246,7 +246,7 @@ def test_a_pruned_model_comes_back(pruned, saved_model):
     assert spec.hidden == (1, 2, *range(4, 16)) and spec.intermediate[0] == ()
     assert_trees_identical(loaded, params)
     sizes = {p.name for p in saved_model.iterdir()}
-    assert sizes == {"model.json", "params", "tokenizer"}
+    assert sizes == {"README.md", "model.json", "params", "tokenizer"}
 
 
 def test_the_tokenizer_comes_back(saved_model, tokenizer):

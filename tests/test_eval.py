@@ -42,6 +42,13 @@ def about(task, path, **more):
     return {"task": task, "labels": labels, "data": dataclasses.asdict(data)} | more
 
 
+def own(*labels):
+    """Somebody's own task."""
+    fields = {"columns": ("sentence",), "labels": labels, "task": "own"}
+    described = about("sst2", "")
+    return described | {"data": described["data"] | fields}
+
+
 def removal():
     """A head, all of a feed-forward block, half of another, three dimensions."""
     gates = {k: np.ones(s) for k, s in masks.mask_shapes(DENSE, KINDS).items()}
@@ -79,6 +86,7 @@ def there(tmp_path_factory):
     more = {"dense": dataclasses.asdict(DENSE), "sparsity": 0.5}
     chess = {"data": sst2["data"] | {"task": "chess"}}
     unknown = {"data": sst2["data"] | {"tokens": 20}}
+    nine = {"data": sst2["data"] | {"max_length": 9}}
     three = random_params(THREE, seed=3)
     small_three, spec_three = slicing.prune(three, removal(), THREE)
     mnli = about("mnli", top / "mnli")
@@ -91,7 +99,9 @@ def there(tmp_path_factory):
         ("strange", params, DENSE, None, sst2 | chess),
         ("newer", params, DENSE, None, sst2 | unknown),
         ("homeless", params, DENSE, None, about("sst2", "")),
-        ("short", random_params(short, seed=0), short, None, {}),
+        ("own", params, DENSE, None, own("yes", "no")),
+        ("own_turned", params, DENSE, None, own("no", "yes")),
+        ("short", random_params(short, seed=0), short, None, sst2 | nine),
         ("three", three, THREE, None, mnli),
         ("small", small_three, spec_three.config(THREE), spec_three, mnli | more_three),
     ):
@@ -201,6 +211,10 @@ def accuracy_by_hand(path):
     return np.mean(np.argmax(logits, -1) == np.array(labels))
 
 
+def stored_bytes(path):
+    return sum(f.stat().st_size for f in (path / "params").rglob("*") if f.is_file())
+
+
 @pytest.mark.parametrize("name", ["dense", "pruned"])
 def test_numbers(name, there, tmp_path, capsys):
     file = tmp_path / "result.json"
@@ -208,54 +222,132 @@ def test_numbers(name, there, tmp_path, capsys):
     status, out, err = run(capsys, f"--model={there[name]}", *arguments)
     assert (status, err) == (0, "")
     result = json.loads(file.read_text())
+    (found,) = result["models"]
 
     params = checkpoint.load_model(there[name])[1]
     size = encoder_size(params)
     dense_size = encoder_size(checkpoint.load_model(there["dense"])[1])
-    assert result["score"] == pytest.approx(accuracy_by_hand(there[name]))
-    assert 0.2 < result["score"] < 0.8  # of a random model: neither class alone
-    assert result["scores"] == {"validation": {"accuracy": result["score"]}}
-    assert result["examples"] == len(ROWS)
-    assert result["params"] == {
+    score = accuracy_by_hand(there[name])
+    assert found["score"] == pytest.approx(score)
+    assert 0.2 < score < 0.8  # of a random model: neither class alone
+    assert found["scores"] == {"validation": {"accuracy": found["score"]}}
+    error = found["standard_errors"]["validation"]["accuracy"]
+    assert error == pytest.approx(np.sqrt(score * (1 - score) / len(ROWS)), rel=0.2)
+    assert result["examples"] == {"validation": len(ROWS)}
+    assert (result["task"], result["metric"]) == ("sst2", "accuracy")
+    assert result["data"] == there["data"]
+    assert found["params"] == {
         "encoder": size,
         "total": sum(leaf.size for leaf in jax.tree.leaves(params)),
     }
-    assert result["sparsity"] == pytest.approx(1 - size / dense_size)
-    assert (result["sparsity"] > 0.3) == (name == "pruned")
+    assert found["sparsity"] == pytest.approx(1 - size / dense_size)
+    assert (found["sparsity"] > 0.3) == (name == "pruned")
+    assert found["bytes"] == stored_bytes(pathlib.Path(there[name])) > 4 * size
     how = result["benchmark"]
-    assert (how["batch_size"], how["seq_length"], how["repeats"]) == (2, 12, 3)
-    assert how["dtype"] == "float32"
+    assert (how["repeats"], how["dtype"]) == (3, "float32")
+    assert how["matmul_precision"] == "default"
     assert how["device"].startswith("cpu") or jax.default_backend() != "cpu"
-    assert result["latency_ms"]["model"] > 0
-    assert "speedup" not in result
+    (cell,) = result["grid"]
+    assert (cell["batch_size"], cell["seq_length"], cell["model"]) == (2, 12, name)
+    assert 0 < cell["latency_ms"] <= cell["latency_p95_ms"]
+    assert cell["examples_per_second"] == pytest.approx(2000 / cell["latency_ms"])
+    assert (cell["speedup"], cell["speedup_spread"]) == (1, [1, 1])
 
     for text in (
         there[name],
-        f"{result['score']:.4f}",
-        "| examples           | 70 ",
-        f"{100 * result['sparsity']:.1f} %",
-        "latency of a batch",
-        f"on {how['device']}, float32, batches of 2 x 12 tokens, median of 3",
+        f"| {score:.4f} ± {error:.4f} |",
+        f"Scores on 70 examples ({there['data']})",
+        f"{100 * found['sparsity']:.1f} %",
+        "| 2 x 12 |",
+        f"on {how['device']};\nfloat32, matrix precision default, in 3 turns.",
     ):
         assert text in out
-    heads = "1 2" if name == "pruned" else "2 2"
-    assert [heads in line for line in out.splitlines() if "heads" in line] == [True]
+    heads = {"pruned": ["1, 16", "2, none"], "dense": ["2, 32", "2, 32"]}[name]
+    layers = [line.split("|")[2].strip() for line in out.splitlines() if "FFN" in line]
+    assert layers == heads
+    assert "speedup" not in out and "difference" not in out
 
 
 def test_kept_widths_are_those_of_the_masks(there):
-    result = program.evaluate(there["pruned"], batch_size=1, repeats=1)
+    result = program.evaluate([there["pruned"]], batch_sizes=[1], repeats=1)
+    (found,) = result["models"]
     kept = {"hidden": 13, "heads": [1, 2], "intermediate": [16, 0]}
-    assert result["kept"] == kept
+    assert found["kept"] == kept
     # By default as long as the model can read, where that is shorter.
-    assert result["benchmark"]["seq_length"] == 20
+    assert [cell["seq_length"] for cell in result["grid"]] == [20]
+    attention = 20 * 13 * 8 * 3 * 4 + 2 * 20 * 20 * 8 * 3
+    head = (13 + 2) * 16
+    expected = attention + 2 * 20 * 13 * 16 + head
+    assert found["multiply_adds"] == {"20": expected}
 
 
-def test_against_adds_the_speedup(there, capsys):
-    arguments = [f"--against={there['dense']}", "--repeats=3", "--batch_size=1"]
-    status, out, err = run(capsys, f"--model={there['pruned']}", *arguments)
+def test_models_side_by_side_at_every_size(there, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    arguments = [f"--model={there[name]}" for name in ("dense", "pruned", "dense")]
+    arguments += ["--batch_size=1,3", "--seq_length=4,8", "--repeats=2"]
+    status, out, err = run(capsys, *arguments, f"--json={file}")
     assert (status, err) == (0, "")
-    assert "| speedup " in out
-    assert f"{accuracy_by_hand(there['pruned']):.4f}" in out
+    result = json.loads(file.read_text())
+    dense, pruned, again = result["models"]
+    names = ["dense", "pruned", "dense #2"]
+    assert [model["name"] for model in result["models"]] == names
+    assert [cell["model"] for cell in result["grid"]] == names * 4
+    sizes = [(cell["batch_size"], cell["seq_length"]) for cell in result["grid"][::3]]
+    assert sizes == [(1, 4), (1, 8), (3, 4), (3, 8)]
+    for cell in result["grid"]:
+        low, high = cell["speedup_spread"]
+        assert 0 < low <= cell["speedup"] <= high
+    assert set(pruned["multiply_adds"]) == {"4", "8"}
+
+    gap = accuracy_by_hand(there["pruned"]) - accuracy_by_hand(there["dense"])
+    assert pruned["differences"]["validation"]["accuracy"] == pytest.approx(gap)
+    error = pruned["difference_errors"]["validation"]["accuracy"]
+    assert 0.02 < error < 0.12  # of 70 rows
+    assert f"{gap:+.4f} ± {error:.4f}" in out
+    # On the same rows, the same model makes the same mistakes.
+    assert again["scores"] == dense["scores"]
+    assert again["standard_errors"] == dense["standard_errors"]
+    assert again["difference_errors"] == {"validation": {"accuracy": 0}}
+    for text in (" speedup |", f"{dense['score']:.4f}", "1 x 4", "3 x 8", "dense #2"):
+        assert text in out
+    assert max(map(len, out.split("\n\n", 1)[1].splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    "backend, spans, longest, expected",
+    [
+        ("gpu", False, 512, (128, 128)),
+        ("gpu", True, 512, (128, 384)),
+        ("cpu", False, 512, (32, 64)),
+        ("cpu", True, 512, (8, 384)),
+        ("cpu", True, 256, (8, 256)),
+        ("gpu", False, 20, (128, 20)),
+    ],
+)
+def test_usual_sizes(backend, spans, longest, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert program.usual_sizes(spans=spans, longest=longest) == expected
+
+
+def test_each_model_has_its_own_tokenizer_and_length(there, tmp_path):
+    """A model cut to 9 positions reads 9 tokens, beside one that reads 20."""
+    alone = program.evaluate([there["short"]], batch_sizes=[1], repeats=1)
+    both = program.evaluate(
+        [there["dense"], there["short"]], batch_sizes=[1], repeats=1
+    )
+    assert both["models"][1]["scores"] == alone["models"][0]["scores"]
+    assert both["models"][0]["score"] == accuracy_by_hand(there["dense"])
+    assert {cell["seq_length"] for cell in both["grid"]} == {9}
+
+
+@pytest.mark.parametrize("name", ["dense", "hf"])
+def test_dtype(name, there):
+    options = {"batch_sizes": [1], "repeats": 1, "dtype": "bfloat16"}
+    if name == "hf":
+        options |= {"task": "mnli", "data_path": there["mnli"]}
+    result = program.evaluate([there[name]], **options)
+    assert result["benchmark"]["dtype"] == "bfloat16"
+    assert 0 < result["models"][0]["score"] < 1
 
 
 def test_other_data(there, tmp_path, capsys):
@@ -264,7 +356,7 @@ def test_other_data(there, tmp_path, capsys):
     arguments = [f"--data={tmp_path}", "--repeats=1", "--batch_size=1"]
     status, out, err = run(capsys, f"--model={there['homeless']}", *arguments)
     assert (status, err) == (0, "")
-    assert "| examples           | 5 " in out
+    assert f"Scores on 5 examples ({tmp_path})" in out
 
 
 # Hugging Face folders
@@ -272,33 +364,38 @@ def test_other_data(there, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def evaluated(there):
-    """The result of each of the saved models for MNLI, and of what becomes of them."""
+    """What is said of one of the models for MNLI, and of what becomes of them."""
 
     def evaluate(name, **options):
         if name.startswith("hf"):
             options |= {"task": "mnli", "data_path": there["mnli"]}
-        return program.evaluate(there[name], batch_size=1, repeats=1, **options)
+        result = program.evaluate([there[name]], batch_sizes=[1], repeats=1, **options)
+        return result | result["models"][0]
 
     return functools.cache(evaluate)
 
 
 def test_every_split_has_its_score(evaluated):
     result = evaluated("three")
-    assert list(result["scores"]) == list(MNLI.validation)
+    for part in ("scores", "standard_errors", "differences", "difference_errors"):
+        assert list(result[part]) == list(MNLI.validation)
     first, second = (scores["accuracy"] for scores in result["scores"].values())
     assert 0.1 < first < 0.7 and 0.1 < second < 0.7 and first != second
     assert result["score"] == first
-    assert result["examples"] == 40 + 41
+    assert list(result["examples"].values()) == [40, 41]
 
 
 @pytest.mark.parametrize("ours, theirs", [("three", "hf"), ("small", "hf_small")])
-def test_hugging_face_folder(ours, theirs, evaluated):
+def test_hugging_face_folder(ours, theirs, evaluated, there):
     """Dense, and sliced with nothing but the dense sizes beside it."""
     first, second = evaluated(ours), evaluated(theirs)
     for key in ("task", "metric", "score", "scores", "examples", "params", "kept"):
         assert first[key] == second[key]
+    assert first["multiply_adds"] == second["multiply_adds"]
     assert first["sparsity"] == pytest.approx(second["sparsity"])
     assert (second["sparsity"] > 0.3) == (ours == "small")
+    weights = pathlib.Path(there[theirs], "model.safetensors")
+    assert second["bytes"] == weights.stat().st_size
 
 
 def test_labels_say_what_the_classes_are(evaluated):
@@ -312,27 +409,51 @@ def test_labels_say_what_the_classes_are(evaluated):
 
 def test_hugging_face_on_the_command_line(there, tmp_path, capsys):
     order = ",".join(MNLI.labels[i] for i in OTHER_ORDER)
-    arguments = ["--task=mnli", f"--labels={order}", f"--data={there['mnli']}"]
-    arguments += [f"--against={there['hf']}", "--repeats=1", "--batch_size=1"]
-    arguments.append(f"--json={tmp_path / 'x.json'}")
-    status, out, err = run(capsys, f"--model={there['hf_nameless']}", *arguments)
+    arguments = [f"--model={there[name]}" for name in ("hf_nameless", "hf_named")]
+    arguments += ["--task=mnli", f"--labels={order}", f"--data={there['mnli']}"]
+    arguments += ["--repeats=1", "--batch_size=1", f"--json={tmp_path / 'x.json'}"]
+    status, out, err = run(capsys, *arguments)
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "x.json").read_text())
+    first, second = result["models"]
+    assert first["scores"] == second["scores"]  # the order is that of both
     for split in MNLI.validation:
         assert f"| accuracy, {split} " in out
-        assert f"{result['scores'][split]['accuracy']:.4f}" in out
-    assert "| speedup " in out
+        assert f"{first['scores'][split]['accuracy']:.4f}" in out
+    assert " speedup |" in out
 
 
-@pytest.mark.parametrize("ours, theirs", [("small", "hf"), ("hf_small", "three")])
-def test_a_hugging_face_rival(ours, theirs, evaluated, there):
-    options = {"against": there[theirs]}
-    assert evaluated(ours, **options)["speedup"] > 0
+@pytest.mark.parametrize(
+    "first, second, task",
+    [
+        ("small", "hf", ""),
+        ("hf_small", "three", ""),
+        ("hf", "small", "mnli"),
+        ("hf", "hf_small", "mnli"),
+    ],
+)
+def test_beside_each_other(first, second, task, evaluated, there):
+    """A saved model brings the task and the rows for those of Hugging Face."""
+    data = "" if {first, second} & {"small", "three"} else there["mnli"]
+    result = program.evaluate(
+        [there[first], there[second]],
+        task=task,
+        data_path=data,
+        batch_sizes=[1],
+        repeats=1,
+    )
+    for name, model in zip((first, second), result["models"], strict=True):
+        assert model["scores"] == evaluated(name)["scores"]
+    assert result["data"] == there["mnli"]
 
 
 # name: (arguments, what the line must say)
 BAD = {
     "no model": ([], ["--model=None", "usage"]),
+    "a second that is none": (
+        ["--model={dense}", "--model={none}"],
+        ["model='{none}'", "no such folder"],
+    ),
     "no such path": (["--model={none}"], ["model='{none}'", "model.json", "nothing"]),
     "not a model": (["--model={notes}"], ["model='{notes}'", "todo.txt"]),
     "damaged": (["--model={damaged}"], ["model='{damaged}'", "params are damaged"]),
@@ -366,17 +487,32 @@ BAD = {
     ),
     "classes": (["--model={hf}", "--task=sst2"], ["'{hf}'", "3 classes", "has 2"]),
     "no spans": (["--model={hf}", "--task=squad"], ["'{hf}'", "qa_outputs"]),
-    "rival of another task": (
-        ["--model={dense}", "--against={hf}"],
-        ["against='{hf}'", "3 classes", "has 2"],
+    "other classes": (
+        ["--model={dense}", "--model={hf}"],
+        ["model='{hf}'", "3 classes", "has 2"],
+    ),
+    "another task": (
+        ["--model={dense}", "--model={three}"],
+        ["model='{three}'", "'mnli'", "{dense} 'sst2'", "must be of one task"],
+    ),
+    "another task for the other": (
+        ["--model={dense}", "--model={hf}", "--task=mnli"],
+        ["model='{hf}'", "'mnli'", "{dense} 'sst2'", "must be of one task"],
+    ),
+    "task of both": (
+        ["--model={dense}", "--model={pruned}", "--task=sst2"],
+        ["task='sst2'", "a saved model knows its own"],
+    ),
+    "labels of neither": (
+        ["--model={own}", "--model={own_turned}"],
+        ["model='{own_turned}'", "('no', 'yes')", "('yes', 'no')", "one task"],
     ),
     "unknown task": (["--model={strange}"], ["'chess'", "demo, sst2, cola"]),
     "too long": (["--model={dense}", "--seq_length=21"], ["seq_length=21", "most 20"]),
     "too long for the other": (
-        ["--model={dense}", "--against={short}", "--seq_length=10"],
-        ["seq_length=10", "most 9"],
+        ["--model={dense}", "--model={short}", "--seq_length=4,10"],
+        ["seq_length=10", "most 9", "{short}"],
     ),
-    "no such rival": (["--model={dense}", "--against={none}"], ["'{none}'"]),
     "no such data": (
         ["--model={dense}", "--data={none}"],
         ["'{none}'", "local folder", "--data"],
@@ -390,7 +526,22 @@ BAD = {
     "unknown flag": (["--model={dense}", "--modle=x"], ["'modle'", "usage"]),
     "stray": (["{dense}"], ["'{dense}'", "usage"]),
     "no number": (["--model={dense}", "--repeats=x"], ["repeats=x", "usage"]),
-    "negative": (["--model={dense}", "--batch_size=-1"], ["batch_size=-1", "usage"]),
+    "no turns": (["--model={dense}", "--repeats=0"], ["repeats=0", "usage"]),
+    "negative": (
+        ["--model={dense}", "--batch_size=1,-1"],
+        ["--batch_size='1,-1'", "above 0"],
+    ),
+    "no batch": (["--model={dense}", "--batch_size=0"], ["--batch_size='0'"]),
+    "no list": (
+        ["--model={dense}", "--seq_length=4;8"],
+        ["--seq_length='4;8'", "commas"],
+    ),
+    "too large": (["--model={dense}", "--batch_size=4294967296"], ["4294967296"]),
+    "dtype": (
+        ["--model={dense}", "--dtype=float16"],
+        ["dtype='float16'", "float32, bfloat16"],
+    ),
+    "of old": (["--model={dense}", "--against={dense}"], ["'against'", "usage"]),
 }
 
 

@@ -19,13 +19,16 @@ ONLY = {
     "datasets": {"rows"},
     "pyarrow": {"rows"},
     "huggingface_hub": {"pretrained"},
-    "safetensors": {"pretrained"},
-    "transformers": {"pretrained", "grammar"},
+    "safetensors": {"pretrained", "to_stock", "to_transformers"},
+    "transformers": {"pretrained", "grammar", "to_stock", "to_transformers"},
     "sklearn": {"metrics"},
     "scipy": {"metrics"},
-    "matplotlib": {"plots"},
+    "matplotlib": {"compare", "plots"},
     "pickle": set(),
-    "torch": {"pretrained"},
+    "torch": {"pretrained", "to_stock", "to_transformers"},
+    "onnx": {"to_onnx"},
+    "onnxruntime": {"to_onnx"},
+    "tensorboardX": {"events"},
 }
 
 

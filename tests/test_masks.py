@@ -1,5 +1,6 @@
 """Shapes, draws, the evaluation rule row by row in Python, laws of the transforms."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 
 from cofi_jax import masks
 from cofi_jax.config import KINDS, UserError
 from cofi_jax.model import Encoder, EncoderConfig
-from cofi_jax.slicing import spec_of
+from cofi_jax.slicing import prune, spec_of
 from cofi_jax.sparsity import num_params
 
 SUBSETS = [
@@ -264,6 +266,9 @@ TRANSFORMS = {
     "harden": masks.harden(),
     "drop_empty": masks.drop_empty(),
     "keep_at_least": masks.keep_at_least(head=2, hidden=4, mha=1, intermediate=3),
+    "round_to_multiple": masks.round_to_multiple(head=2, intermediate=3, hidden=4),
+    "keep_layers": masks.keep_layers(2, 0),
+    "drop_layers": masks.drop_layers(0),
 }
 PAIRS = list(itertools.permutations(TRANSFORMS, 2))
 SEEDS = range(6)
@@ -311,8 +316,20 @@ def test_transforms_are_idempotent_jittable_and_leave_their_input(name):
 @pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)
 def test_transforms_take_any_subset_of_kinds(name, kinds):
     gates = {kind: value for kind, value in draw(1).items() if kind in kinds}
+    if "layers" in name and kinds == ("hidden",):
+        with pytest.raises(UserError, match="do not tell how many layers"):
+            TRANSFORMS[name](gates)
+        return
     result = TRANSFORMS[name](gates)
-    if name == "only":
+    traced = jax.eval_shape(TRANSFORMS[name], gates)
+    assert {kind: value.shape for kind, value in traced.items()} == {
+        kind: value.shape for kind, value in result.items()
+    }
+    if "layers" in name:  # each block needs a gate of one sort
+        added = {"mha"} - {"mha" if "head" in kinds else ""}
+        added |= {"ffn"} - {"ffn" if "intermediate" in kinds else ""}
+        assert set(result) == set(kinds) | added
+    elif name == "only":
         assert set(result) == set(kinds) & {"head", "mha", "hidden"}
     elif name == "without":
         assert set(result) == set(kinds) - {"hidden", "ffn"}
@@ -350,6 +367,13 @@ def test_drop_empty_closes_blocks_and_their_gates_and_nothing_else():
                 )
 
 
+def draw_tiny(seed):
+    """As `draw`, of the model `tiny`; some hidden dimensions stay."""
+    gates = draw(seed, layers=2, heads=3, width=6, hidden=16)
+    gates["hidden"] = gates["hidden"].at[3:7].set(1.0)
+    return gates
+
+
 def test_drop_empty_leaves_the_model_as_it_is(tiny, tiny_params, tiny_batch):
     @jax.jit
     def outputs(gates):
@@ -358,8 +382,7 @@ def test_drop_empty_leaves_the_model_as_it_is(tiny, tiny_params, tiny_batch):
 
     changed = 0
     for seed in range(10):
-        gates = draw(seed, layers=2, heads=3, width=6, hidden=16)
-        gates["hidden"] = gates["hidden"].at[3:7].set(1.0)
+        gates = draw_tiny(seed)
         dropped = masks.drop_empty()(gates)
         changed += any((gates[kind] != dropped[kind]).any() for kind in gates)
         jax.tree.map(np.testing.assert_array_equal, outputs(gates), outputs(dropped))
@@ -387,3 +410,195 @@ def test_keep_at_least_reaches_the_count_and_closes_nothing(kind, count):
             )
             np.testing.assert_array_equal(new[reopened], 1.0)
             np.testing.assert_array_equal(new[row > 0], row[row > 0])
+
+
+# Widths that are multiples
+
+
+@pytest.mark.parametrize("kind", ["head", "intermediate", "hidden"])
+@pytest.mark.parametrize("multiple", [1, 2, 3, 4, 100])
+def test_rounding_opens_as_few_gates_as_it_takes(kind, multiple):
+    for seed in SEEDS:
+        gates = {name: np.asarray(value) for name, value in draw(seed).items()}
+        result = masks.round_to_multiple(**{kind: multiple})(gates)
+        for other in set(KINDS) - {kind}:
+            np.testing.assert_array_equal(result[other], gates[other])
+        rows = zip(np.atleast_2d(gates[kind]), np.atleast_2d(result[kind]), strict=True)
+        for row, new in rows:
+            number = int((row > 0).sum())
+            wanted = next(n for n in range(number, 999) if n % multiple == 0)
+            assert (new > 0).sum() == min(wanted, len(row))
+            np.testing.assert_array_equal(new[row > 0], row[row > 0])
+            opened = np.flatnonzero((row == 0) & (new > 0))
+            np.testing.assert_array_equal(
+                opened, np.flatnonzero(row == 0)[: len(opened)]
+            )
+            assert (new[opened] < 1e-8).all()
+
+
+@pytest.mark.parametrize(
+    "multiples, named",
+    [
+        ({"mha": 2}, "mha=2"),
+        ({"head": 2, "ffn": 1}, "ffn=1"),
+        ({"head": 0}, "head=0"),
+        ({"hidden": -8}, "hidden=-8"),
+        ({"intermediate": 64.0}, "intermediate=64.0"),
+        ({"width": 64}, "width"),
+        ({}, "kinds"),
+    ],
+)
+def test_wrong_multiples_are_named(multiples, named):
+    with pytest.raises(UserError, match=named):
+        masks.round_to_multiple(**multiples)
+
+
+def test_rounding_heads_and_units_leaves_the_model_as_it_is(
+    tiny, tiny_params, tiny_batch
+):
+    apply = jax.jit(Encoder(tiny).apply)
+    transform = masks.round_to_multiple(head=2, intermediate=4)
+    opened = 0
+    for seed in range(12):
+        gates = draw_tiny(seed)
+        rounded = transform(gates)
+        opened += sum(int((rounded[kind] > gates[kind]).sum()) for kind in KINDS)
+        spec = spec_of(rounded, tiny)
+        # An absent block stays absent, the others have legal widths.
+        before = spec_of(gates, tiny)
+        for was, now, legal in (
+            *((a, b, (2, 3)) for a, b in zip(before.heads, spec.heads, strict=True)),
+            *(
+                (a, b, (4, 6))
+                for a, b in zip(before.intermediate, spec.intermediate, strict=True)
+            ),
+        ):
+            assert set(was) <= set(now)
+            assert len(now) in legal if was else not now
+        with jax.default_matmul_precision("highest"):
+            expected = apply({"params": tiny_params, "masks": gates}, tiny_batch)
+            masked = apply({"params": tiny_params, "masks": rounded}, tiny_batch)
+        for result, like in zip(
+            jax.tree.leaves(masked), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(result, like, atol=1e-5, rtol=0)
+    assert opened >= 10
+    sliced, spec = prune(tiny_params, rounded, tiny)
+    with jax.default_matmul_precision("highest"):
+        small = jax.jit(Encoder(spec.config(tiny)).apply)(
+            {"params": sliced}, tiny_batch
+        )
+    np.testing.assert_allclose(small.logits, expected.logits, atol=1e-5, rtol=0)
+
+
+def test_units_that_rounding_opened_can_be_trained(tiny, tiny_params, tiny_batch):
+    gates = {"intermediate": jnp.ones((2, 6)).at[:, :3].set(0.0)}
+    rounded = masks.round_to_multiple(intermediate=2)(gates)
+    sliced, spec = prune(tiny_params, rounded, tiny)
+    assert spec.intermediate == ((0, 3, 4, 5),) * 2
+
+    def loss(params):
+        logits = Encoder(spec.config(tiny)).apply({"params": params}, tiny_batch).logits
+        return jnp.square(logits - 1).sum()
+
+    gradient = jax.jit(jax.grad(loss))(sliced)["layer_0"]["ffn"]["down"]["kernel"]
+    sizes = jnp.abs(gradient).max(-1)
+    assert sizes[0] > 0.1 * sizes[1:].min()
+
+
+@pytest.mark.parametrize("kept", [60, 63])
+def test_rounding_hidden_dimensions_changes_the_model_little(kept, tiny):
+    wide = dataclasses.replace(
+        tiny, hidden_size=96, heads=(4, 4), head_size=24, intermediate=(96, 96)
+    )
+    rng = np.random.default_rng(kept)
+    gates = {"hidden": jnp.asarray(rng.permutation(96) < kept, jnp.float32)}
+    rounded = masks.round_to_multiple(hidden=32)(gates)
+    more = int((rounded["hidden"] > 0).sum()) - kept
+    assert more == 64 - kept
+    params = random_params(wide, seed=1)
+    ids = rng.integers(0, wide.vocab_size, (4, 8))
+    batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
+    apply = jax.jit(Encoder(wide).apply)
+    before = apply({"params": params, "masks": gates}, batch).hidden_states
+    after = apply({"params": params, "masks": rounded}, batch).hidden_states
+    for a, b in zip(before, after, strict=True):
+        change = jnp.linalg.norm(b - a) / jnp.linalg.norm(a)
+        assert 0.3 * more / kept < change < 1.2 * more / kept
+
+
+def test_rounding_hidden_dimensions_gives_a_model_that_slices(
+    tiny, tiny_params, tiny_batch
+):
+    apply = jax.jit(Encoder(tiny).apply)
+    for seed in range(2):
+        gates = masks.round_to_multiple(hidden=8)(draw_tiny(seed))
+        sliced, spec = prune(tiny_params, gates, tiny)
+        assert len(spec.hidden) in (8, 16)
+        with jax.default_matmul_precision("highest"):
+            masked = apply({"params": tiny_params, "masks": gates}, tiny_batch)
+            small = jax.jit(Encoder(spec.config(tiny)).apply)(
+                {"params": sliced}, tiny_batch
+            )
+        np.testing.assert_allclose(small.logits, masked.logits, atol=1e-5, rtol=1e-5)
+
+
+# Whole layers
+
+DRAWN = EncoderConfig(11, 9, (4, 4, 4), 3, (7, 7, 7), 9, 2)  # the shapes of `draw`
+
+
+@pytest.mark.parametrize(
+    "kinds", [s for s in SUBSETS if s != ("hidden",)], ids="+".join
+)
+@pytest.mark.parametrize("dropped", [(0,), (2,), (2, 0), (0, 1, 2)], ids=str)
+def test_dropped_layers_are_absent_and_nothing_else(kinds, dropped):
+    for seed in SEEDS[:3]:
+        gates = {kind: value for kind, value in draw(seed).items() if kind in kinds}
+        if "hidden" in gates:
+            gates["hidden"] = gates["hidden"].at[4].set(0.5)
+        result = masks.drop_layers(*dropped)(gates)
+        before, after = spec_of(gates, DRAWN), spec_of(result, DRAWN)
+        assert after.hidden == before.hidden
+        for layer in range(3):
+            gone = layer in dropped
+            assert after.heads[layer] == (() if gone else before.heads[layer])
+            units = () if gone else before.intermediate[layer]
+            assert after.intermediate[layer] == units
+        for kind, value in gates.items():  # open ones keep their values
+            np.testing.assert_array_equal(
+                result[kind], np.where(result[kind] > 0, value, 0)
+            )
+        if left := set(range(3)) - set(dropped):
+            assert_equal(masks.keep_layers(*left)(gates), result)
+
+
+def test_keeping_all_layers_is_the_identity():
+    gates = draw(0)
+    assert_equal(masks.keep_layers(0, 1, 2)(gates), gates)
+    assert_equal(masks.keep_layers(*np.arange(3))(gates), gates)
+
+
+@pytest.mark.parametrize("freed", ["mha", "ffn", "head", "intermediate"])
+def test_a_dropped_layer_stays_dropped_without_one_kind_of_its_gates(freed):
+    result = masks.chain(masks.drop_layers(1), masks.without(freed))(draw(5))
+    result["hidden"] = jnp.ones(9)
+    spec = spec_of(result, DRAWN)
+    assert spec.heads[1] == spec.intermediate[1] == ()
+
+
+@pytest.mark.parametrize("transform", [masks.keep_layers, masks.drop_layers])
+@pytest.mark.parametrize(
+    "layers, named", [((), r"\(\)"), ((0, -1), "-1"), ((1.0,), "1.0"), (("1",), "'1'")]
+)
+def test_wrong_layers_are_named(transform, layers, named):
+    with pytest.raises(UserError, match=f"layers={named}"):
+        transform(*layers)
+
+
+@pytest.mark.parametrize("transform", [masks.keep_layers, masks.drop_layers])
+def test_layers_that_the_masks_do_not_have_are_named(transform):
+    with pytest.raises(UserError, match="layers=3: must be below 3"):
+        transform(0, 3)(draw(0))
+    with pytest.raises(UserError, match="masks=.*do not tell how many layers"):
+        transform(0)({})

@@ -214,34 +214,118 @@ def test_table_holds_every_split():
     assert rows[4][0] == "encoder parameters"
 
 
-def test_evaluation_holds_every_score():
-    text = report.evaluation(
-        {
-            "model": "runs/x/pruned",
-            "scores": {"matched": {"accuracy": 0.8}, "mismatched": {"accuracy": 0.81}},
-            "examples": 19_647,
-            "params": {"encoder": 4_250_000, "total": 27_933_000},
-            "sparsity": 0.95,
-            "kept": {"hidden": 760, "heads": [2, 0], "intermediate": [0, 31]},
-            "latency_ms": {"model": 3.3512},
-            "benchmark": {
-                "latency_spread_ms": {"model": [3.3, 3.4]},
-                "examples_per_second": {"model": 38_195.0},
-                "device": "NVIDIA H200",
-                "dtype": "bfloat16",
-                "batch_size": 128,
-                "seq_length": 64,
-                "repeats": 30,
-            },
+def evaluated(name, score=0.8, heads=(2, 0), **more):
+    """What eval.py says of one model of MNLI."""
+
+    def scores(matched, mismatched):
+        return {
+            "matched": {"accuracy": matched},
+            "mismatched": {"accuracy": mismatched},
         }
-    )
-    assert cells(text)[2:6] == [
-        ["accuracy, matched", "0.8000"],
-        ["accuracy, mismatched", "0.8100"],
-        ["examples", "19647"],
+
+    return {
+        "model": f"runs/x/{name}",
+        "name": name,
+        "scores": scores(score, score + 0.01),
+        "standard_errors": scores(0.0041, 0.0042),
+        "differences": scores(score - 0.8, score - 0.8),
+        "difference_errors": scores(0.0021, 0.0022),
+        "params": {"encoder": 4_250_000, "total": 27_933_000},
+        "sparsity": 0.95,
+        "bytes": 111_732_000,
+        "multiply_adds": {"64": 280_000_000},
+        "kept": {
+            "hidden": 760,
+            "heads": list(heads),
+            "intermediate": [*range(30, 30 + len(heads) - 1), 0],
+        },
+        **more,
+    }
+
+
+def evaluation(*models):
+    def timing(model):
+        return {
+            "batch_size": 128,
+            "seq_length": 64,
+            "model": model["name"],
+            "latency_ms": 3.3512,
+            "latency_p95_ms": 0.4444,
+            "examples_per_second": 38_195.0,
+            "speedup": 9.876,
+            "speedup_spread": [9.7, 10.1],
+        }
+
+    return {
+        "task": "mnli",
+        "data": "path/to/mnli",
+        "examples": {"matched": 9815, "mismatched": 9832},
+        "models": list(models),
+        "grid": [timing(model) for model in models],
+        "benchmark": {
+            "device": "NVIDIA H200",
+            "dtype": "bfloat16",
+            "matmul_precision": "default",
+            "repeats": 30,
+        },
+    }
+
+
+def test_evaluation_of_one_model():
+    text = report.evaluation(evaluation(evaluated("pruned")))
+    rows = cells(text)
+    assert rows[0] == ["", "pruned"]
+    assert rows[2:12] == [
+        ["accuracy, matched", "0.8000 ± 0.0041"],
+        ["accuracy, mismatched", "0.8100 ± 0.0042"],
         ["encoder parameters", "4.2 M"],
+        ["all parameters", "27.9 M"],
+        ["sparsity", "95.0 %"],
+        ["on disk", "111.7 MB"],
+        ["multiply-adds, 64 tokens", "280.0 M"],
+        ["hidden width", "760"],
+        ["layer 1: heads, FFN", "2, 30"],
+        ["layer 2: heads, FFN", "none, none"],
     ]
-    assert ["heads", "2 -"] in cells(text) and "speedup" not in text
+    assert rows[12:] == [
+        ["batch", "model", "median", "95 %", "examples/s"],
+        rows[13],
+        ["128 x 64", "pruned", "3.35 ms", "0.444 ms", "38,195"],
+    ]
+    assert "speedup" not in text and "difference" not in text
+    for said in ("- pruned: runs/x/pruned", "9815 and 9832 examples", "path/to/mnli"):
+        assert said in text
+    assert "bfloat16, matrix precision default, in 30 turns." in text
+    assert "on NVIDIA H200;" in text
+
+
+def test_evaluation_compares_with_the_first_model():
+    pruned = evaluated("pruned", score=0.7, heads=(1,))
+    text = report.evaluation(evaluation(evaluated("teacher"), pruned))
+    rows = {row[0]: row[1:] for row in cells(text)}
+    assert rows["accuracy, matched, difference"] == ["-", "-0.1000 ± 0.0021"]
+    assert rows["accuracy, mismatched, difference"] == ["-", "-0.1000 ± 0.0022"]
+    assert rows["layer 2: heads, FFN"] == ["none, none", ""]
+    first, second = (row for row in cells(text) if row[0] == "128 x 64")
+    assert first[1:] == ["teacher", "3.35 ms", "0.444 ms", "38,195", "-"]
+    assert second[-1] == "9.88x (9.70x to 10.10x)"
+    assert "differences are those to teacher." in text
+    assert "speedup over teacher" in text
+
+
+def test_evaluation_of_many_models_fits_a_terminal():
+    names = [f"runs-{i}/{'pruned' if i else 'teacher'}" for i in range(9)]
+    models = [evaluated(name, score=0.8 - i / 100) for i, name in enumerate(names)]
+    text = report.evaluation(evaluation(*models))
+    assert max(map(len, text.splitlines())) <= 100
+    blocks = [block for block in text.split("\n\n") if block.startswith("|")]
+    *tables, grid = map(cells, blocks)
+    assert sum((table[0][1:] for table in tables), []) == names
+    assert len(tables) == 3
+    labels = [row[0] for row in tables[0]]
+    assert all([row[0] for row in table] == labels for table in tables)
+    assert sum((table[2][1:] for table in tables), [])[3] == "0.7700 ± 0.0041"
+    assert [row[1] for row in grid[2:]] == names
 
 
 def test_table_says_where_the_latency_was_measured():
@@ -268,7 +352,7 @@ def test_table_lines_up_on_a_terminal():
     ],
 )
 def test_counts_are_readable(number, text):
-    assert report._count(number) == text
+    assert report.count(number) == text
 
 
 def test_markdown_is_complete():
@@ -277,7 +361,7 @@ def test_markdown_is_complete():
     assert "12.3x as fast, with accuracy 0.9060 where the dense one has 0.9243" in text
     assert report.table(content) in text
     assert "(sparsity.png)" in text and "(structure.png)" in text
-    assert "differ by at most 3.2e-06" in text and "median of 30 passes" in text
+    assert "differ by at most 3.2e-06" in text and "the passes in 30 turns" in text
     assert "teacher 1.5 min, prune 65.1 min" in text and "jax 0.10.2" in text
     assert (
         '<details>\n<summary>Config</summary>\n\n```json\n{\n  "seed": 57\n}\n' in text

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.special import erf
 from cofi_jax import masks as masks_lib
 from cofi_jax.config import KINDS
 from cofi_jax.model import Encoder, abstract_params
-from cofi_jax.slicing import PrunedSpec, fold, prune
+from cofi_jax.slicing import PrunedSpec, expand, fold, prune, spec_of, take
 
 SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(KINDS, n)]
 # Each set of kinds is one compilation of the masked model.
@@ -123,6 +124,19 @@ def assert_sliced_equals_masked(masked, gates, config, params, batch):
 def test_masked_equals_sliced(gates, run_masked, tiny, tiny_params, tiny_batch):
     masked = run_masked(gates)
     assert_sliced_equals_masked(masked, gates, tiny, tiny_params, tiny_batch)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_expanded_equals_sliced(seed, tiny, tiny_params, tiny_batch):
+    sliced, spec = prune(tiny_params, random_gates(seed), tiny)
+    whole = expand(sliced, spec, tiny_params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(whole, tiny_params)
+    chex.assert_trees_all_equal(take(whole, spec), sliced)
+    gates = spec.masks(tiny)
+    assert spec_of(gates, tiny) == spec
+    masked = Encoder(tiny).apply({"params": whole, "masks": gates}, tiny_batch)
+    small = Encoder(spec.config(tiny)).apply({"params": sliced}, tiny_batch)
+    assert_close(masked.logits, small.logits)
 
 
 @pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)

@@ -1,5 +1,6 @@
 """The cost against really sliced models, enumeration, sampling and hand-made sums."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,8 +11,8 @@ import pytest
 
 from cofi_jax import masks as masks_lib
 from cofi_jax import sparsity
-from cofi_jax.config import KINDS
-from cofi_jax.model import EncoderConfig
+from cofi_jax.config import KINDS, UserError
+from cofi_jax.model import Encoder, EncoderConfig, abstract_params
 from cofi_jax.slicing import prune
 
 LOW, HIGH = math.log(0.01), math.log(100)
@@ -356,14 +357,14 @@ def test_target_is_met_in_bert_base(seed):
     log_alpha = trained(rng, BERT_BASE)
     reached = removed(masks_lib.evaluation_masks(log_alpha), BERT_BASE)
     target = float(np.clip(reached + rng.uniform(-0.02, 0.02), 0.05, 0.97))
-    gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
+    gates = sparsity.target_masks(log_alpha, BERT_BASE, target)
     assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 0.9, 0.95])
 def test_target_is_met_from_gates_that_were_never_trained(target):
     log_alpha = masks_lib.init_log_alpha(BERT_BASE, jax.random.key(0))
-    gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
+    gates = sparsity.target_masks(log_alpha, BERT_BASE, target)
     assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
     assert (np.asarray(gates["hidden"]) > 0).any()
 
@@ -374,7 +375,7 @@ def test_coarse_kinds_are_pruned_by_the_smallest_offset_that_will_do(kinds, seed
     rng = np.random.default_rng(seed)
     log_alpha = trained(rng, SMALL, kinds)
     target = rng.uniform(0.02, 0.3)
-    gates = sparsity.meet_target(log_alpha, SMALL, target)
+    gates = sparsity.target_masks(log_alpha, SMALL, target)
     sparsities = [
         removed(
             masks_lib.evaluation_masks({k: v + o for k, v in log_alpha.items()}), SMALL
@@ -398,7 +399,7 @@ def test_target_is_never_undershot_and_open_gates_keep_their_values(seed):
     before = masks_lib.evaluation_masks(log_alpha)
     highest = removed({k: np.zeros_like(v) for k, v in log_alpha.items()}, SMALL)
     target = rng.uniform(0.1, 0.9) * highest
-    gates = sparsity.meet_target(log_alpha, SMALL, target)
+    gates = sparsity.target_masks(log_alpha, SMALL, target)
     assert set(gates) == set(kinds)
     assert removed(gates, SMALL) >= target - 1e-3
     # A gate that stays open keeps the value that training saw.
@@ -416,7 +417,7 @@ def test_overshoot_never_ends_in_an_empty_encoder():
         for kind, shape in masks_lib.mask_shapes(BERT_BASE).items()
     }
     for target in (0.95, 0.6):
-        gates = sparsity.meet_target(log_alpha, BERT_BASE, target)
+        gates = sparsity.target_masks(log_alpha, BERT_BASE, target)
         assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
 
 
@@ -425,7 +426,7 @@ def test_masks_within_the_tolerance_are_left_alone(gap):
     log_alpha = trained(np.random.default_rng(1), SMALL)
     before = masks_lib.evaluation_masks(log_alpha)
     target = removed(before, SMALL) + gap
-    after = sparsity.meet_target(log_alpha, SMALL, target)
+    after = sparsity.target_masks(log_alpha, SMALL, target)
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
@@ -433,7 +434,189 @@ def test_tolerance_is_an_argument():
     log_alpha = trained(np.random.default_rng(1), BERT_BASE)
     before = masks_lib.evaluation_masks(log_alpha)
     target = removed(before, BERT_BASE) + 0.004
-    same = sparsity.meet_target(log_alpha, BERT_BASE, target, tolerance=0.005)
+    same = sparsity.target_masks(log_alpha, BERT_BASE, target, tolerance=0.005)
     jax.tree.map(np.testing.assert_array_equal, same, before)
-    closer = sparsity.meet_target(log_alpha, BERT_BASE, target, tolerance=1e-4)
+    closer = sparsity.target_masks(log_alpha, BERT_BASE, target, tolerance=1e-4)
     assert 0 <= removed(closer, BERT_BASE) - target <= 1e-4
+
+
+def products(jaxpr):
+    """Multiply-adds of the matrix products in a traced function, one by one."""
+    total = 0
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(
+            [*equation.params.values()], is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            if hasattr(inner, "eqns"):
+                total += products(getattr(inner, "jaxpr", inner))
+        if equation.primitive.name == "dot_general":
+            (summed, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            out = math.prod(equation.outvars[0].aval.shape)
+            total += out * math.prod(shape[axis] for axis in summed)
+    return total
+
+
+RAGGED = EncoderConfig(11, 13, (3, 0, 1), 5, (0, 17, 4), 7, 3)
+
+
+@pytest.mark.parametrize("problem", ["classification", "span"])
+@pytest.mark.parametrize("config", [RAGGED, TOY, SMALL])
+def test_multiply_adds_are_those_of_the_traced_model(config, problem):
+    config = dataclasses.replace(config, problem=problem)
+    params = abstract_params(config)
+    for length, batch in ((1, 1), (9, 2)):
+        ids = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+        inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
+        traced = jax.make_jaxpr(Encoder(config).apply)({"params": params}, inputs)
+        expected = products(traced.jaxpr)
+        assert batch * sparsity.multiply_adds(config, length) == expected > 0
+
+
+def test_multiply_adds_of_bert_base():
+    """22.4 GFLOPs for 128 tokens, as it is often said of its encoder."""
+    count = sparsity.multiply_adds(BERT_BASE, 128)
+    attention = 12 * (4 * 128 * 768 * 768 + 2 * 128 * 128 * 768)
+    assert count == attention + 12 * 2 * 128 * 768 * 3072 + 768 * 768 + 768 * 2
+    assert 2 * count == pytest.approx(22.35e9, rel=1e-3)
+
+
+# Closing gates of masks until they meet the target
+
+
+def levels(seed, config, kinds=KINDS):
+    """Gates of few different values, so that many are equal; some are closed."""
+    rng = np.random.default_rng(seed)
+    return {
+        kind: rng.choice(
+            [0, 0.25, 0.7, 0.9, 1], shape, p=[0.1, 0.1, 0.1, 0.2, 0.5]
+        ).astype(np.float32)
+        for kind, shape in masks_lib.mask_shapes(config, kinds).items()
+    }
+
+
+def one_by_one(gates, config):
+    """The masks after each further gate is closed, in the order that is promised."""
+    finest_first = ["intermediate", "head", "hidden", "mha", "ffn"]
+    places = [
+        (value, finest_first.index(kind), *index[::-1], kind, index)
+        for kind, gate in gates.items()
+        for index, value in np.ndenumerate(gate)
+        if value > 0
+    ]
+    now = {kind: gate.copy() for kind, gate in gates.items()}
+    yield now
+    for *_, kind, index in sorted(places):
+        if kind == "hidden" and (now["hidden"] > 0).sum() == 1:
+            continue
+        now[kind][index] = 0
+        yield now
+
+
+@pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)
+def test_the_fewest_of_the_least_open_gates_close(kinds):
+    gates = levels(len(kinds), SMALL, kinds)
+    steps = [removed(step, SMALL) for step in one_by_one(gates, SMALL)]
+    assert steps == sorted(steps)
+    between = np.random.default_rng(0).uniform(steps[0], steps[-1], 3)
+    # Some that can be met exactly, the ends among them.
+    exact = {steps[0], steps[len(steps) // 2], steps[-1]} - {1.0}
+    for target in {0.0, *between, *exact}:
+        result = sparsity.meet_target(SMALL, target)(gates)
+        expected = next(
+            step for step in one_by_one(gates, SMALL) if removed(step, SMALL) >= target
+        )
+        assert set(result) == set(kinds)
+        for kind, gate in result.items():
+            assert gate.dtype == jnp.float32
+            np.testing.assert_array_equal(gate, expected[kind], err_msg=kind)
+        assert sparsity.exact_sparsity(result, SMALL) >= target
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.77])
+def test_meeting_the_target_under_jit_again_and_from_the_host(target):
+    transform = sparsity.meet_target(SMALL, target)
+    jitted = jax.jit(transform)
+    for seed in range(3):
+        gates = levels(seed, SMALL)
+        before = {kind: gate.copy() for kind, gate in gates.items()}
+        result = transform(gates)
+        for same in (jitted(gates), transform(result), transform(as_float32(gates))):
+            jax.tree.map(np.testing.assert_array_equal, same, result)
+        jax.tree.map(np.testing.assert_array_equal, gates, before)
+
+
+def test_masks_that_meet_the_target_are_left_alone():
+    for seed in range(2):
+        gates = levels(seed, BERT_BASE)
+        reached = sparsity.exact_sparsity(gates, BERT_BASE)
+        for target in (reached, reached - 0.1, 0.0):
+            result = sparsity.meet_target(BERT_BASE, target)(gates)
+            jax.tree.map(np.testing.assert_array_equal, result, gates)
+        # One bias more: float32 would not notice.
+        result = sparsity.meet_target(BERT_BASE, reached + 1 / BERT_SIZE)(gates)
+        assert sparsity.exact_sparsity(result, BERT_BASE) > reached
+        changed = sum((np.asarray(result[k]) != gates[k]).sum() for k in KINDS)
+        assert changed >= 1
+
+
+def test_hard_masks_are_thinned_evenly():
+    ones = {k: np.ones(s) for k, s in masks_lib.mask_shapes(BERT_BASE).items()}
+    result = sparsity.meet_target(BERT_BASE, 0.5)(ones)
+    widths = (np.asarray(result["intermediate"]) > 0).sum(-1)
+    assert widths.max() - widths.min() <= 1
+    unit = 2 * 768 + 1
+    number = math.ceil(0.5 * BERT_SIZE / unit)
+    assert widths.sum() == 12 * 3072 - number
+    assert all((np.asarray(result[k]) == 1).all() for k in KINDS if k != "intermediate")
+
+
+@pytest.mark.parametrize("kinds", [("hidden",), ("hidden", "head"), ("hidden", "ffn")])
+def test_one_hidden_dimension_stays(kinds):
+    gates = levels(1, SMALL, kinds)
+    lowest = {kind: np.zeros_like(gate) for kind, gate in gates.items()}
+    lowest["hidden"][0] = 1
+    highest = sparsity.exact_sparsity(lowest, SMALL)
+    result = sparsity.meet_target(SMALL, highest)(gates)
+    (kept,) = np.flatnonzero(result["hidden"])
+    assert gates["hidden"][kept] == gates["hidden"].max()
+    with pytest.raises(UserError, match=f"target=.*hidden.*at most {highest:.3f}"):
+        sparsity.meet_target(SMALL, highest + 1e-6)(gates)
+
+
+@pytest.mark.parametrize("target", [-0.1, 1.0, 95, math.nan])
+def test_wrong_targets_are_named(target):
+    with pytest.raises(UserError, match=f"target={target}"):
+        sparsity.meet_target(SMALL, target)
+
+
+def test_masks_of_no_kind_meet_no_target_but_none():
+    assert sparsity.meet_target(SMALL, 0.0)({}) == {}
+    with pytest.raises(UserError, match="target=0.1"):
+        sparsity.meet_target(SMALL, 0.1)({})
+
+
+def test_models_of_billions_of_weights():
+    """More than int32 counts: here to the precision of float32."""
+    huge = EncoderConfig(3, 4096, (32,) * 48, 128, (16384,) * 48, 3, 2)
+    assert sparsity.num_params({}, huge) > 2**33
+    gates = levels(0, huge, ("head", "mha"))
+    target = sparsity.exact_sparsity(gates, huge) + 0.1
+    result = jax.jit(sparsity.meet_target(huge, target))(gates)
+    block = (32 * (4 * 4096 * 128 + 3 * 128) + 4096) / sparsity.num_params({}, huge)
+    assert -1e-6 < sparsity.exact_sparsity(result, huge) - target < block + 1e-6
+
+
+def test_composed_with_rounding_the_target_is_nearly_met():
+    gates = levels(3, BERT_BASE)
+    transform = masks_lib.chain(
+        sparsity.meet_target(BERT_BASE, 0.9),
+        masks_lib.drop_empty(),
+        masks_lib.round_to_multiple(intermediate=64, head=2),
+    )
+    result = jax.jit(transform)(gates)
+    widths = (np.asarray(result["intermediate"]) > 0).sum(-1)
+    assert (widths % 64 == 0).all()
+    # At most 63 units and one head more in each of 12 layers.
+    more = 12 * (63 * (2 * 768 + 1) + 4 * 768 * 64 + 3 * 64) / BERT_SIZE
+    assert 0.9 - more <= sparsity.exact_sparsity(result, BERT_BASE) < 0.91

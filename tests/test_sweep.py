@@ -24,6 +24,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
 
 def report(score, sparsity=0.95, heads=(2, 0, 1), ffn=(8, 0, 0), hidden=12, speedup=4):
     return {
+        "task": "demo",
+        "seed": 1,
+        "target_sparsity": 0.95,
+        "speedup_spread": [speedup, speedup],
+        "benchmark": {
+            "device": "cpu",
+            "dtype": "float32",
+            "batch_size": 32,
+            "seq_length": 64,
+        },
         "metric": "accuracy",
         "teacher": {"score": 0.9},
         "pruned": {"score": score},
@@ -229,7 +239,9 @@ def test_killed_sweep_goes_on_and_failed_members_are_said(tiny, tmp_path, capsys
     assert sweep.main(["sweep.py", *configs, *flags]) == 0
     after = tree(top)
     changed = {path for path in after if before.get(path) != after[path]}
-    assert changed == {top / "table.md", top / "sweep.json"}
+    written = ("table.md", "sweep.json", "compare.html")
+    written += ("tradeoff.png", "structures.png")
+    assert changed == {top / name for name in written}
 
 
 def test_members_share_what_was_compiled(tiny, tmp_path, monkeypatch):
@@ -250,6 +262,35 @@ def test_members_share_what_was_compiled(tiny, tmp_path, monkeypatch):
         jax.config.update("jax_compilation_cache_dir", before)
     (folder,) = set(seen)
     assert pathlib.Path(folder).parent == tmp_path / "top"
+
+
+def test_pictures_of_others_stop_a_sweep_before_its_first_member(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "run", None)
+    (tmp_path / "tradeoff.png").write_text("mine")
+    command = ["sweep.py", f"--config={tiny}:plain", f"--workdir={tmp_path}"]
+    assert sweep.main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --workdir=") and "has a tradeoff.png" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["tradeoff.png"]
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), OSError(28, "No space left")])
+def test_a_page_that_fails_does_not_end_a_sweep(
+    error, tiny, tmp_path, monkeypatch, capsys
+):
+    def compare_page(runs):
+        raise error
+
+    monkeypatch.setattr(train, "run", lambda *_: report(0.5))
+    monkeypatch.setattr(sweep.page, "compare_page", compare_page)
+    monkeypatch.setattr(sweep.jax.config, "update", lambda *_: None)
+    command = ["sweep.py", f"--config={tiny}:plain", f"--workdir={tmp_path / 'top'}"]
+    assert sweep.main(command) == 0
+    out, err = capsys.readouterr()
+    assert "warning: no compare.html" in err and "--to" not in err
+    assert "| tiny-plain |" in out and out.endswith(": table.md, sweep.json\n")
 
 
 # What a user gets wrong: one line, exit status 2, nothing written
@@ -333,7 +374,8 @@ def test_a_member_that_breaks_does_not_end_the_sweep(tmp_path, monkeypatch, caps
         for seed in (1, 2)
     ]
     monkeypatch.setattr(sweep.jax.config, "update", lambda *_: None)
-    content = sweep.run(found, tmp_path)
+    content, written = sweep.run(found, tmp_path)
+    assert written == ["table.md", "sweep.json", "compare.html"]
     assert [m["state"] for m in content["members"]] == ["failed", "finished"]
     assert content["members"][0]["error"] == "RuntimeError: out of memory at all"
     assert "Traceback" in capsys.readouterr().err

@@ -1,0 +1,571 @@
+"""The other formats: checked, complete, and each loaded by what it needs alone."""
+
+import ast
+import dataclasses
+import hashlib
+import json
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+from conftest import random_params
+from pyarrow import parquet
+from test_glue import questions, values
+from test_report import make_report
+
+import cofi_jax as cofi
+import export as command
+from cofi_jax import checkpoint, export, measure, slicing, tasks
+from cofi_jax.config import Data, UserError
+from cofi_jax.grammar import demo_tokenizer
+from cofi_jax.model import EncoderConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROWS = 40
+WHERE = "path/to/this/folder"
+NEEDS = {
+    "": (),
+    "stablehlo": (),
+    "onnx": ("onnx", "onnxruntime"),
+    "transformers": ("torch",),
+    "stock": ("torch",),
+}
+# What must not be needed; None in sys.modules is a package that is not there.
+WITHOUT = {
+    "": ("torch", "onnx", "onnxruntime"),
+    "stablehlo": ("cofi_jax", "flax", "torch"),
+    "onnx": ("cofi_jax", "jax", "torch", "onnx"),
+    "transformers": ("cofi_jax", "jax", "flax"),
+    "stock": ("cofi_jax", "jax", "flax"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def code_cache(tmp_path_factory):
+    """Where transformers copies a folder's code to: not the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        top = tmp_path_factory.mktemp("hub")
+        cache = str(top / "modules")
+        name = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+        patch.setattr(name, cache)
+        patch.syspath_prepend(cache)
+        patch.setenv("HF_HOME", str(top))  # of processes started
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+def save(path, data, labels=(), **sizes):
+    """A sliced model with absent blocks and a narrower width, at `path`."""
+    tokenizer = demo_tokenizer()
+    dense = EncoderConfig(
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "heads": (4, 4, 4),
+            "head_size": 4,
+            "intermediate": (24, 24, 24),
+            "pooler_size": 16,
+            "num_labels": 2,
+            "max_positions": 32,
+        }
+        | sizes
+    )
+    masks = {
+        "head": [[1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0]],
+        "intermediate": np.arange(72).reshape(3, 24) % 5 > 2,
+        "mha": [1, 1, 1],
+        "ffn": [1, 0, 1],
+        "hidden": np.arange(16) % 4 < 3,
+    }
+    masks = {kind: jnp.asarray(gates, jnp.float32) for kind, gates in masks.items()}
+    params, spec = slicing.prune(random_params(dense, seed=3), masks, dense)
+    about = {
+        "task": data.task,
+        "labels": list(labels),
+        "data": dataclasses.asdict(data),
+        "dense": dataclasses.asdict(dense),
+        "sparsity": 0.5,
+    }
+    config = spec.config(dense)
+    checkpoint.save_model(path, params, config, spec, tokenizer=tokenizer, about=about)
+    return path
+
+
+DEMO = Data(task="demo", max_length=32)
+LABELS = tasks.TASKS["demo"].labels
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("export") / "pruned", DEMO, LABELS)
+
+
+@pytest.fixture(scope="module")
+def saved(plain, tmp_path_factory):
+    """The one that `exported` adds to."""
+    return shutil.copytree(plain, tmp_path_factory.mktemp("exported") / "pruned")
+
+
+@pytest.fixture
+def copy(plain, tmp_path):
+    return shutil.copytree(plain, tmp_path / "pruned")
+
+
+def run(path, *formats, **others):
+    # At the shape of the comparison there is nothing more to compile.
+    settings = {"num_rows": ROWS, "repeats": 2, "batch_size": 32, "seq_length": 16}
+    return export.export(path, formats, **settings | others)
+
+
+def tree(path):
+    """All that is in a folder: the content of its files, None for folders."""
+    return {
+        str(p.relative_to(path)): None if p.is_dir() else p.read_bytes()
+        for p in path.rglob("*")
+    }
+
+
+def available():
+    """The formats whose packages are here."""
+
+    def there(package):
+        try:
+            return __import__(package)
+        except ImportError:
+            return False
+
+    return [name for name in export.FORMATS if all(map(there, NEEDS[name]))]
+
+
+@pytest.fixture(scope="module")
+def exported(saved):
+    return run(saved, *available())
+
+
+def logits_of(path, *texts):
+    """Of one text, or one pair."""
+    model, params, _ = cofi.load_model(path)
+    tokens = cofi.load_tokenizer(path)(*texts)
+    batch = {name: jnp.asarray([ids], jnp.int32) for name, ids in tokens.items()}
+    return np.asarray(jax.jit(model.apply)({"params": params}, batch).logits)
+
+
+@pytest.fixture(scope="module")
+def expected(saved):
+    """The logits of the sentence that the model card asks about."""
+    return logits_of(saved, "A gripping film.")
+
+
+@pytest.mark.parametrize("name", ["", *export.FORMATS])
+def test_check_says_what_was_found(name, saved, exported):
+    if name not in exported:
+        pytest.skip(f"needs {NEEDS[name]}")
+    check = json.loads((saved / name / "check.json").read_text())
+    assert check == exported[name]
+    assert 0 <= check["max_abs_difference"] <= 1e-5 < check["tolerance"]
+    assert check["rows"] == ROWS and check["split"] == "validation"
+    assert check["checked_against"] == "the masked model"
+    assert check["scores"] == check["reference_scores"]
+    assert check["speedup"] > 0 and check["benchmark"]["dtype"] == "float32"
+    assert set(NEEDS[name]) <= set(check["versions"])
+    folder = saved / name
+    beside = {*export.FORMATS, "README.md", "check.json"}
+    if name:
+        beside = {"check.json"}
+    files = {
+        file: content
+        for file, content in tree(folder).items()
+        if content is not None and file.split("/")[0] not in beside
+    }
+    assert set(check["sha256"]) == set(files)
+    for file, digest in check["sha256"].items():
+        assert hashlib.sha256(files[file]).hexdigest() == digest
+    assert check["bytes"] == sum(map(len, files.values()))
+
+
+def snippets(text):
+    blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
+    assert all(WHERE in block for block in blocks)
+    named = {name: f"{WHERE}/{name}" for name in NEEDS if name}
+    return {
+        next((n for n, where in named.items() if f'{where}"' in block), ""): block
+        for block in blocks
+    }
+
+
+def test_no_path_of_this_machine_is_in_the_file(saved, exported):
+    program = (saved / "stablehlo" / "model.stablehlo").read_bytes()
+    for path in (ROOT, saved.parent, sys.prefix, "site-packages"):
+        assert str(path).encode() not in program
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_the_lines_of_the_card_run(name, saved, exported, expected):
+    """In a fresh process, without what they must not need."""
+    if name not in exported:
+        pytest.skip(f"needs {NEEDS[name]}")
+    *lines, last = (
+        snippets((saved / "README.md").read_text())[name]
+        .replace(WHERE, str(saved))
+        .splitlines()
+    )
+    assert last.startswith("print(") and last.endswith(")")
+    program = [
+        "import json, sys",
+        *(f"sys.modules[{package!r}] = None" for package in WITHOUT[name]),
+        *lines,
+        f"found = {last.removeprefix('print')}",
+        "found = getattr(found, 'logits', found)",
+        "found = found if isinstance(found, list) else found.tolist()",
+        "found = [getattr(x, 'tolist', lambda: x)() for x in found]",
+        "print(json.dumps(found))",
+    ]
+    command = [sys.executable, "-c", "\n".join(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    if name:
+        np.testing.assert_allclose(np.ravel(found), expected[0], atol=1e-5)
+    else:
+        scores = np.exp(expected[0]) / np.exp(expected[0]).sum()
+        label = tasks.TASKS["demo"].labels[scores.argmax()]
+        assert found[0]["label"] == label
+        np.testing.assert_allclose(found[0]["score"], scores.max(), rtol=1e-5)
+
+
+def test_the_card_of_a_saved_model(copy):
+    """Is there before anything is exported, and names what lies beside it."""
+    text = (copy / "README.md").read_text()
+    assert set(snippets(text)) == {""}
+    assert "What was checked" not in text
+    run(copy, "stablehlo")
+    text = (copy / "README.md").read_text()
+    assert set(snippets(text)) == {"", "stablehlo"}
+    assert text.startswith("---\n") and "What was checked" in text
+    assert str(copy.parent) not in text
+    (copy / "stablehlo" / "left over").touch()
+    run(copy, "stablehlo")  # written anew
+    assert not (copy / "stablehlo" / "left over").exists()
+    assert not list(copy.glob(".*"))
+
+
+def spoil(monkeypatch):
+    """From now on the written weights are a little off."""
+    write = export.to_stablehlo.write
+
+    def spoilt(folder, params, config, labels):
+        write(folder, jax.tree.map(lambda x: x * 1.01, params), config, labels)
+
+    monkeypatch.setattr(export.to_stablehlo, "write", spoilt)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_fails_its_check_is_not_written(copy, monkeypatch, before):
+    if before:
+        run(copy, "stablehlo")
+    there = tree(copy)
+    assert ("stablehlo" in there) == before
+    spoil(monkeypatch)
+    with pytest.raises(UserError, match="stablehlo.*differ from the masked.*not writ"):
+        run(copy, "stablehlo", num_rows=ROWS // 2 + 3)  # a prime: another score
+    now = tree(copy)
+    ours = {"README.md", "check.json"}  # of this folder alone, which was checked anew
+    assert {k: now[k] for k in now if k not in ours} == {
+        k: there[k] for k in there if k not in ours
+    }
+    check = json.loads((copy / "check.json").read_text())
+    lines = (copy / "README.md").read_text().splitlines()
+    (row,) = (line for line in lines if line.startswith("| this folder |"))
+    assert f"| {check['rows']} |" in row
+    assert f"| {check['max_abs_difference']:.1e} |" in row
+    assert f"| accuracy {check['scores']['accuracy']:.4f} |" in row
+    assert any(line.startswith("| stablehlo |") for line in lines) == before
+
+
+def test_a_folder_of_someone_elses_stays(copy):
+    (copy / "stablehlo").mkdir()
+    (copy / "stablehlo" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="formats='stablehlo': .*not an export"):
+        run(copy, "stablehlo")
+    assert tree(copy / "stablehlo") == {"notes.txt": b"mine"}
+    assert not list(copy.glob(".*"))
+
+
+def test_a_teacher_is_exported(tmp_path, saved):
+    """A dense model is its own reference; there is no speedup to speak of."""
+    _, _, about = checkpoint.read_about(saved)
+    dense = EncoderConfig.from_json(about.pop("dense"))
+    params, path = random_params(dense, 1), tmp_path / "teacher"
+    del about["sparsity"]
+    tokenizer = checkpoint.load_tokenizer(saved)
+    checkpoint.save_model(path, params, dense, tokenizer=tokenizer, about=about)
+    check = run(path, "stablehlo")["stablehlo"]
+    assert "speedup" not in check and check["checked_against"] == "the saved model"
+    assert check["scores"] == check["reference_scores"]
+
+
+def test_a_package_that_is_missing(copy, monkeypatch):
+    there = tree(copy)
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    for name, extra in (("onnx", "onnx"), ("transformers", "torch")):
+        with pytest.raises(UserError, match=rf"pip install 'cofi-jax\[{extra}\]'"):
+            run(copy, name)
+    assert tree(copy) == there
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--formats tflite", "formats='tflite': must be among transformers"),
+        ("--formats= --dtype float16", "dtype='float16': must be one of"),
+        ("--formats= --seq_length 33", "seq_length=33: must be at most 32"),
+        ("--formats= --rows=-1", "--rows=-1: must be 0 or more"),
+        ("--formats= --data nowhere/at/all", "data.path='nowhere/at/all'"),
+        ("--format onnx", "unrecognized arguments"),
+        ("--model nowhere", "model='.*nowhere': must be a folder with"),
+    ],
+)
+def test_bad_input(flags, message, copy, capsys):
+    config = json.loads((copy / "model.json").read_text())
+    if "--data" in flags:  # the demo's are generated
+        config["about"]["data"]["task"] = "sst2"
+        (copy / "model.json").write_text(json.dumps(config))
+    there = tree(copy)
+    argv = ["export.py", f"--model={copy}", *flags.split()]
+    assert command.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert re.match(f"error: .*{message}", err)
+    assert tree(copy) == there
+
+
+def test_command(copy, capsys):
+    flags = "--formats=stablehlo --rows=20 --repeats=1 --batch_size=1 --seq_length=4"
+    assert command.main(["export.py", f"--model={copy}", *flags.split()]) == 0
+    out = capsys.readouterr().out
+    assert "| stablehlo | 20 |" in out and "cpu" in out
+
+
+def test_bfloat16_weights(copy, expected, capsys):
+    """Of transformers alone, rounded first: what is computed with them is exact."""
+    pytest.importorskip("torch")
+    formats = ("transformers", "stock", "stablehlo")
+    checks = run(copy, *formats, dtype="bfloat16")
+    assert all(checks[name]["max_abs_difference"] <= 1e-5 for name in formats)
+    for name, stored in (("transformers", "BF16"), ("stock", "F32")):
+        weights = copy / name / "model.safetensors"
+        with safetensors.safe_open(weights, framework="np") as file:
+            kinds = {file.get_slice(key).get_dtype() for key in file.keys()}
+            assert kinds == {stored}
+            key = "bert.embeddings.word_embeddings.weight"
+            whole = file.get_tensor(key) if stored == "F32" else None
+    assert (whole != whole.astype(ml_dtypes.bfloat16).astype(np.float32)).any()
+    tokens = cofi.load_tokenizer(copy)("A gripping film.")
+    batch = {name: np.array([ids], np.int32) for name, ids in tokens.items()}
+    for name in formats:
+        found = export.FORMATS[name].load(copy / name)(batch)
+        difference = np.abs(found - expected).max()
+        assert (difference > 1e-4) == (name == "transformers")
+    assert "[y/N]" not in capsys.readouterr().out  # whether to trust our own code
+
+
+# Models of other kinds
+
+
+@pytest.fixture(scope="module", params=["questions", "pairs", "roberta"])
+def other(request, tmp_path_factory):
+    """Its kind, path, checks and pipeline; of questions, in all formats."""
+    kind, formats = request.param, ["stablehlo"]
+    top = tmp_path_factory.mktemp(kind)
+    where = {"path": str(top), "max_length": 24, "buckets": (24,)}
+    rng = random.Random(kind)
+    if kind == "roberta":
+        sizes = {"position_offset": 2, "max_positions": 34, "type_vocab_size": 1}
+        save(top / "pruned", DEMO, LABELS, model_type="roberta", **sizes)
+    elif kind == "pairs":
+        parquet.write_table(values(rng, "validation"), top / "validation.parquet")
+        data = Data(task="stsb", **where)
+        save(top / "pruned", data, problem="regression", num_labels=1)
+    else:
+        parquet.write_table(questions(rng, "validation"), top / "validation.parquet")
+        data = Data(task="squad", **where)
+        save(top / "pruned", data, problem="span", pooler_size=0)
+        formats = available()
+    checks = run(top / "pruned", *formats, batch_size=32, seq_length=24)
+    return kind, top / "pruned", checks, cofi.pipeline(top / "pruned")
+
+
+def test_checks_of_other_kinds(other):
+    """Their scores are those of the answers, which `pipeline` gives without labels."""
+    kind, path, checks, answer = other
+    for check in checks.values():
+        assert 0 <= check["max_abs_difference"] <= 1e-5 < check["tolerance"]
+        assert check["scores"] == pytest.approx(check["reference_scores"], abs=1e-5)
+    if kind == "roberta":
+        return
+    task = tasks.TASKS[measure.saved_data(str(path)).task]
+    rows = parquet.read_table(path.parent / "validation.parquet").to_pylist()
+    found = answer([tuple(row[column] for column in task.columns) for row in rows])
+    found = [value for each in found for value in each.values()]
+    assert len(found) == len(rows)
+    if kind == "pairs":
+        metric, score = "pearson", np.corrcoef(found, [r["label"] for r in rows])[0, 1]
+    else:
+        assert all(x and x in r["context"] for x, r in zip(found, rows, strict=True))
+        gold = [row["answers"]["text"][0] for row in rows]
+        metric, score = "exact_match", np.mean([*map(str.__eq__, found, gold)])
+    assert list(checks[""]["scores"]) == list(task.metrics)
+    assert checks[""]["scores"][metric] == pytest.approx(score, abs=1e-6)
+
+
+def test_pipeline_of_other_kinds(other):
+    kind, path, _, answer = other
+    pair = ("the film was", "a dull plot , but the cast is great")
+    if kind == "roberta":
+        found = answer(list(pair))
+        scores = np.asarray(jax.nn.softmax(logits_of(path, pair[0])[0]))
+        assert found[0]["score"] == pytest.approx(scores.max(), rel=1e-5)
+        assert [set(x) for x in found] == [{"label", "score"}] * 2
+        return
+    found = answer([pair, list(pair)])
+    assert len(found) == 2 and found[0] == found[1]
+    if kind == "pairs":
+        (value,) = logits_of(path, *pair)[0]
+        assert found[0] == {"value": pytest.approx(value, abs=1e-5)}
+    else:
+        assert set(found[0]) == {"answer"} and found[0]["answer"] in pair[1]
+    for wrong in ("a text", [], pair, list(pair), [(*pair, "c")], [("a", 3)]):
+        with pytest.raises(UserError, match="texts=.*must be a list of pairs of texts"):
+            answer(wrong)
+
+
+def test_card_of_other_kinds(other):
+    """Its lines run, here in this process, and give the model's logits."""
+    kind, path, checks, answer = other
+    blocks = snippets((path / "README.md").read_text())
+    assert set(blocks) == set(checks)
+    (asked,) = ast.literal_eval(re.search(r"model\((\[.*\])\)", blocks[""])[1])
+    expected = logits_of(path, *([asked] if kind == "roberta" else asked))
+    for name, block in blocks.items():
+        printed = []
+        exec(block.replace(WHERE, str(path)), {"print": printed.append})
+        (found,) = printed
+        if not name:
+            assert found == answer([asked])
+            continue
+        if hasattr(found, "values"):  # of transformers
+            found = [x.detach().numpy() for x in found.values()]
+        if isinstance(found, list):  # one array, or starts and ends
+            found = found[0] if len(found) == 1 else np.stack(found, -1)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_front_matter_of_other_kinds(other):
+    kind, path, *_ = other
+    hub = {
+        "questions": ("question-answering", ["rajpurkar/squad"]),
+        "pairs": ("text-classification", ["nyu-mll/glue"]),
+        "roberta": ("text-classification", None),  # the demo's rows are generated
+    }
+    card = huggingface_hub.ModelCard.load(path / "README.md").data
+    assert (card.pipeline_tag, card.datasets) == hub[kind]
+    assert card.library_name == "cofi-jax" and card.eval_results is None
+    assert str(path.parent) not in str(card)
+
+
+@pytest.mark.parametrize(
+    "task, ids",
+    [
+        ("sst2", ["accuracy"]),
+        ("cola", ["matthews_correlation"]),
+        ("stsb", ["spearmanr", "pearsonr"]),
+        ("mrpc", ["accuracy", "f1"]),
+        ("squad", ["f1", "exact_match"]),
+    ],
+)
+def test_results_that_the_hub_shows(copy, task, ids):
+    """By the names that it knows metrics by."""
+    row = tasks.TASKS[task]
+    scores = {metric: 0.9 - i / 8 for i, metric in enumerate(row.metrics)}
+    result = make_report() | {"task": task, "metric": row.metrics[0]}
+    for model in ("teacher", "pruned"):
+        result[model]["scores"] = {"validation": scores}
+    fields = json.loads((copy / "model.json").read_text())
+    fields["config"]["problem"] = row.problem
+    fields["about"] |= {"task": task, "labels": list(row.labels), "report": result}
+    fields["about"]["data"]["task"] = task
+    (copy / "model.json").write_text(json.dumps(fields))
+    export.write_card(copy)
+    card = huggingface_hub.ModelCard.load(copy / "README.md").data
+    assert card.datasets == [row.hub] and card.metrics == ids
+    found = {x.metric_type: x.metric_value for x in card.eval_results}
+    assert found == dict(zip(ids, scores.values(), strict=True))
+    for x in card.eval_results:
+        assert (x.dataset_type, x.dataset_split) == (row.hub, "validation")
+        assert x.dataset_config == (task if row.hub == tasks.GLUE else None)
+        assert x.task_type == card.pipeline_tag
+
+
+# The other ways to load
+
+
+def test_at_another_dtype(saved):
+    model, params, _ = cofi.load_model(saved)
+    half_model, half, _ = cofi.load_model(saved, dtype="bfloat16")
+    assert half_model.config == dataclasses.replace(model.config, dtype="bfloat16")
+    for ours, whole in zip(jax.tree.leaves(half), jax.tree.leaves(params), strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(ours, whole.astype(jnp.bfloat16))
+    with pytest.raises(UserError, match="dtype='int8': must be one of float32"):
+        cofi.load_model(saved, dtype="int8")
+
+
+TWO_DEVICES = """
+import jax, numpy as np, cofi_jax as cofi
+assert len(jax.devices()) == 2
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+model, params, _ = cofi.load_model({path!r}, sharding=everywhere)
+_, single, _ = cofi.load_model({path!r})
+for both, one in zip(jax.tree.leaves(params), jax.tree.leaves(single), strict=True):
+    assert both.sharding == everywhere and len(both.addressable_shards) == 2
+    np.testing.assert_array_equal(both, one)
+"""
+
+
+def test_on_two_devices(saved, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    program = TWO_DEVICES.format(path=str(saved))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_pipeline(saved, expected):
+    classify = cofi.pipeline(saved)
+    sentences = ["A gripping film.", "", "A gripping film. " * 40]  # cut at 32 tokens
+    found = classify(sentences)
+    assert len(found) == 3
+    scores = np.asarray(jax.nn.softmax(expected[0]))
+    assert found[0] == {
+        "label": tasks.TASKS["demo"].labels[scores.argmax()],
+        "score": pytest.approx(scores.max(), rel=1e-5),
+    }
+    assert classify([sentences[0]])[0]["score"] == pytest.approx(found[0]["score"])
+
+
+@pytest.mark.parametrize("texts", ["a text", [], [("a", "b")], [3], [None]])
+def test_pipeline_of_what_is_no_text(saved, texts):
+    with pytest.raises(UserError, match="texts=.*must be a list of texts"):
+        cofi.pipeline(saved)(texts)
