@@ -59,7 +59,7 @@ _WHAT = {
         "transformers",
         "safetensors and a small PyTorch file of its own, hence `trust_remote_code`",
     ),
-    "onnx": ("onnxruntime, OpenVINO", "an ONNX graph, any batch and length"),
+    "onnx": ("onnxruntime", "an ONNX graph, any batch and length"),
     "stablehlo": ("jax alone", "a StableHLO program for CPUs and CUDA GPUs"),
     "stock": (
         "transformers, servers that know BERT",

@@ -334,7 +334,7 @@ def test_a_package_that_is_missing(copy, monkeypatch):
         ("--formats= --rows=-1", "--rows=-1: must be 0 or more"),
         ("--formats= --data nowhere/at/all", "data.path='nowhere/at/all'"),
         ("--format onnx", "unrecognized arguments"),
-        ("--model nowhere", "model='.*nowhere': must be a folder with"),
+        ("--formats= --model nowhere", "model='.*nowhere': must be a folder with"),
     ],
 )
 def test_bad_input(flags, message, copy, capsys):
