@@ -307,7 +307,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"\n{report.table(result)}\n\nWritten to {workdir}: report.md, pruned/")
+    print(f"\n{report.table(result)}\n\nWritten to {workdir}: report.html, pruned/")
     return 0
 
 
