@@ -24,8 +24,7 @@ from typing import Any
 import jax
 
 import train
-from cofi_jax import config as config_lib
-from cofi_jax import inputs, page, paper, report, tasks
+from cofi_jax import inputs, page, paper, report, tasks, validation
 from cofi_jax.config import Config, UserError, reject
 
 _USAGE = (
@@ -253,7 +252,7 @@ def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
             flags = [f"--config={file}", f"--workdir={folder}"]
             flags += [f"--config.seed={seed}", *overrides]
             config, _ = train.parse([argv[0], *flags])
-            config_lib.validate(config)
+            validation.validate(config)
             tasks.find(config.data)
             inputs.check_workdir(config, folder)
             members.append(Member(name, config, folder))

@@ -27,6 +27,7 @@ from cofi_jax import (
     checkpoint,
     events,
     inputs,
+    lessons,
     page,
     plots,
     report,
@@ -36,6 +37,7 @@ from cofi_jax import (
     stages,
     tasks,
     training,
+    validation,
 )
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
@@ -55,7 +57,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
     Raises:
       UserError: for what the user can mend; then nothing was written over.
     """
-    config_lib.validate(config)
+    validation.validate(config)
     if config.tensorboard:
         events.check()
     inputs.check_workdir(config, workdir)
@@ -77,6 +79,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
     }
     train = examples.pop("train")
     inputs.check_rows(config, train)
+    inputs.check_lessons(config, teacher.config, train)
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -128,8 +131,11 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
             about=about | {"scores": teacher_scores},
         )
 
-    student, seconds["prepruning"] = stages.prepare(run, model, params)
-    student, masks, seconds["prune"] = stages.learn_masks(run, model, student, params)
+    distill, teaching = config.distill, None
+    if distill.logits or distill.layers:
+        teaching = lessons.Lessons(model, params, distill)
+    student, seconds["prepruning"] = stages.prepare(run, model, params, teaching)
+    student, masks, seconds["prune"] = stages.learn_masks(run, model, student, teaching)
     masked = run.exact_logits(model, student.params, masks)
     sliced, spec = slicing.prune(student.params, masks, model.config)
     small = Encoder(spec.config(model.config))
@@ -146,7 +152,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
 
     hidden = np.asarray(spec.hidden)
     student = stages.Student(sliced, student.projection[hidden])
-    sliced, seconds["finetune"] = stages.finetune(run, small, student, model, params)
+    sliced, seconds["finetune"] = stages.finetune(run, small, student, teaching)
     scores = run.scores(training.make_predict(small), sliced)
     measured = benchmark.inference(
         {"dense": (model, params), "pruned": (small, sliced)},

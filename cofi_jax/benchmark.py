@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax import masks, objective, training
+from cofi_jax import lessons, masks, objective, training
 from cofi_jax.config import Distill, reject
 from cofi_jax.model import Encoder, EncoderConfig, init_params
 
@@ -199,12 +199,10 @@ def pruning_step(
     batch["labels"] = jnp.zeros(batch_size, jnp.int32)
     batch["weight"] = jnp.ones(batch_size)
     params = init_params(config, jax.random.key(0))
-    context = {
-        "teacher": init_params(config, jax.random.key(1)),
-        "target_sparsity": jnp.float32(0.9),
-        "warmup_steps": jnp.int32(100),
-    }
+    target = {"target_sparsity": jnp.float32(0.9), "warmup_steps": jnp.int32(100)}
     rate = training.Rate.create(1e-5, "constant", 1)
+    teacher = init_params(config, jax.random.key(1))
+    teach = lessons.make_teach(model, Distill())
     theta = {"distill_projection": jnp.eye(config.hidden_size)}
     gates = {
         "log_alpha": masks.init_log_alpha(config, jax.random.key(2)),
@@ -212,7 +210,7 @@ def pruning_step(
     }
 
     def stepper(objective, **theta):
-        step = training.make_step(objective(model, model, Distill()))
+        step = training.make_step(objective(model, Distill()))
         state = training.create_state(
             params,
             seed=0,
@@ -224,7 +222,8 @@ def pruning_step(
 
         def call():
             nonlocal state
-            state, metrics = step(state, context, batch)
+            taught = batch | {"lesson": teach(teacher, batch)}
+            state, metrics = step(state, target, taught)
             return state.theta, metrics
 
         return call
@@ -284,7 +283,7 @@ def describe(device: jax.Device) -> str:
 
 
 def main() -> None:
-    """`python -m cofi_jax.benchmark`: what masks cost in a step, as JSON."""
+    """What masks cost in a step, as JSON."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     sizes = dict(layers=6, hidden=384, heads=12, intermediate=1536)
     for name, size in (sizes | dict(batch=32, length=32, repeats=20)).items():

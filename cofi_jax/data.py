@@ -141,6 +141,11 @@ def epoch_plan(
     return [plan[i] for i in rng.permutation(len(plan))]
 
 
+def fill_up(rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """(B,) `rows`, and where they are fewer than B, copies of the first after them."""
+    return np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
+
+
 def make_batch(
     examples: Examples, rows: np.ndarray, *, length: int, batch_size: int
 ) -> dict[str, np.ndarray]:
@@ -153,7 +158,7 @@ def make_batch(
       `input_ids`, `attention_mask`, `token_type_ids` (B, T) int32, `labels` as in
       `Examples`, B of them, and `weight` (B,) float32.
     """
-    filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
+    filled = fill_up(rows, batch_size)
     ids = np.full((batch_size, length), examples.pad_id, np.int32)
     mask, types = np.zeros_like(ids), np.zeros_like(ids)
     for i, row in enumerate(filled):

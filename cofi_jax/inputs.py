@@ -14,6 +14,7 @@ from cofi_jax import (
     checkpoint,
     grammar,
     hard_concrete,
+    lessons,
     pretrained,
     sparsity,
     stages,
@@ -24,6 +25,8 @@ from cofi_jax import data as data_lib
 from cofi_jax.config import Config, reject
 from cofi_jax.model import Encoder, EncoderConfig, init_params
 from cofi_jax.tasks import Task
+
+_HOW_NOT_WHAT = {"tensorboard", "distill.cache"}  # a run may go on with another
 
 
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
@@ -40,7 +43,7 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
     except (AttributeError, ValueError) as error:  # not an object; not JSON
         raise reject("workdir", str(workdir), "its config.json is damaged") from error
     here = config_lib.flatten(config)
-    for field in sorted((there.keys() | here.keys()) - {"tensorboard"}):
+    for field in sorted((there.keys() | here.keys()) - _HOW_NOT_WHAT):
         if there.get(field) != here.get(field):
             raise reject(
                 "workdir",
@@ -180,6 +183,18 @@ def check_tokenizer(
     if len(tokenizer) > sizes.vocab_size:
         legal = f"its tokenizer has {len(tokenizer)} tokens, its weights "
         raise reject(field, path, legal + str(sizes.vocab_size))
+
+
+def check_lessons(
+    config: Config, sizes: EncoderConfig, train: data_lib.Examples
+) -> None:
+    """Says what a cache of lessons needs; UserError where the memory is too small."""
+    taught = {}
+    for field in ("prune", "finetune"):
+        stage = getattr(config, field)
+        rows = data_lib.first_rows(train, stage.train_rows, field=f"{field}.train_rows")
+        taught[len(rows), stage.batch_size] = rows
+    lessons.check_memory(sizes, config.distill, list(taught.values()))
 
 
 def check_rows(config: Config, train: data_lib.Examples) -> None:

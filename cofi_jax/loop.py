@@ -59,8 +59,8 @@ def _pad(logits, length):
 
 def _batches(
     examples, batch_size, buckets, seed, first_step
-) -> Iterator[dict[str, np.ndarray]]:
-    """The endless stream of batches from `first_step` on."""
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The endless stream of (rows, batch) from `first_step` on."""
     epoch, skip = divmod(
         first_step, data_lib.steps_per_epoch(len(examples), batch_size)
     )
@@ -73,8 +73,11 @@ def _batches(
             epoch=epoch,
         )
         for length, rows in plan[skip:]:
-            yield data_lib.make_batch(
-                examples, rows, length=length, batch_size=batch_size
+            yield (
+                rows,
+                data_lib.make_batch(
+                    examples, rows, length=length, batch_size=batch_size
+                ),
             )
         epoch, skip = epoch + 1, 0
 
@@ -96,6 +99,7 @@ def fit(
     log_every: int,
     eval_every: int,
     checkpoint_every: int,
+    lesson: Callable | None = None,
 ) -> tuple[TrainState, float]:
     """Runs a stage to its end, from its newest checkpoint where it has one.
 
@@ -115,6 +119,7 @@ def fit(
       log_every: steps between lines of the log.
       eval_every: steps between evaluations; one more at the end.
       checkpoint_every: steps between checkpoints; one more at the end.
+      lesson: (rows, batch) to what the teacher says, see `lessons`; None: no teacher.
 
     Returns:
       The last state, and the seconds that the stage took, restarts included.
@@ -154,7 +159,11 @@ def fit(
     )
     with bar:
         for now in range(first + 1, total_steps + 1):
-            state, metrics = step(state, context, jax.device_put(next(batches)))
+            rows, batch = next(batches)
+            batch = jax.device_put(batch)
+            if lesson:
+                batch["lesson"] = lesson(rows, batch)
+            state, metrics = step(state, context, batch)
             window.append(metrics)
             bar.update()
             if not any(due(now, n) for n in (log_every, eval_every, checkpoint_every)):

@@ -5,6 +5,10 @@
 
 A span is two classifications over the real tokens of its row: of where the answer
 starts and of where it ends. Both count alike.
+
+A mean over a batch that is worked through in m parts has the whole batch's
+denominator: the batch's `total`, 1/m of the `rows` and of the `tokens` of all parts.
+So the mean over the parts is the mean over the batch.
 """
 
 import jax
@@ -14,9 +18,15 @@ import optax
 from cofi_jax.model import Batch
 
 
-def weighted_mean(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Mean of `values` under non-negative `weights` of the same shape."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1e-9)
+def weighted_mean(
+    values: jax.Array, weights: jax.Array, total: jax.Array | None = None
+) -> jax.Array:
+    """Mean of `values` under non-negative `weights` of the same shape.
+
+    `total` takes the place of the weights' sum.
+    """
+    total = jnp.sum(weights) if total is None else total
+    return jnp.sum(values * weights) / jnp.maximum(total, 1e-9)
 
 
 def task_loss(problem: str, logits: jax.Array, batch: Batch) -> jax.Array:
@@ -30,12 +40,12 @@ def task_loss(problem: str, logits: jax.Array, batch: Batch) -> jax.Array:
     """
     if problem == "regression":
         losses = jnp.square(logits[:, 0] - batch["labels"])
-        return weighted_mean(losses, batch["weight"])
-    logits, weight = _choices(problem, logits, batch)
+        return weighted_mean(losses, batch["weight"], _rows(batch))
+    logits, weight, total = _choices(problem, logits, batch)
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits, batch["labels"].reshape(-1)
     )
-    return weighted_mean(losses, weight)
+    return weighted_mean(losses, weight, total)
 
 
 def distill_logits(
@@ -58,19 +68,30 @@ def distill_logits(
       temperature: T.
     """
     if problem == "regression":
-        return weighted_mean(jnp.square(student - teacher)[:, 0], batch["weight"])
-    student, weight = _choices(problem, student, batch)
-    teacher, _ = _choices(problem, teacher, batch)
+        squares = jnp.square(student - teacher)[:, 0]
+        return weighted_mean(squares, batch["weight"], _rows(batch))
+    student, weight, total = _choices(problem, student, batch)
+    teacher, *_ = _choices(problem, teacher, batch)
     p = jax.nn.log_softmax(teacher / temperature)
     q = jax.nn.log_softmax(student / temperature)
     divergence = jnp.sum(jnp.exp(p) * (p - q), -1)
-    return temperature**2 * weighted_mean(divergence, weight)
+    return temperature**2 * weighted_mean(divergence, weight, total)
+
+
+def _rows(batch):
+    return batch["total"]["rows"] if "total" in batch else None
 
 
 def _choices(problem, logits, batch):
-    """Rows of logits to choose from, and the rows' weights; two rows of each span."""
+    """Rows of logits to choose from, their weights and total; two of each span."""
+    total = _rows(batch)
     if problem == "classification":
-        return logits, batch["weight"]
+        return logits, batch["weight"], total
     real = batch["attention_mask"][:, None] > 0
     logits = jnp.where(real, jnp.swapaxes(logits, 1, 2), -1e9)
-    return logits.reshape(-1, logits.shape[-1]), jnp.repeat(batch["weight"], 2)
+    weight = jnp.repeat(batch["weight"], 2)
+    return (
+        logits.reshape(-1, logits.shape[-1]),
+        weight,
+        None if total is None else 2 * total,
+    )

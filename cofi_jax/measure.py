@@ -28,6 +28,7 @@ from cofi_jax import (
     stages,
     tasks,
     training,
+    validation,
 )
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
@@ -98,7 +99,7 @@ def saved_data(path: str) -> Data:
     if missing := sorted(wanted - about.keys()):
         legal = f"saved without {', '.join(missing)} in `about`, needed here"
         raise reject("model", path, legal)
-    data = config_lib.section(Data, about["data"], field="model", path=path)
+    data = validation.section(Data, about["data"], field="model", path=path)
     if not tasks.find(data).num_outputs:
         raise reject("model", path, "saved without the names of its classes")
     return data

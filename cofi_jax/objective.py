@@ -80,6 +80,7 @@ def distill_layers(
     taught: jax.Array,
     *,
     match: str,
+    total: jax.Array | None = None,
 ) -> jax.Array:
     """Sum over teacher layers of the mean squared error to the matched student layer.
 
@@ -92,10 +93,11 @@ def distill_layers(
       taught: (K,) the numbers of the taught layers.
       match: closest or ordered, see `match_layers`; or fixed: the student's layer of
         the taught layer's number, and nothing where that one is not alive.
+      total: takes the place of the token weights' sum.
     """
 
     def distance(t, s):  # (B, T, D), (B, T, D)
-        return weighted_mean(jnp.square(t - s).mean(-1), token_weight)
+        return weighted_mean(jnp.square(t - s).mean(-1), token_weight, total)
 
     if match == "fixed":
         matched, counts = taught, alive[taught]
@@ -140,6 +142,13 @@ def whole_params(theta: dict, frozen: dict) -> dict:
     return {**theta["params"], **frozen}
 
 
+def _noise(key, batch):
+    # Each part of a batch has its own; the gates and the taught layers are the same.
+    return {
+        "dropout": jax.random.fold_in(key, batch["part"]) if "part" in batch else key
+    }
+
+
 def task_objective(model: Encoder) -> Objective:
     """The loss of the labels: how the teacher is trained."""
     problem = model.config.problem
@@ -147,57 +156,60 @@ def task_objective(model: Encoder) -> Objective:
     def objective(theta, frozen, context, batch, key, masks=None):
         del context
         variables = {"params": whole_params(theta, frozen), "masks": masks or {}}
-        output = model.apply(variables, batch, train=True, rngs={"dropout": key})
+        output = model.apply(variables, batch, train=True, rngs=_noise(key, batch))
         loss = task_loss(problem, output.logits, batch)
         return loss, {"loss_task": loss}
 
     return objective
 
 
-def distillation_objective(
-    student: Encoder, teacher: Encoder, distill: Distill
-) -> Objective:
+def distillation_objective(student: Encoder, distill: Distill) -> Objective:
     """Imitation of the teacher by a dense or sliced student.
 
-    Context: `teacher`, the teacher's parameters. Theta: `params` and, for the layer
-    term, `distill_projection` (D', D).
+    The batch has a `lesson`, see `lessons.make_teach`. Theta: `params` and, for the
+    layer term, `distill_projection` (D', D).
     """
     if distill.logits == distill.layers == 0:
         return task_objective(student)
-    layers = len(teacher.config.heads), distill.num_layers
+    config = student.config
+    layers = len(config.heads), distill.num_layers
+    # Layers that slicing emptied repeat the one below and are never matched.
+    widths = enumerate(zip(config.heads, config.intermediate, strict=True))
+    present = [i for i, width in widths if any(width)] or [0]
+    if distill.match == "fixed":
+        present = range(layers[0])
 
     def objective(theta, frozen, context, batch, key, masks=None):
-        masks = masks or {}
-        target = teacher.apply({"params": context["teacher"]}, batch)
-        target = jax.lax.stop_gradient(target)
+        del context
+        masks, lesson = masks or {}, batch["lesson"]
         variables = {"params": whole_params(theta, frozen), "masks": masks}
-        output = student.apply(variables, batch, train=True, rngs={"dropout": key})
+        output = student.apply(variables, batch, train=True, rngs=_noise(key, batch))
         loss, metrics = 0.0, {}
         if distill.logits:
             metrics["loss_logits"] = distill_logits(
-                student.config.problem,
+                config.problem,
                 output.logits,
-                target.logits,
+                lesson["logits"],
                 batch,
                 distill.temperature,
             )
             loss += distill.logits * metrics["loss_logits"]
         if distill.layers:
-            states = target.hidden_states[1:]
+            taught = taught_layers(*layers)
+            states = jnp.moveaxis(lesson["states"], 2, 0)
             if distill.taught == "random":
                 taught = draw_layers(jax.random.fold_in(key, 1), *layers)
-                lesson = _layers(jnp.stack(states), taught)
-            else:
-                taught = taught_layers(*layers)
-                lesson = jnp.stack([states[k] for k in taught])
+                states = _layers(states, taught)
+            outputs = [output.hidden_states[i + 1] for i in present]
             metrics["loss_layers"] = distill_layers(
-                jnp.stack(output.hidden_states[1:]).astype(jnp.float32),
-                lesson.astype(jnp.float32),
+                jnp.stack(outputs).astype(jnp.float32),
+                states.astype(jnp.float32),
                 theta["distill_projection"],
                 batch["attention_mask"] * batch["weight"][:, None],
-                alive_layers(student.config, masks),
+                alive_layers(config, masks)[jnp.array(present)],
                 jnp.asarray(taught),
                 match=distill.match,
+                total=batch["total"]["tokens"] if "total" in batch else None,
             )
             loss += distill.layers * metrics["loss_layers"]
         return loss, metrics
@@ -207,16 +219,15 @@ def distillation_objective(
 
 def pruning_objective(
     student: Encoder,
-    teacher: Encoder,
     distill: Distill,
     cost: sparsity_lib.Cost = sparsity_lib.cost,
 ) -> Objective:
     """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
 
-    Context: `teacher`, and the scalars `target_sparsity`, `warmup_steps` and `step`.
-    Theta: as in `distillation_objective`, and `log_alpha` and `multipliers`.
+    Context: the scalars `target_sparsity`, `warmup_steps` and `step`. Batch and theta
+    as in `distillation_objective`; theta has `log_alpha` and `multipliers` too.
     """
-    imitate = distillation_objective(student, teacher, distill)
+    imitate = distillation_objective(student, distill)
 
     def objective(theta, frozen, context, batch, key):
         mask_key, dropout_key = jax.random.split(key)

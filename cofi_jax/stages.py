@@ -15,6 +15,7 @@ import numpy as np
 from cofi_jax import checkpoint, loop, masks, objective, sparsity, tasks, training
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
+from cofi_jax.lessons import Lessons
 from cofi_jax.model import Encoder
 from cofi_jax.objective import whole_params
 
@@ -88,7 +89,8 @@ class Run:
         epochs: int,
         examples: data_lib.Examples,
         rates: dict[str, training.Rate],
-        context: dict,
+        context: dict | None = None,
+        lessons: Lessons | None = None,
         **theta: Any,
     ) -> tuple[training.TrainState, float]:
         """Runs one stage, or what is left of it: the last state, and its seconds."""
@@ -117,8 +119,10 @@ class Run:
             return loop.fit(
                 state,
                 stage=stage,
-                step=training.make_step(loss),
-                context=jax.device_put(context),
+                step=training.make_step(loss, settings.micro_batches),
+                context=jax.device_put(context or {}),
+                lesson=lessons
+                and lessons.of(examples, self.buckets, settings.batch_size),
                 examples=examples,
                 batch_size=settings.batch_size,
                 buckets=self.buckets,
@@ -167,12 +171,13 @@ def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
         epochs=settings.epochs,
         examples=examples,
         rates={"weights": rate},
-        context={},
     )
     return whole_params(state.best, state.frozen), seconds
 
 
-def prepare(run: Run, model: Encoder, teacher: dict) -> tuple[Student, float]:
+def prepare(
+    run: Run, model: Encoder, teacher: dict, lessons: Lessons | None
+) -> tuple[Student, float]:
     """Distillation before any gate moves, from a copy of the teacher."""
     settings, examples = run.config.prune, run.examples("prune")
     epochs = settings.prepruning_epochs
@@ -184,12 +189,12 @@ def prepare(run: Run, model: Encoder, teacher: dict) -> tuple[Student, float]:
         "prepruning",
         model,
         teacher,
-        objective.distillation_objective(model, model, run.config.distill),
+        objective.distillation_objective(model, run.config.distill),
         settings=settings,
         epochs=epochs,
         examples=examples,
         rates={"weights": rate},
-        context={"teacher": teacher},
+        lessons=lessons,
         distill_projection=jnp.eye(model.config.hidden_size),
     )
     params = whole_params(state.theta, state.frozen)
@@ -197,7 +202,7 @@ def prepare(run: Run, model: Encoder, teacher: dict) -> tuple[Student, float]:
 
 
 def learn_masks(
-    run: Run, model: Encoder, student: Student, teacher: dict
+    run: Run, model: Encoder, student: Student, lessons: Lessons | None
 ) -> tuple[Student, masks.Masks, float]:
     """Pruning: the dense student, masks that meet the target, and the seconds taken."""
     settings, examples = run.config.prune, run.examples("prune")
@@ -211,7 +216,7 @@ def learn_masks(
         "prune",
         model,
         student.params,
-        objective.pruning_objective(model, model, run.config.distill),
+        objective.pruning_objective(model, run.config.distill),
         settings=settings,
         epochs=epochs,
         examples=examples,
@@ -223,10 +228,10 @@ def learn_masks(
             ),
         },
         context={
-            "teacher": teacher,
             "target_sparsity": np.float32(settings.target_sparsity),
             "warmup_steps": np.int32(settings.warmup_epochs * per_epoch),
         },
+        lessons=lessons,
         distill_projection=student.projection,
         log_alpha=masks.init_log_alpha(
             model.config, jax.random.key(run.config.seed), settings.kinds
@@ -251,7 +256,7 @@ def learn_masks(
 
 
 def finetune(
-    run: Run, model: Encoder, student: Student, teacher_model: Encoder, teacher: dict
+    run: Run, model: Encoder, student: Student, lessons: Lessons | None
 ) -> tuple[dict, float]:
     """Distillation into the sliced `model`: its best parameters, the seconds taken."""
     settings, examples = run.config.finetune, run.examples("finetune")
@@ -261,12 +266,12 @@ def finetune(
         "finetune",
         model,
         student.params,
-        objective.distillation_objective(model, teacher_model, run.config.distill),
+        objective.distillation_objective(model, run.config.distill),
         settings=settings,
         epochs=settings.epochs,
         examples=examples,
         rates={"weights": rate},
-        context={"teacher": teacher},
+        lessons=lessons,
         distill_projection=student.projection,
     )
     return whole_params(state.best, state.frozen), seconds

@@ -142,13 +142,49 @@ def create_state(
     )
 
 
-def make_step(objective: Objective) -> Callable:
-    """The jitted `step(state, context, batch) -> (state, metrics)`; donates `state`."""
+def _split(batch: Batch, parts: int) -> Batch:
+    """The batch as so many smaller ones, stacked; each knows the whole's totals."""
+
+    def split(x):  # rows 0, m, 2m, ... first: no row leaves its device
+        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+    weight = batch["weight"]
+    total = {"rows": weight, "tokens": batch["attention_mask"] * weight[:, None]}
+    total = {n: jnp.broadcast_to(x.sum() / parts, parts) for n, x in total.items()}
+    return jax.tree.map(split, batch) | {"total": total, "part": jnp.arange(parts)}
+
+
+def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
+    """The jitted `step(state, context, batch) -> (state, metrics)`; donates `state`.
+
+    Args:
+      objective: what is differentiated.
+      micro_batches: parts that a batch is worked through in, one after the other, for
+        what does not fit the memory at once; B is a multiple of it. Losses and
+        gradients are those of the whole batch, but for the rounding, the dropout, and
+        the layers that are matched, which each part chooses by its own rows.
+    """
+
+    def differentiate(theta, *rest):
+        return jax.value_and_grad(objective, has_aux=True)(theta, *rest)
+
+    def in_parts(theta, frozen, context, batch, key):
+        def add(total, part):
+            found = differentiate(theta, frozen, context, part, key)
+            return jax.tree.map(lambda a, b: a + b / micro_batches, total, found), None
+
+        parts = _split(batch, micro_batches)
+        first = jax.tree.map(lambda x: x[0], parts)
+        like = jax.eval_shape(differentiate, theta, frozen, context, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.scan(add, zeros, parts)[0]
+
+    gradients_of = differentiate if micro_batches == 1 else in_parts
 
     def step(state: TrainState, context: dict, batch: Batch):
         key = jax.random.fold_in(state.key, state.step)
         context = dict(context, step=state.step)
-        (loss, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(
+        (loss, metrics), gradients = gradients_of(
             state.theta, state.frozen, context, batch, key
         )
         rates = {name: rate.at(state.step) for name, rate in state.rates.items()}

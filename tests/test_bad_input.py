@@ -917,8 +917,8 @@ def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
     def overflowing(*arguments):
         return jax.tree.map(lambda x: 1e30 * x, init(*arguments))
 
-    def make_failing_step(objective):
-        step = make_step(objective)
+    def make_failing_step(*arguments):
+        step = make_step(*arguments)
 
         def failing(state, context, batch):
             state, metrics = step(state, context, batch)

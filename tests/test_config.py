@@ -10,9 +10,10 @@ import pathlib
 import pytest
 
 from cofi_jax import tasks
-from cofi_jax.config import KINDS, Config, UserError, flatten, to_json, validate
+from cofi_jax.config import KINDS, Config, UserError, flatten, to_json
 from cofi_jax.model import EncoderConfig
 from cofi_jax.sparsity import max_sparsity
+from cofi_jax.validation import validate
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from cofi_jax import hard_concrete, masks, objective, training
+from cofi_jax import hard_concrete, lessons, masks, objective, training
 from cofi_jax.config import Distill
 from cofi_jax.masks import init_log_alpha
 from cofi_jax.model import Encoder
@@ -175,6 +175,8 @@ def test_embeddings_are_trained_where_they_are_not_frozen(tiny_params):
 
 # The pruning step on a small encoder
 
+TOKENS = ("input_ids", "attention_mask", "token_type_ids")
+
 
 class Pruning:
     """A pruning step that is compiled once for all tests below, and its teacher."""
@@ -183,7 +185,8 @@ class Pruning:
         self.config, self.traces = config, 0
         self.teacher = jax.device_put(random_params(config, seed=3))
         model = Encoder(config)
-        loss = objective.pruning_objective(model, model, Distill(num_layers=2))
+        distill = Distill(num_layers=2)
+        loss = objective.pruning_objective(model, distill)
 
         def counted(*args):
             self.traces += 1
@@ -192,6 +195,8 @@ class Pruning:
         self.step = training.make_step(counted)
         rows = {"labels": np.zeros(3, np.int32), "weight": np.ones(3, np.float32)}
         self.batch = jax.device_put(batch | rows)
+        teach = lessons.make_teach(model, distill)
+        self.batch["lesson"] = teach(self.teacher, self.batch)
 
     def state(self, *, seed=0, stage="prune", rates=(1e-3, 0.1, 0.1)):
         names = ("weights", "gates", "multipliers")
@@ -212,7 +217,6 @@ class Pruning:
     def context(self, target=0.5, warmup_steps=5):
         return jax.device_put(
             {
-                "teacher": self.teacher,
                 "target_sparsity": np.float32(target),
                 "warmup_steps": np.int32(warmup_steps),
             }
@@ -255,10 +259,13 @@ def test_a_family_of_runs_is_one_program(pruning):
 def test_one_trace_for_each_length(pruning):
     pruning.run(1)
     before = pruning.traces
+    longer = jax.device_get(pruning.batch)
+    states = longer["lesson"]["states"]
     longer = {
-        k: np.pad(v, ((0, 0), (0, 2))) if v.ndim == 2 else v
-        for k, v in jax.device_get(pruning.batch).items()
+        k: np.pad(v, ((0, 0), (0, 2))) if k in TOKENS else v for k, v in longer.items()
     }
+    states = np.pad(states, ((0, 0), (0, 2), (0, 0), (0, 0)))
+    longer["lesson"] = longer["lesson"] | {"states": states}
     state = pruning.state()
     for batch in (longer, pruning.batch, longer):
         state, _ = pruning.step(state, pruning.context(), jax.device_put(batch))
@@ -372,3 +379,84 @@ def test_predictions_of_spans_are_zero_at_padding(tiny, tiny_batch):
         expected = model.apply({"params": params, "masks": given}, tiny_batch).logits
         np.testing.assert_allclose(logits[real], expected[real], atol=1e-5)
         assert (np.abs(expected[~real]) > 0).all()  # else it would test nothing
+
+
+# A batch in parts
+
+
+@pytest.mark.parametrize("problem", ["classification", "regression", "span"])
+def test_parts_of_a_batch_are_the_batch(tiny, problem):
+    """Losses and steps, with rows of different lengths and one without weight."""
+    outputs = {"classification": 3, "regression": 1, "span": 2}[problem]
+    config = dataclasses.replace(tiny, dropout=0.0, problem=problem, num_labels=outputs)
+    model, distill = Encoder(config), Distill(num_layers=2, match="fixed")
+    rng = np.random.default_rng(0)
+    lengths = np.array([6, 4, 1, 2, 6, 3])
+    batch = {
+        "input_ids": rng.integers(0, 17, (6, 6)).astype(np.int32),
+        "attention_mask": (np.arange(6) < lengths[:, None]).astype(np.int32),
+        "token_type_ids": np.zeros((6, 6), np.int32),
+        "labels": np.zeros((6, 2) if problem == "span" else 6, np.int32),
+        "weight": np.array([1, 1, 1, 1, 1, 0], np.float32),
+    }
+    teach = lessons.make_teach(model, distill)
+    batch["lesson"] = teach(random_params(config, 4), batch)
+    names = ("weights", "gates", "multipliers")
+    context = {"target_sparsity": np.float32(0.5), "warmup_steps": np.int32(1)}
+    games = {
+        "task": (objective.task_objective(model), {}),
+        "prune": (
+            objective.pruning_objective(model, distill),
+            {
+                "distill_projection": jnp.eye(16),
+                "log_alpha": init_log_alpha(config, jax.random.key(0)),
+                "multipliers": {"linear": 0.3, "quadratic": 0.2},
+            },
+        ),
+    }
+    for stage, (game, theta) in games.items():
+        found = []
+        for parts in (1, 3):
+            state = training.create_state(
+                random_params(config, 3),
+                seed=0,
+                stage=stage,
+                rates={n: Rate.create(1e-2, "constant", 1) for n in names},
+                freeze_embeddings=False,
+                **theta,
+            )
+            step = training.make_step(game, parts)
+            state = state.replace(step=jnp.int32(5))  # past the target's warm-up
+            state, metrics = step(state, context, batch)
+            # Adam's moments after a step are those of the gradient, which is compared
+            # here: where it is 0 but for rounding, the step's sign is chance.
+            found.append((metrics, (state.descent, state.ascent)))
+        for metrics, moments in found[1:]:
+            for name, value in found[0][0].items():
+                np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+                moments,
+                found[0][1],
+            )
+    assert metrics["loss_lagrangian"] != 0
+
+
+def test_parts_have_noise_of_their_own(pruning):
+    """The gates are drawn once; with two equal halves only dropout tells them apart."""
+    batch = jax.tree.map(lambda x: jnp.repeat(x[:1], 4, 0), pruning.batch)
+    model = Encoder(pruning.config)
+    seen = []
+
+    def loss(theta, frozen, context, batch, key):
+        gates = masks.sample(theta["log_alpha"], jax.random.split(key)[0])
+        game = objective.pruning_objective(model, Distill(num_layers=2))
+        value, metrics = game(theta, frozen, context, batch, key)
+        jax.debug.callback(lambda *x: seen.append(x), gates["head"], value)
+        return value, metrics
+
+    training.make_step(loss, 2)(pruning.state(), pruning.context(), batch)
+    jax.effects_barrier()
+    (gates, first), (others, second) = seen
+    np.testing.assert_array_equal(gates, others)
+    assert first != second

@@ -1,0 +1,187 @@
+"""What the teacher says: of the right layers, and the same bits when it was kept."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_params
+
+from cofi_jax import data, lessons, loop, objective, training
+from cofi_jax.checkpoint import Checkpoints
+from cofi_jax.config import Distill, UserError
+from cofi_jax.model import Encoder
+from cofi_jax.report import MetricsLog
+from cofi_jax.training import Rate
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+BATCH, BUCKETS = 4, (4, 9)
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """22 rows, 6 steps an epoch: in each length some are left over for the next."""
+    rng = np.random.default_rng(0)
+    ids = [
+        rng.integers(1, 17, n).astype(np.int32) for n in [1, 9, 4, 3, 5, 2, 8, 4] * 3
+    ]
+    ids = ids[:22]
+    labels = rng.integers(0, 3, len(ids)).astype(np.int32)
+    return data.Examples(ids, [np.zeros_like(i) for i in ids], labels)
+
+
+def model_of(tiny, problem="classification", dtype="float32"):
+    return Encoder(dataclasses.replace(tiny, problem=problem, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "distill, taught",
+    [
+        (Distill(num_layers=2), (0, 1)),
+        (Distill(num_layers=1), (1,)),
+        (Distill(num_layers=1, taught="random"), (0, 1)),
+        (Distill(layers=0.0), None),
+        (Distill(logits=0.0, num_layers=1), (1,)),
+    ],
+)
+def test_a_lesson_is_what_the_model_says(
+    tiny, tiny_params, tiny_batch, distill, taught
+):
+    model = model_of(tiny)
+    lesson = lessons.make_teach(model, distill)(tiny_params, tiny_batch)
+    output = model.apply({"params": tiny_params}, tiny_batch)
+    assert ("logits" in lesson) == (distill.logits > 0)
+    assert ("states" in lesson) == (distill.layers > 0)
+    if "logits" in lesson:
+        np.testing.assert_allclose(lesson["logits"], output.logits, rtol=1e-5)
+    if "states" in lesson:
+        assert lesson["states"].shape == (3, 6, len(taught), 16)
+        for k, layer in enumerate(taught):
+            state = output.hidden_states[layer + 1]
+            np.testing.assert_allclose(lesson["states"][:, :, k], state, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache", ["host", "device"])
+@pytest.mark.parametrize(
+    "problem, dtype", [("classification", "float32"), ("span", "bfloat16")]
+)
+def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
+    """Three epochs; from the second on only rows that moved up are asked about."""
+    model = model_of(tiny, problem, dtype)
+    params, distill = random_params(model.config, 1), Distill(num_layers=2)
+    asked = []
+
+    def lessons_of(cache):
+        teaching = lessons.Lessons(
+            model, params, dataclasses.replace(distill, cache=cache)
+        )
+        teach = teaching._teach
+
+        def counted(params, batch):
+            asked.append(cache)
+            return teach(params, batch)
+
+        teaching._teach = counted
+        return teaching.of(examples, BUCKETS, BATCH)
+
+    fresh, kept = lessons_of("none"), lessons_of(cache)
+    stream = loop._batches(examples, BATCH, BUCKETS, 57, 0)
+    for rows, batch in itertools.islice(stream, 18):
+        batch = jax.device_put(batch)
+        expected, found = fresh(rows, batch), kept(rows, batch)
+        real = np.asarray(batch["attention_mask"]) > 0
+        assert expected.keys() == found.keys()
+        for name, values in jax.device_get(found).items():
+            wanted = jax.device_get(expected[name])
+            assert values.dtype == wanted.dtype and values.shape == wanted.shape
+            if values.ndim > 2:
+                values, wanted = values[real], wanted[real]
+            np.testing.assert_array_equal(values, wanted)
+    assert asked.count("none") == 18
+    assert 6 <= asked.count(cache) <= 12
+
+
+def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
+    """Every loss and parameter of three epochs, bit by bit; dropout, random layers."""
+    model = model_of(tiny)
+    teacher = random_params(tiny, 1)
+    results = {}
+    for cache in ("none", "host", "device"):
+        distill = Distill(num_layers=1, taught="random", cache=cache)
+        log = MetricsLog(tmp_path / f"{cache}.jsonl")
+        state = training.create_state(
+            random_params(tiny, 2),
+            seed=0,
+            stage="prune",
+            rates={"weights": Rate.create(1e-3, "constant", 1)},
+            freeze_embeddings=True,
+            distill_projection=jnp.eye(16),
+        )
+        teaching = lessons.Lessons(model, teacher, distill)
+        with Checkpoints(tmp_path / cache) as saved:
+            state, _ = loop.fit(
+                state,
+                stage="prune",
+                step=training.make_step(
+                    objective.distillation_objective(model, distill)
+                ),
+                context={},
+                examples=examples,
+                batch_size=BATCH,
+                buckets=BUCKETS,
+                seed=57,
+                total_steps=18,
+                evaluate=lambda *_: loop.Evaluation(0.0),
+                checkpoints=saved,
+                log=log,
+                log_every=1,
+                eval_every=100,
+                checkpoint_every=100,
+                lesson=teaching.of(examples, BUCKETS, BATCH),
+            )
+        lines = (tmp_path / f"{cache}.jsonl").read_text().splitlines()
+        losses = [line.partition('"loss":')[2] for line in lines]
+        results[cache] = losses, jax.device_get(state.theta)
+    for cache in ("host", "device"):
+        assert results[cache][0] == results["none"][0]
+        jax.tree.map(
+            np.testing.assert_array_equal, results[cache][1], results["none"][1]
+        )
+
+
+def test_stages_share_what_is_kept_only_in_the_same_shapes(tiny, tiny_params, examples):
+    teaching = lessons.Lessons(model_of(tiny), tiny_params, Distill(cache="host"))
+    for rows, size in ((examples, 4), (examples, 4), (examples, 2)):
+        teaching.of(rows, BUCKETS, size)
+    assert len(teaching._stores) == 2
+    teaching.of(examples.take(np.arange(8)), BUCKETS, 4)
+    assert len(teaching._stores) == 3
+
+
+@pytest.mark.parametrize("cache", ["host", "device"])
+def test_the_memory_is_said_before(tiny, examples, capsys, monkeypatch, cache):
+    tokens = sum(map(len, examples.input_ids)) + 1  # one for padding
+    need = (tokens * 2 * 16 + 22 * 3) * 4  # two layers of width 16, three classes
+    distill = Distill(num_layers=2, cache=cache)
+    for free, enough in ((need, True), (need - 1, False)):
+        monkeypatch.setattr(lessons, "_free_memory", lambda where, free=free: free)
+        if enough:
+            lessons.check_memory(tiny, distill, [examples])
+            assert f"22 rows of {tokens - 1} tokens" in capsys.readouterr().out
+        else:
+            with pytest.raises(UserError, match=f"distill.cache='{cache}'.* GB are"):
+                lessons.check_memory(tiny, distill, [examples])
+
+
+def test_nothing_is_said_where_nothing_is_kept(tiny, examples, capsys):
+    lessons.check_memory(tiny, Distill(), [examples])
+    lessons.check_memory(tiny, Distill(0.0, 0.0, cache="host"), [examples])
+    assert not capsys.readouterr().out
+
+
+def test_free_memory_is_a_number():
+    assert lessons._free_memory("host") > 0
+    assert lessons._free_memory("device") > 0
