@@ -112,6 +112,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     data = dataclasses.asdict(config.data)
     if config.data.task == tasks.OWN:
         data["labels"] = task.labels  # read off the training rows, perhaps
+    data["buckets"] = run.buckets  # likewise
     about = {"task": config.data.task, "labels": list(task.labels), "data": data}
     if base := inputs.base_model(config):
         about["base_model"] = base

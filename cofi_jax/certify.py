@@ -70,7 +70,7 @@ def validation(
     if not examples.questions:  # which are scored by all their windows
         wanted = min(num_rows, len(examples))
         examples = data_lib.first_rows(examples, wanted, field="rows")
-    buckets = data_lib.bucket_lengths(data)
+    buckets = data_lib.bucket_lengths(data, examples.lengths)
 
     def of(reference, against):
         found = Validation(task, examples, buckets, split, against, np.empty(0))

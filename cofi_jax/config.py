@@ -44,7 +44,7 @@ class Data:
     path: str = ""  # folder with train.* and validation.*, or hub name; "": the task's
     extra_file: str = ""  # more training rows, augmented ones say, in the same columns
     max_length: int = 0  # tokens, special ones included; 0: the task's
-    buckets: tuple[int, ...] = (16, 32, 64, 128, 256, 512)  # padded lengths
+    buckets: tuple[int, ...] = ()  # padded lengths; (): chosen for the training rows
     # What the table says of its tasks, for the task "own":
     columns: tuple[str, ...] = ()  # of text, one or two
     label_column: str = "label"

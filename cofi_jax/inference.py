@@ -50,7 +50,7 @@ def pipeline(
             {},
             examples,
             batch_size=batch_size,
-            buckets=data_lib.bucket_lengths(data),
+            buckets=data_lib.bucket_lengths(data, examples.lengths),
         )
         if task.problem == "span":
             answers = squad.best_answers(logits, examples.questions)

@@ -185,7 +185,7 @@ def scored(loaded: Loaded, task: tasks.Task, columns: dict[str, Any]) -> Scored:
             {},
             examples,
             batch_size=64,
-            buckets=data_lib.bucket_lengths(loaded.data),
+            buckets=data_lib.bucket_lengths(loaded.data, examples.lengths),
         )
         if np.isnan(logits).any():
             raise reject("model", loaded.path, "gives logits that are not numbers")

@@ -4,6 +4,7 @@ teacher -> prepruning -> prune -> (slice) -> finetune
 """
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -31,10 +32,10 @@ class Run:
     validation: dict[str, data_lib.Examples]  # by split; the first one decides
     log: Any  # report.MetricsLog
 
-    @property
+    @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
         """Padded lengths."""
-        return data_lib.bucket_lengths(self.config.data)
+        return data_lib.bucket_lengths(self.config.data, self.train.lengths)
 
     def examples(self, field: str) -> data_lib.Examples:
         """The training rows of the stage that the config calls `field`."""

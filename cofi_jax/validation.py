@@ -1,6 +1,7 @@
 """Whether a config says something that can be done, as far as it tells by itself."""
 
 import dataclasses
+import typing
 from typing import Any
 
 from cofi_jax.config import DTYPES, Config, check_kinds, flatten, reject
@@ -76,8 +77,9 @@ def validate(config: Config) -> None:
             "left after prune.prepruning_epochs",
         )
     buckets = tuple(data.buckets)
-    if not buckets or buckets != tuple(sorted(set(buckets))) or buckets[0] < 1:
-        raise reject("data.buckets", buckets, "must be lengths >= 1 in rising order")
+    if buckets != tuple(sorted(set(buckets))) or min(buckets, default=1) < 1:
+        legal = "must be lengths >= 1 in rising order, or (): chosen for the rows"
+        raise reject("data.buckets", buckets, legal)
     if data.max_length and data.max_length < 3:
         legal = "must be at least 3, or 0: the task's own length"
         raise reject("data.max_length", data.max_length, legal)
@@ -139,7 +141,7 @@ def _check_types(node: Any, like: Any, prefix: str) -> None:
                 raise reject(name, value, f"must be a {type(want).__name__}")
             _check_types(value, want, name + ".")
         elif isinstance(want, tuple):
-            item = type(want[0]) if want else str
+            item = typing.get_args(field.type)[0]
             if not isinstance(value, tuple | list) or not all(
                 type(x) is item for x in value
             ):
