@@ -99,6 +99,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
                 "jax_compilation_cache_dir",
                 str((workdir / f"compiled-{platform.node()}").absolute()),
             )
+            # The many small programs too: together they take as long as a large one.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         report.write_atomically(workdir / "config.json", config_lib.to_json(config))
         mirror = events.Events(workdir / "tensorboard") if config.tensorboard else None
         log = report.MetricsLog(workdir / "metrics.jsonl", mirror)
@@ -120,10 +122,10 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     if not config.teacher.path:
         params, seconds["teacher"] = stages.train_teacher(run, model, params)
     params = jax.device_put(params)
-    teacher_scores = run.scores(training.make_predict(model), params)
-    teacher_score = stages.main_score(teacher_scores)
-    print(f"teacher: {metric} {teacher_score:.4f}", flush=True)
-    if not (workdir / "teacher").exists():
+    if (workdir / "teacher").exists():  # the run goes on: its scores stay
+        teacher_scores = checkpoint.read_about(workdir / "teacher")[2]["scores"]
+    else:
+        teacher_scores = run.scores(training.make_predict(model), params)
         checkpoint.save_model(
             workdir / "teacher",
             params,
@@ -131,6 +133,8 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
             tokenizer=tokenizer,
             about=about | {"scores": teacher_scores},
         )
+    teacher_score = stages.main_score(teacher_scores)
+    print(f"teacher: {metric} {teacher_score:.4f}", flush=True)
 
     distill, teaching = config.distill, None
     if distill.logits or distill.layers:

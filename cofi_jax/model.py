@@ -118,6 +118,28 @@ class Norm(nn.Module):
         return (normal * scale + bias).astype(self.dtype)
 
 
+class Projection(nn.Module):
+    """The gated way back to the hidden dimensions, (B, T, *inner) to (B, T, D).
+
+    Inner gates act on the kernel, in its float32, as in slicing: it is smaller than
+    what a batch's tokens have inside a block. Outer gates act on the result.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x, inner_gates, outer_gates):
+        dtype, inner = self.config.dtype, x.shape[2:]
+        kernel = self.param("kernel", _INIT, (*inner, self.config.hidden_size))
+        bias = self.param("bias", nn.initializers.zeros, (self.config.hidden_size,))
+        if inner_gates is not None:
+            kernel = kernel * inner_gates.reshape(-1, *(1,) * len(inner))
+        axes = tuple(range(2, x.ndim)), tuple(range(len(inner)))
+        x = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (axes, ((), ())))
+        x = x + bias.astype(dtype)
+        return x if outer_gates is None else x * outer_gates  # in float32
+
+
 class Attention(nn.Module):
     """Self-attention with gated heads, (B, T, D) to (B, T, D)."""
 
@@ -125,7 +147,7 @@ class Attention(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, attention_mask, head_gates, *, train):
+    def __call__(self, x, attention_mask, head_gates, outer_gates, *, train):
         config = self.config
 
         def project(name):
@@ -144,15 +166,7 @@ class Attention(nn.Module):
         weights = jax.nn.softmax(scores).astype(config.dtype)
         weights = nn.Dropout(config.dropout, deterministic=not train)(weights)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)
-        if head_gates is not None:
-            context = context * head_gates[:, None].astype(context.dtype)
-        return nn.DenseGeneral(
-            config.hidden_size,
-            axis=(-2, -1),
-            dtype=config.dtype,
-            kernel_init=_INIT,
-            name="output",
-        )(context)
+        return Projection(config, name="output")(context, head_gates, outer_gates)
 
 
 class FeedForward(nn.Module):
@@ -162,15 +176,11 @@ class FeedForward(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, unit_gates):
+    def __call__(self, x, unit_gates, outer_gates):
         dtype = self.config.dtype
         x = nn.Dense(self.width, dtype=dtype, kernel_init=_INIT, name="up")(x)
         x = ACTIVATIONS[self.config.activation](x)
-        if unit_gates is not None:
-            x = x * unit_gates.astype(x.dtype)
-        return nn.Dense(
-            self.config.hidden_size, dtype=dtype, kernel_init=_INIT, name="down"
-        )(x)
+        return Projection(self.config, name="down")(x, unit_gates, outer_gates)
 
 
 class Layer(nn.Module):
@@ -182,33 +192,41 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, attention_mask, gates, *, train):
-        if self.heads:
+        def attend(self, x):
             y = Attention(self.heads, self.config, name="attention")(
-                x, attention_mask, gates.get("head"), train=train
+                x, attention_mask, gates.get("head"), outer("mha"), train=train
             )
-            x = self._join(x, y, gates, "mha", "head", "attention_norm", train)
-        if self.width:
+            return self._join(x, y, gates, "attention_norm", train)
+
+        def feed_forward(self, x):
             y = FeedForward(self.width, self.config, name="ffn")(
-                x, gates.get("intermediate")
+                x, gates.get("intermediate"), outer("ffn")
             )
-            x = self._join(x, y, gates, "ffn", "intermediate", "ffn_norm", train)
+            return self._join(x, y, gates, "ffn_norm", train)
+
+        def outer(block):
+            there = [gates[kind] for kind in (block, "hidden") if kind in gates]
+            return functools.reduce(jnp.multiply, there) if there else None
+
+        if self.heads:
+            x = self._unless_absent(attend, x, gates, "mha", "head")
+        if self.width:
+            x = self._unless_absent(feed_forward, x, gates, "ffn", "intermediate")
         return x
 
-    def _join(self, x, y, gates, block, inner, norm_name, train):
-        hidden = gates.get("hidden")
-        gate = gates.get(block)
-        for factor in (gate, hidden):
-            if factor is not None:
-                y = y * factor.astype(y.dtype)
+    def _join(self, x, y, gates, norm_name, train):
         y = nn.Dropout(self.config.dropout, deterministic=not train)(y)
         norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=norm_name)
-        joined = norm(x + y, hidden)
-        present = True
-        if gate is not None:
-            present = gate > 0
-        if inner in gates:
-            present &= (gates[inner] > 0).any()
-        return joined if present is True else jnp.where(present, joined, x)
+        return norm(x + y.astype(jnp.float32), gates.get("hidden"))
+
+    def _unless_absent(self, block, x, gates, outer, inner):
+        there = [(gates[kind] > 0).any() for kind in (outer, inner) if kind in gates]
+        if not there:
+            return block(self, x)
+        present = functools.reduce(jnp.logical_and, there)
+        if jax.default_backend() == "cpu":  # a GPU would wait for the host here
+            return nn.cond(present, block, lambda self, x: x, self, x)
+        return jnp.where(present, block(self, x), x)
 
 
 class Encoder(nn.Module):
@@ -285,6 +303,7 @@ def init_params(config: EncoderConfig, key: jax.Array) -> dict:
     return jax.jit(Encoder(config).init)(key, _example())["params"]
 
 
+@functools.cache
 def abstract_params(config: EncoderConfig) -> dict:
     """Shapes and dtypes of the parameters, nothing allocated."""
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import random_params
 
+from cofi_jax.config import KINDS
 from cofi_jax.masks import mask_shapes
 from cofi_jax.model import Encoder, EncoderConfig, abstract_params, init_params
 
@@ -269,3 +270,57 @@ def test_gradients_are_finite_where_all_gates_are_closed(tiny, tiny_params, tiny
     masks = jax.tree.map(jnp.zeros_like, open_masks(tiny))
     for leaf in jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(tiny_params, masks)):
         assert jnp.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gates_stay_float32(tiny, tiny_params, tiny_batch, kind):
+    """A gate that bfloat16 would round to 1 still tells."""
+    config = dataclasses.replace(tiny, dtype="bfloat16")
+    gate = np.float32(1 - 2**-10)
+    assert jnp.bfloat16(gate) == 1
+    shape = mask_shapes(config)[kind]
+    whole, less = (
+        apply(config, tiny_params, tiny_batch, {kind: np.full(shape, value)})
+        for value in (np.float32(1), gate)
+    )
+    assert (whole.logits != less.logits).any()
+
+    def loss(gates):
+        return apply(config, tiny_params, tiny_batch, {kind: gates}).logits.sum()
+
+    assert jax.grad(loss)(np.full(shape, gate)).dtype == jnp.float32
+
+
+def test_skipping_a_block_is_selecting_its_input(
+    tiny, tiny_params, tiny_batch, monkeypatch
+):
+    """What a CPU runs and what a GPU runs: values and all gradients."""
+    config = dataclasses.replace(tiny, dropout=0.0)
+    rng = np.random.default_rng(0)
+    masks = {
+        kind: rng.uniform(0.3, 1, shape).astype(np.float32)
+        for kind, shape in mask_shapes(tiny).items()
+    }
+    masks["mha"][0] = masks["head"][1] = masks["ffn"][1] = 0
+
+    def loss(params, masks):
+        variables = {"params": params, "masks": masks}
+        noise = {"dropout": jax.random.key(1)}
+        output = Encoder(config).apply(variables, tiny_batch, train=True, rngs=noise)
+        return jnp.square(output.logits).sum()
+
+    found = []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        program = jax.jit(jax.value_and_grad(loss, (0, 1)))
+        text = program.lower(tiny_params, masks).as_text()
+        assert ("stablehlo.case" in text) == (backend == "cpu")
+        found.append(program(tiny_params, masks))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found
+    )
+    gradients = found[0][1][0]
+    for block in ("layer_0", "attention"), ("layer_1", "attention"), ("layer_1", "ffn"):
+        for leaf in jax.tree.leaves(gradients[block[0]][block[1]]):
+            np.testing.assert_array_equal(leaf, 0)
+    assert (gradients["layer_0"]["ffn"]["up"]["kernel"] != 0).any()
