@@ -88,6 +88,7 @@ class Prune:
 
     kinds: tuple[str, ...] = KINDS
     target_sparsity: float = 0.95
+    round_widths: bool = True  # up to what the device likes, see masks.round_to_device
     sparsity_epsilon: float = 0.01  # a checkpoint this close to the target may be best
     train_rows: int = 0
     epochs: int = 20  # prepruning_epochs included

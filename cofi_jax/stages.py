@@ -17,7 +17,7 @@ from cofi_jax import checkpoint, loop, masks, objective, sparsity, tasks, traini
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
 from cofi_jax.lessons import Lessons
-from cofi_jax.model import Encoder
+from cofi_jax.model import Encoder, EncoderConfig
 from cofi_jax.objective import whole_params
 
 
@@ -249,11 +249,33 @@ def learn_masks(
             "of masks and multipliers would do",
             file=sys.stderr,
         )
-    gates = sparsity.target_masks(
-        theta["log_alpha"], model.config, settings.target_sparsity
+    transform = masks.round_to_device() if settings.round_widths else masks.chain()
+    gates = final_masks(
+        theta["log_alpha"], model.config, settings.target_sparsity, transform
     )
     params = whole_params(theta, state.frozen)
     return Student(params, theta["distill_projection"]), gates, seconds
+
+
+def final_masks(
+    log_alpha: masks.LogAlpha,
+    config: EncoderConfig,
+    target: float,
+    transform: masks.MaskTransform,
+) -> masks.Masks:
+    """Evaluation masks that meet the target after a transform that opens gates.
+
+    So more is closed before it. Without the transform where it opens too much for
+    that, as in a model of few units it may.
+    """
+    aim = target
+    for _ in range(8):
+        gates = transform(sparsity.target_masks(log_alpha, config, aim))
+        missing = target - sparsity.exact_sparsity(gates, config)
+        if missing <= 1e-3:
+            return gates
+        aim += missing
+    return sparsity.target_masks(log_alpha, config, target)
 
 
 def finetune(
