@@ -16,7 +16,6 @@ Shapes: B batch, T tokens, D hidden, L layers, H heads, d head width, F
 intermediate, C classes.
 """
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from cofi_jax.config import KINDS
+from cofi_jax.sizes import EncoderConfig
 
 Batch = dict[str, jax.Array]
 
@@ -39,47 +39,6 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "swish": nn.silu,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderConfig:
-    """Sizes of an encoder; a width of 0 means that the block is absent."""
-
-    vocab_size: int
-    hidden_size: int
-    heads: tuple[int, ...]  # per layer
-    head_size: int
-    intermediate: tuple[int, ...]  # per layer
-    pooler_size: int
-    num_labels: int
-    max_positions: int = 512  # rows of the position table
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    dropout: float = 0.1
-    dtype: str = "float32"  # of the matrix work; parameters stay float32
-    problem: str = "classification"  # or regression, span
-    activation: str = "gelu"  # a key of ACTIVATIONS
-    model_type: str = "bert"  # as Hugging Face calls the family
-    position_offset: int = 0  # the position table's row for the first token
-
-    @classmethod
-    def from_json(cls, fields: dict) -> "EncoderConfig":
-        """The inverse of `dataclasses.asdict` after a passage through JSON."""
-        lists = {name: tuple(fields[name]) for name in ("heads", "intermediate")}
-        return cls(**fields | lists)
-
-    @property
-    def longest(self) -> int:
-        """The most tokens that the position table has rows for."""
-        return self.max_positions - self.position_offset
-
-    def widths(self) -> dict:
-        """JSON-able `hidden`, and `heads` and `intermediate` per layer."""
-        return {
-            "hidden": self.hidden_size,
-            "heads": list(self.heads),
-            "intermediate": list(self.intermediate),
-        }
 
 
 class Output(NamedTuple):
@@ -229,6 +188,12 @@ class Layer(nn.Module):
         return jnp.where(present, block(self, x), x)
 
 
+@functools.partial(jax.jit, static_argnames=("layer", "train"))
+def _traced_once(layer, train, params, noise, *inputs):
+    """One trace for all layers of the same widths: half the time of a whole trace."""
+    return layer.apply({"params": params}, *inputs, train=train, rngs=noise)
+
+
 class Encoder(nn.Module):
     """An encoder with a head: on the first token, or for spans on every token.
 
@@ -255,8 +220,14 @@ class Encoder(nn.Module):
             zip(config.heads, config.intermediate, strict=True)
         ):
             gates = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
-            layer = Layer(heads, width, config, name=f"layer_{i}")
-            x = layer(x, batch["attention_mask"], gates, train=train)
+            name, inputs = f"layer_{i}", (x, batch["attention_mask"], gates)
+            if self.is_initializing():
+                x = Layer(heads, width, config, name=name)(*inputs, train=train)
+            else:
+                layer = Layer(heads, width, config, parent=None)
+                params = self.variables["params"].get(name, {})
+                noise = {"dropout": self.make_rng("dropout")} if train else {}
+                x = _traced_once(layer, train, params, noise, *inputs)
             states.append(x)
         if config.problem != "span":
             first = nn.Dense(

@@ -53,7 +53,7 @@ def of_project(path):
     return found
 
 
-@pytest.mark.parametrize("name", ["hard_concrete", "metrics", "config"])
+@pytest.mark.parametrize("name", ["hard_concrete", "metrics", "config", "sizes"])
 def test_stands_alone(name):
     assert not of_project(PACKAGE[name])
 
@@ -66,7 +66,7 @@ def test_knows_of_the_model_only_its_config(name):
 
 
 def test_model_knows_nothing_of_masks():
-    assert set(of_project(PACKAGE["model"])) <= {"config"}
+    assert set(of_project(PACKAGE["model"])) <= {"config", "sizes"}
 
 
 def test_libraries_stay_where_they_belong():

@@ -1,0 +1,44 @@
+"""The sizes of an encoder: dense ones, and ragged ones where it was sliced."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of an encoder; a width of 0 means that the block is absent."""
+
+    vocab_size: int
+    hidden_size: int
+    heads: tuple[int, ...]  # per layer
+    head_size: int
+    intermediate: tuple[int, ...]  # per layer
+    pooler_size: int
+    num_labels: int
+    max_positions: int = 512  # rows of the position table
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    dtype: str = "float32"  # of the matrix work; parameters stay float32
+    problem: str = "classification"  # or regression, span
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    model_type: str = "bert"  # as Hugging Face calls the family
+    position_offset: int = 0  # the position table's row for the first token
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "EncoderConfig":
+        """The inverse of `dataclasses.asdict` after a passage through JSON."""
+        lists = {name: tuple(fields[name]) for name in ("heads", "intermediate")}
+        return cls(**fields | lists)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that the position table has rows for."""
+        return self.max_positions - self.position_offset
+
+    def widths(self) -> dict:
+        """JSON-able `hidden`, and `heads` and `intermediate` per layer."""
+        return {
+            "hidden": self.hidden_size,
+            "heads": list(self.heads),
+            "intermediate": list(self.intermediate),
+        }
