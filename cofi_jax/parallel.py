@@ -185,9 +185,9 @@ def together() -> Iterator[None]:
         raise error
 
 
-def check_same(what: str, value: Any) -> None:
-    """Raises UserError unless `value`, put into words, is the same in all processes."""
-    if _several() and not _same(value):
+def check_same(what: str, find: Callable[[], Any]) -> None:
+    """Raises UserError unless `find` finds the same, in words, in all processes."""
+    if _several() and not _same(find()):
         raise UserError(f"--distributed=True: {what} must be the same in all processes")
 
 
