@@ -251,7 +251,7 @@ def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
             folder = known.workdir / f"{name}-seed{seed}"
             flags = [f"--config={file}", f"--workdir={folder}"]
             flags += [f"--config.seed={seed}", *overrides]
-            config, _ = train.parse([argv[0], *flags])
+            config, *_ = train.parse([argv[0], *flags])
             validation.validate(config)
             tasks.find(config.data)
             inputs.check_workdir(config, folder)

@@ -3,9 +3,11 @@
     python train.py --config configs/sst2_95.py
     python train.py --config configs/sst2_95.py --config.data.path=path/to/sst2
 
-Killed at any moment, the same command goes on where it was.
+Killed at any moment, the same command goes on where it was. All devices of the machine
+are used; those of several machines, with --distributed on each (docs/devices.md).
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import functools
@@ -29,6 +31,7 @@ from cofi_jax import (
     inputs,
     lessons,
     page,
+    parallel,
     plots,
     report,
     rows,
@@ -46,7 +49,10 @@ from cofi_jax.model import Encoder
 
 # float32 sums in another order; more than this is a bug, not rounding.
 _MAX_DIFFERENCE = 1e-3
-_USAGE = "python train.py --config configs/demo.py [--workdir DIR] [--config.X=Y]"
+_USAGE = (
+    "python train.py --config configs/demo.py [--workdir DIR] [--distributed] "
+    "[--config.X=Y]"
+)
 _BOOLEANS = ("true", "false", "t", "f", "1", "0")  # what absl takes
 _LEGAL_CONFIG = "must be a file whose get_config() returns a cofi_jax.Config"
 
@@ -57,12 +63,51 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
     Raises:
       UserError: for what the user can mend; then nothing was written over.
     """
-    validation.validate(config)
-    if config.tensorboard:
-        events.check()
+    with parallel.together():
+        validation.validate(config)
+        if config.tensorboard:
+            events.check()
+    parallel.check_same("the config", lambda: config_lib.to_json(config))
+    if finished := parallel.first(lambda: _finished(config, workdir)):
+        return finished
+    with parallel.together():
+        parallel.check_sizes(config)
+        task, examples, teacher, params, tokenizer = _load(config)
+    arrays = params, [(some.input_ids, some.labels) for some in examples.values()]
+    parallel.check_same("rows and model", lambda: parallel.digest(arrays))
+    train = examples.pop("train")
+    with contextlib.ExitStack() as held:
+        node = parallel.first(lambda: _begin(config, workdir, held))
+        with parallel.together():
+            if not (workdir / "config.json").exists():
+                legal = "must be one folder that all processes see"
+                raise reject("workdir", str(workdir), legal)
+        # A restarted run need not compile again what the one before had compiled.
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update(
+                "jax_compilation_cache_dir",
+                str((workdir / f"compiled-{node}").absolute()),
+            )
+            # The many small programs too: together they take as long as a large one.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        log = parallel.Silence()
+        if parallel.is_first():
+            folder = workdir / "tensorboard"
+            mirror = events.Events(folder) if config.tensorboard else None
+            log = report.MetricsLog(workdir / "metrics.jsonl", mirror)
+        shared = stages.Run(config, workdir, task, train, examples, log)
+        return _stages(shared, teacher, params, tokenizer)
+
+
+def _finished(config, workdir):
+    """The report of a run that is complete."""
     inputs.check_workdir(config, workdir)
-    if (workdir / "report.json").exists():
-        return json.loads((workdir / "report.json").read_text())
+    path = workdir / "report.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _load(config):
+    """Task, rows by split, and what the run starts from."""
     splits = ("train", *tasks.find(config.data).validation)
     task, columns = rows.load(config.data, splits)
     teacher, params, tokenizer = inputs.load_teacher(config, task)
@@ -77,35 +122,30 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
         )
         for split in splits
     }
-    train = examples.pop("train")
-    inputs.check_rows(config, train)
-    inputs.check_lessons(config, teacher.config, train)
+    inputs.check_rows(config, examples["train"])
+    inputs.check_lessons(config, teacher.config, examples["train"])
+    return task, examples, teacher, params, tokenizer
 
+
+def _begin(config, workdir, held):
+    """Locks the folder for as long as `held` is, and says what it will hold.
+
+    Returns:
+      The machine's name.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / ".lock", "w")
+        lock = held.enter_context(open(workdir / ".lock", "w"))
     except OSError as error:
         reason = f"must be a folder that can be written ({error.strerror})"
         raise reject("workdir", str(workdir), reason) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise reject("workdir", str(workdir), "another run is at work") from error
-        inputs.check_workdir(config, workdir)  # another run may have begun meanwhile
-        # A restarted run need not compile again what the one before had compiled.
-        if not jax.config.jax_compilation_cache_dir:
-            jax.config.update(
-                "jax_compilation_cache_dir",
-                str((workdir / f"compiled-{platform.node()}").absolute()),
-            )
-            # The many small programs too: together they take as long as a large one.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        report.write_atomically(workdir / "config.json", config_lib.to_json(config))
-        mirror = events.Events(workdir / "tensorboard") if config.tensorboard else None
-        log = report.MetricsLog(workdir / "metrics.jsonl", mirror)
-        shared = stages.Run(config, workdir, task, train, examples, log)
-        return _stages(shared, teacher, params, tokenizer)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise reject("workdir", str(workdir), "another run is at work") from error
+    inputs.check_workdir(config, workdir)  # another run may have begun meanwhile
+    report.write_atomically(workdir / "config.json", config_lib.to_json(config))
+    return platform.node()
 
 
 def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
@@ -122,7 +162,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     if not config.teacher.path:
         params, seconds["teacher"] = stages.train_teacher(run, model, params)
     params = jax.device_put(params)
-    if (workdir / "teacher").exists():  # the run goes on: its scores stay
+    if parallel.first((workdir / "teacher").exists):  # it goes on: the scores stay
         teacher_scores = checkpoint.read_about(workdir / "teacher")[2]["scores"]
     else:
         teacher_scores = run.scores(training.make_predict(model), params)
@@ -159,11 +199,14 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     student = stages.Student(sliced, student.projection[hidden])
     sliced, seconds["finetune"] = stages.finetune(run, small, student, teaching)
     scores = run.scores(training.make_predict(small), sliced)
-    measured = benchmark.inference(
-        {"dense": (model, params), "pruned": (small, sliced)},
-        batch_size=config.benchmark.batch_size,
-        seq_length=config.benchmark.seq_length,
-        repeats=config.benchmark.repeats,
+    # On one device, while the others rest.
+    measured = parallel.first(
+        lambda: benchmark.inference(
+            {"dense": (model, params), "pruned": (small, sliced)},
+            batch_size=config.benchmark.batch_size,
+            seq_length=config.benchmark.seq_length,
+            repeats=config.benchmark.repeats,
+        )
     )
     result = {
         "task": config.data.task,
@@ -191,7 +234,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
         "seconds": seconds,
         "versions": _versions(),
     }
-    if not (workdir / "pruned").exists():
+    if not parallel.first((workdir / "pruned").exists):
         about |= {"dense": dataclasses.asdict(model.config), "sparsity": removed}
         checkpoint.save_model(
             workdir / "pruned",
@@ -201,9 +244,15 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
             tokenizer=tokenizer,
             about=about | {"report": result},
         )
-    else:  # killed just after: the figures that were measured stay
-        *_, saved = checkpoint.read_about(workdir / "pruned")
-        result = saved.get("report", result)
+    return parallel.first(lambda: _write(run, result))
+
+
+def _write(run, result):
+    """Pictures, pages and the report, which is last."""
+    config, workdir = run.config, run.workdir
+    # Where the run was killed just after it had saved, the figures of then stay.
+    *_, saved = checkpoint.read_about(workdir / "pruned")
+    result = saved.get("report", result)
     metrics, settings = report.read_metrics(run.log.path), config_lib.to_json(config)
     plots.plot_sparsity(metrics, workdir / "sparsity.png")
     plots.plot_structure(result, workdir / "structure.png")
@@ -228,8 +277,8 @@ def _versions():
     }
 
 
-def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
-    """The config and the workdir that a command line asks for.
+def parse(argv: list[str]) -> tuple[Config, pathlib.Path, bool]:
+    """The config, the workdir and `--distributed` that a command line asks for.
 
     Raises:
       UserError: for flags, files and fields that do not exist or do not fit.
@@ -237,6 +286,9 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "default: runs/<config>", flag_values=values)
+    flags.DEFINE_boolean(
+        "distributed", False, "one of several processes", flag_values=values
+    )
     path, lists = None, {}
     for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
         name, equals, value = argument.partition("=")
@@ -272,7 +324,8 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path]:
             setattr(node, field, tuple(value.split(",")))
     if rest:
         raise UserError(f"{rest[0]!r}: unknown argument; usage: {_USAGE}")
-    return config, pathlib.Path(values.workdir or f"runs/{name_of(path)}")
+    workdir = pathlib.Path(values.workdir or f"runs/{name_of(path)}")
+    return config, workdir, values.distributed
 
 
 def name_of(path: str) -> str:
@@ -313,13 +366,24 @@ def main(argv: list[str]) -> int:
     # Beneath a damaged file the storage library prints hundreds of lines there.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
-        config, workdir = parse(argv)
-        result = run(config, workdir)
+        config, workdir, distributed = parse(argv)
+        if distributed:
+            parallel.start()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\n{report.table(result)}\n\nWritten to {workdir}: report.html, pruned/")
+        return _refuse(error)
+    with parallel.one_voice():
+        try:
+            result = run(config, workdir)
+        except UserError as error:
+            return _refuse(error)
+        text = f"Written to {workdir}: report.html, pruned/"
+        print(f"\n{report.table(result)}\n\n{text}")
     return 0
+
+
+def _refuse(error):
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

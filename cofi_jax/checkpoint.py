@@ -8,24 +8,25 @@ the newest two are kept, and saved models,
     <path>/params/       orbax
     <path>/tokenizer/    Hugging Face
 
-Both appear under their names only once they are complete.
+Both appear under their names only once they are complete. Where a run has several
+processes, each of them calls `Checkpoints` and `save_model`, as the storage library
+wants it; each loads by itself.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import zlib
 from pathlib import Path
 from typing import Any
 
 import chex
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from cofi_jax import card, pretrained
-from cofi_jax.config import DTYPES, reject
+from cofi_jax import card, parallel, pretrained
+from cofi_jax.config import DTYPES, UserError, reject
 from cofi_jax.model import Encoder, EncoderConfig, abstract_params
 from cofi_jax.slicing import PrunedSpec
 
@@ -44,7 +45,7 @@ class Checkpoints:
     def __init__(self, path: Path):
         self.skipped: list[str] = []
         self._path = Path(path).absolute()
-        self._set_unreadable_aside()
+        self.skipped += parallel.first(self._set_unreadable_aside)
         self._manager = ocp.training.Checkpointer(
             self._path,
             preservation_policy=ocp.training.preservation_policies.LatestN(_KEEP),
@@ -58,24 +59,30 @@ class Checkpoints:
         self._manager.close()
 
     def _set_unreadable_aside(self):
-        """Renames what would keep the storage library from opening the others."""
+        """Renames what would keep the storage library from opening the others.
+
+        Returns:
+          A line for each of them.
+        """
+        skipped = []
         steps = self._path.iterdir() if self._path.is_dir() else ()
         for found in [path for path in steps if path.name.isdigit()]:
             try:
                 ocp.metadata(found)
             except Exception as error:
-                self._skip(found.name, type(error).__name__)
+                skipped.append(self._damaged(found.name, type(error).__name__))
                 aside = self._path / f"damaged-{found.name}"
                 shutil.rmtree(aside, ignore_errors=True)
                 found.rename(aside)
+        return skipped
 
-    def _skip(self, step, reason):
-        self.skipped.append(f"{self._path}/{step} is damaged ({reason})")
+    def _damaged(self, step, reason):
+        return f"{self._path}/{step} is damaged ({reason})"
 
     def save(self, state: Any) -> None:
         """Starts to write `state` under its `step`; waits for the write before."""
         # Checksums of our own: the storage format finds truncation, not every flip.
-        digest = _digest(jax.device_get(_storable(state)))
+        digest = parallel.digest(_storable(state))
         self._manager.save_async(
             int(jax.device_get(state.step)),
             _storable(state),
@@ -93,18 +100,26 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             _storable(like),
         )
-        for found in sorted(self._manager.checkpoints, key=lambda c: -c.step):
+        steps = parallel.first(lambda: [c.step for c in self._manager.checkpoints])
+        for step in sorted(steps, reverse=True):
             try:
-                stored = self._manager.load(found.step, abstract)
-                digest = self._manager.metadata(found.step).custom_metadata["crc32"]
-                if _digest(jax.device_get(stored)) == digest:
-                    return _restored(stored, like)
-                reason = "checksum mismatch"
-            # Whatever a damaged file makes of itself inside the storage library.
-            except Exception as error:
-                reason = type(error).__name__
-            self._skip(found.step, reason)
+                with parallel.together(), _alone():
+                    stored = self._load(step, abstract)
+                return _restored(stored, like)
+            except UserError as error:
+                self.skipped.append(self._damaged(step, error))
         return None
+
+    def _load(self, step, abstract):
+        try:
+            stored = self._manager.load(step, abstract)
+            digest = self._manager.metadata(step).custom_metadata["crc32"]
+        # Whatever a damaged file makes of itself inside the storage library.
+        except Exception as error:
+            raise UserError(type(error).__name__) from error
+        if parallel.digest(stored) != digest:
+            raise UserError("checksum mismatch")
+        return stored
 
 
 def _storable(state):
@@ -116,11 +131,15 @@ def _restored(stored, like):
     return stored.replace(key=key)
 
 
-def _digest(tree) -> int:
-    digest = 0
-    for leaf in jax.tree.leaves(tree):
-        digest = zlib.crc32(np.ascontiguousarray(leaf).data, digest)
-    return digest
+def _alone():
+    """Within it a process loads by itself: none waits for one whose file is damaged."""
+    if jax.process_count() == 1:
+        return contextlib.nullcontext()
+    options, me = ocp.Context(), jax.process_index()
+    options.multiprocessing.primary_host = me
+    options.multiprocessing.active_processes = {me}
+    options.multiprocessing.barrier_sync_key_prefix = f"process_{me}"
+    return options
 
 
 def save_model(
@@ -149,7 +168,7 @@ def save_model(
     """
     path = Path(path).absolute()
     readme = card.text(config, about, {})
-    if path.exists():
+    if parallel.first(path.exists):
         raise reject("path", str(path), "exists; nothing is written over")
     try:
         chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(config))
@@ -157,20 +176,28 @@ def save_model(
         legal = "must have the structure, shapes and float32 that config initialises"
         raise reject("params", "...", legal) from error
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    checksum = {"crc32": _digest(jax.device_get(params))}
-    ocp.save(partial / "params", params, custom_metadata=checksum)
-    tokenizer.save_pretrained(partial / "tokenizer")
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    parallel.first(begin)
+    checksum = {"crc32": parallel.digest(params)}
+    ocp.save(partial / "params", parallel.replicate(params), custom_metadata=checksum)
     described = {
         "format": _FORMAT,
         "config": dataclasses.asdict(config),
         "spec": spec and dataclasses.asdict(spec),
         "about": about,
     }
-    (partial / "model.json").write_text(json.dumps(described, indent=1) + "\n")
-    (partial / "README.md").write_text(readme)
-    os.replace(partial, path)
+
+    def finish():
+        tokenizer.save_pretrained(partial / "tokenizer")
+        (partial / "model.json").write_text(json.dumps(described, indent=1) + "\n")
+        (partial / "README.md").write_text(readme)
+        os.replace(partial, path)
+
+    parallel.first(finish)
 
 
 def is_model(path: str | Path) -> bool:
@@ -256,8 +283,10 @@ def _load_params(path, config, sharding):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract_params(config),
     )
-    params = ocp.load(path, abstract)
-    if _digest(jax.device_get(params)) != ocp.metadata(path).custom_metadata["crc32"]:
+    with _alone():
+        params = ocp.load(path, abstract)
+        digest = ocp.metadata(path).custom_metadata["crc32"]
+    if parallel.digest(params) != digest:
         raise ValueError("checksum mismatch")
     return params
 

@@ -9,7 +9,6 @@ depend on the padded length, so only rows in their own bucket are kept; a row th
 `epoch_plan` moved up is computed again.
 """
 
-import functools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax import data as data_lib
+from cofi_jax import parallel
 from cofi_jax.config import Distill, reject
 from cofi_jax.model import Batch, Encoder, EncoderConfig, abstract_params
 from cofi_jax.objective import taught_layers
@@ -57,16 +57,13 @@ class Lessons:
 
     Args:
       teacher: the module.
-      params: its parameters, on the device.
+      params: its parameters.
       distill: what is asked; `cache` says where answers are kept: none, host, device.
-      place: puts a pytree of NumPy arrays where the batches are.
     """
 
-    def __init__(
-        self, teacher: Encoder, params: dict, distill: Distill, *, place=jax.device_put
-    ):
+    def __init__(self, teacher: Encoder, params: dict, distill: Distill):
         self._teach = make_teach(teacher, distill)
-        self._params, self._cache, self._place = params, distill.cache, place
+        self._params, self._cache = parallel.replicate(params), distill.cache
         self._stores: dict[tuple[int, int], _Store] = {}
 
     def of(
@@ -89,7 +86,7 @@ class Lessons:
         def lesson(rows, batch):
             kept = store.read(rows, batch)
             if kept is not None:
-                return kept if self._cache == "device" else self._place(kept)
+                return parallel.shard(kept)
             new = self._teach(self._params, batch)
             store.write(rows, batch, new)
             return new
@@ -119,6 +116,9 @@ def check_memory(
         tokens += rows.lengths.sum()
         for name, shape in _shapes(like, rows).items():
             size += int(np.prod(shape)) * like[name].dtype.itemsize
+    if distill.cache == "device" and jax.process_count() > 1:
+        legal = "must be host or none where a run has several processes"
+        raise reject("distill.cache", distill.cache, legal)
     free = _free_memory(distill.cache)
     if size > free:
         legal = f"the lessons need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
@@ -172,8 +172,9 @@ class _Store:
         self._kept = np.zeros(len(lengths), bool)
         self._of_tokens = {name: x.ndim > 2 for name, x in lesson.items()}
         shapes = _shapes(lesson, examples)
-        zeros = jnp.zeros if cache == "device" else np.zeros
-        self._arrays = {n: zeros(shapes[n], x.dtype) for n, x in lesson.items()}
+        arrays = {n: np.zeros(shapes[n], x.dtype) for n, x in lesson.items()}
+        self._arrays = parallel.replicate(arrays) if cache == "device" else arrays
+        self._write = jax.jit(_set, donate_argnums=0, out_shardings=parallel.copies())
 
     def read(self, rows, batch):
         """The lesson, or None where the batch has a row that is not kept."""
@@ -182,7 +183,7 @@ class _Store:
             return None
         index = self._index(rows, batch)
         if self._cache == "device":
-            return _read(self._arrays, jax.device_put(index))
+            return _read(self._arrays, parallel.replicate(index))
         return {name: x[index[name]] for name, x in self._arrays.items()}
 
     def write(self, rows, batch, lesson):
@@ -193,15 +194,14 @@ class _Store:
         index = self._index(rows, batch)
         self._kept[rows] = True
         if self._cache == "device":
-            self._arrays = _write(self._arrays, jax.device_put(index), lesson)
+            self._arrays = self._write(self._arrays, parallel.replicate(index), lesson)
         else:  # waited for when the device has begun with the step
-            jax.tree.map(lambda x: x.copy_to_host_async(), lesson)
             self._pending = index, lesson
 
     def _flush(self):
         if self._pending:
             index, lesson = self._pending
-            for name, values in jax.device_get(lesson).items():
+            for name, values in parallel.fetch(lesson).items():
                 self._arrays[name][index[name]] = values
             self._pending = None
 
@@ -224,6 +224,5 @@ def _read(arrays, index):
     return {name: x[index[name]] for name, x in arrays.items()}
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _write(arrays, index, lesson):
+def _set(arrays, index, lesson):
     return {name: x.at[index[name]].set(lesson[name]) for name, x in arrays.items()}

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cofi_jax import data as data_lib
+from cofi_jax import parallel
 from cofi_jax.config import UserError
 from cofi_jax.training import TrainState
 
@@ -31,21 +32,23 @@ def predict_all(
     *,
     batch_size: int,
     buckets: Sequence[int],
+    put: Callable = jax.device_put,
 ) -> np.ndarray:
     """Logits (N, C) of all `examples`, in their order; of spans (N, T, 2).
 
-    T is the last of the `buckets`, padded with zeros.
+    T is the last of the `buckets`, padded with zeros. `put` brings a batch to where
+    `params` are.
     """
     rows, outputs = [], []
     for chosen, batch in data_lib.eval_batches(
         examples, batch_size=batch_size, buckets=buckets
     ):
         rows.append(chosen)
-        outputs.append(predict(params, gates, jax.device_put(batch)))
+        outputs.append(predict(params, gates, put(batch)))
     logits = np.concatenate(
         [
             _pad(logits[: len(chosen)], buckets[-1])
-            for chosen, logits in zip(rows, jax.device_get(outputs), strict=True)
+            for chosen, logits in zip(rows, parallel.fetch(outputs), strict=True)
         ]
     )
     return logits[np.argsort(np.concatenate(rows))]
@@ -160,7 +163,7 @@ def fit(
     with bar:
         for now in range(first + 1, total_steps + 1):
             rows, batch = next(batches)
-            batch = jax.device_put(batch)
+            batch = parallel.shard(batch)
             if lesson:
                 batch["lesson"] = lesson(rows, batch)
             state, metrics = step(state, context, batch)

@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax import checkpoint, loop, masks, objective, sparsity, tasks, training
+from cofi_jax import (
+    checkpoint,
+    loop,
+    masks,
+    objective,
+    parallel,
+    sparsity,
+    tasks,
+    training,
+)
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
 from cofi_jax.lessons import Lessons
@@ -72,11 +81,11 @@ class Run:
     def _logits(self, predict, params, gates, examples):
         return loop.predict_all(
             predict,
-            params,
-            gates or {},
+            *parallel.replicate((params, gates or {})),
             examples,
             batch_size=self.config.eval_batch_size,
             buckets=self.buckets,
+            put=parallel.shard,
         )
 
     def fit(
@@ -111,17 +120,17 @@ class Run:
             params = whole_params(theta, frozen)
             if "log_alpha" not in theta:
                 return loop.Evaluation(self.score(predict, params))
-            gates = masks.evaluation_masks(theta["log_alpha"])
+            gates = masks.evaluation_masks(parallel.local(theta["log_alpha"]))
             removed = sparsity.exact_sparsity(gates, model.config)
             score = self.score(predict, params, gates)
             return loop.Evaluation(score, removed >= least, {"sparsity": removed})
 
         with checkpoint.Checkpoints(self.workdir / "checkpoints" / stage) as saved:
-            return loop.fit(
-                state,
+            state, seconds = loop.fit(
+                parallel.replicate(state),
                 stage=stage,
                 step=training.make_step(loss, settings.micro_batches),
-                context=jax.device_put(context or {}),
+                context=parallel.replicate(context or {}),
                 lesson=lessons
                 and lessons.of(examples, self.buckets, settings.batch_size),
                 examples=examples,
@@ -136,6 +145,7 @@ class Run:
                 eval_every=config.eval_every,
                 checkpoint_every=config.checkpoint_every,
             )
+        return parallel.local(state), seconds
 
 
 def main_score(scores: dict) -> float:

@@ -17,20 +17,23 @@ jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+TINY = EncoderConfig(
+    vocab_size=17,
+    hidden_size=16,
+    heads=(3, 3),
+    head_size=4,
+    intermediate=(6, 6),
+    pooler_size=7,
+    num_labels=3,
+    max_positions=9,
+    dropout=0.1,
+)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A model small enough to slice two hundred times."""
-    return EncoderConfig(
-        vocab_size=17,
-        hidden_size=16,
-        heads=(3, 3),
-        head_size=4,
-        intermediate=(6, 6),
-        pooler_size=7,
-        num_labels=3,
-        max_positions=9,
-        dropout=0.1,
-    )
+    return TINY
 
 
 @pytest.fixture(scope="session")

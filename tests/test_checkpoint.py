@@ -373,7 +373,7 @@ def test_damaged_parameters(pruned, saved_model, tmp_path, damage):
 def test_flipped_values_are_noticed(tiny, tmp_path, tokenizer, monkeypatch):
     """The storage format itself lets some flips of plain data pass."""
     params = random_params(tiny, 0)
-    monkeypatch.setattr(checkpoint, "_digest", lambda tree: 0)
+    monkeypatch.setattr(checkpoint.parallel, "digest", lambda tree: 0)
     checkpoint.save_model(
         tmp_path / "m", params, tiny, tokenizer=tokenizer, about=ABOUT
     )

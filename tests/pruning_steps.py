@@ -1,0 +1,126 @@
+"""Fifty steps of the pruning stage on all devices there are.
+
+python tests/pruning_steps.py FOLDER FOLDER_OF_OTHERS
+
+It leaves what was learned in FOLDER/end.npz. What it makes of the checkpoint that
+another number of devices left at step 25 goes to FOLDER/resumed.npz.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import TINY, random_params
+
+from cofi_jax import checkpoint, data, masks, report, stages, tasks, training
+from cofi_jax.config import Config
+from cofi_jax.model import Encoder
+
+STEPS, HALF = 50, 25
+BUCKETS = (5, 9)
+
+
+def learn(folder):
+    """Runs the stage, or what `folder` lacks: theta and what was guarded."""
+    config = Config(log_every=HALF, eval_every=HALF, checkpoint_every=HALF)
+    config.data = dataclasses.replace(
+        config.data, task="demo", max_length=BUCKETS[-1], buckets=BUCKETS
+    )
+    config.prune = dataclasses.replace(
+        config.prune,
+        epochs=5,
+        prepruning_epochs=0,
+        warmup_epochs=2,
+        batch_size=8,
+        target_sparsity=0.5,
+        learning_rate=1e-3,
+        mask_learning_rate=0.1,
+        multiplier_learning_rate=0.1,
+    )
+    config.eval_batch_size = 8
+    folder.mkdir(exist_ok=True)
+    run = stages.Run(
+        config,
+        folder,
+        tasks.find(config.data),
+        examples(80),
+        {"validation": examples(20)},
+        report.MetricsLog(folder / "metrics.jsonl"),
+    )
+    model = Encoder(dataclasses.replace(TINY, num_labels=2))
+    start = jax.device_put(random_params(model.config, seed=3))
+    student = stages.Student(start, jnp.eye(TINY.hidden_size))
+
+    traced, make_step = [], training.make_step
+
+    def make_guarded(objective):
+        def counted(theta, frozen, context, batch, key):
+            traced.append(batch["input_ids"].shape)
+            return objective(theta, frozen, context, batch, key)
+
+        step = make_step(counted)
+
+        def guarded(*args):
+            with jax.transfer_guard("disallow"):
+                return jax.block_until_ready(step(*args))
+
+        return guarded
+
+    training.make_step = make_guarded
+    try:
+        student, gates, _ = stages.learn_masks(run, model, student, start)
+    finally:
+        training.make_step = make_step
+    assert sorted(traced) == [(8, length) for length in BUCKETS]  # once for each
+    theta = last_theta(folder, run, model, start)
+    found = theta | {"gates": gates, "student": student.params}
+    paths = jax.tree_util.tree_leaves_with_path(found)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
+
+
+def last_theta(folder, run, model, start):
+    """As the last checkpoint has it, of however many devices, read on one."""
+    rate = training.Rate.create(0.0, "constant", STEPS)
+    like = training.create_state(
+        start,
+        seed=0,
+        stage="prune",
+        rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
+        freeze_embeddings=run.config.prune.freeze_embeddings,
+        distill_projection=jnp.eye(TINY.hidden_size),
+        log_alpha=masks.init_log_alpha(model.config, jax.random.key(0)),
+        multipliers={"linear": 0.0, "quadratic": 0.0},
+    )
+    with checkpoint.Checkpoints(folder / "checkpoints" / "prune") as saved:
+        state = saved.restore(like)
+    assert int(state.step) == STEPS
+    return state.theta
+
+
+def examples(rows):
+    rng = np.random.default_rng(rows)
+    lengths = rng.integers(3, BUCKETS[-1] + 1, rows)
+    ids = [rng.integers(0, TINY.vocab_size, n).astype(np.int32) for n in lengths]
+    types = [np.zeros_like(row) for row in ids]
+    return data.Examples(ids, types, rng.integers(0, 2, rows).astype(np.int32))
+
+
+def resume(others, folder):
+    """Goes on from the checkpoint that `others` has of the middle."""
+    shutil.copytree(others, folder)
+    shutil.rmtree(folder / "checkpoints" / "prune" / str(STEPS))
+    return learn(folder)
+
+
+def main(folder, others):
+    folder.mkdir()
+    np.savez(folder / "end.npz", **learn(folder / "run"))
+    np.savez(folder / "resumed.npz", **resume(others, folder / "resumed"))
+
+
+if __name__ == "__main__":
+    main(*map(pathlib.Path, sys.argv[1:]))
