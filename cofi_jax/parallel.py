@@ -40,7 +40,8 @@ def start() -> None:
       UserError: where the environment does not say who they are.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address is not None and not address.rpartition(":")[2].isdigit():
+    host, _, port = (address or ":").rpartition(":")
+    if address is not None and not (host and port.isdecimal()):
         raise reject("JAX_COORDINATOR_ADDRESS", address, "must be host:port")
     # jax reads the address itself, and these two only from a cluster's variables.
     count, index = map(_number, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
@@ -56,7 +57,7 @@ def start() -> None:
 
 def _number(name):
     text = os.environ.get(name)
-    if text is not None and not text.isdigit():
+    if text is not None and not text.isdecimal():
         raise reject(name, text, "must be a whole number")
     return text and int(text)
 

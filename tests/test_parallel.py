@@ -325,6 +325,8 @@ def test_such_batches_leave_nothing_behind(config_file, tmp_path, monkeypatch, c
     "name, value, legal",
     [
         ("JAX_COORDINATOR_ADDRESS", "here", "must be host:port"),
+        ("JAX_COORDINATOR_ADDRESS", "1234", "must be host:port"),
+        ("JAX_COORDINATOR_ADDRESS", "", "must be host:port"),
         ("JAX_NUM_PROCESSES", "two", "must be a whole number"),
         ("JAX_PROCESS_ID", "-1", "must be a whole number"),
     ],
