@@ -65,15 +65,15 @@ def _number(name):
 def check_sizes(config: Config) -> None:
     """Raises UserError unless every batch can be dealt out evenly."""
     count = jax.device_count()
-    for field, size in {
-        "teacher.batch_size": config.teacher.batch_size,
-        "prune.batch_size": config.prune.batch_size,
-        "finetune.batch_size": config.finetune.batch_size,
-        "eval_batch_size": config.eval_batch_size,
-    }.items():
-        if size % count:
-            legal = f"must be a multiple of {count}, the number of devices"
-            raise reject(field, size, legal)
+    for field in ("teacher", "prune", "finetune"):
+        stage = getattr(config, field)
+        if stage.batch_size % (count * stage.micro_batches):
+            legal = f"must be a multiple of {count * stage.micro_batches}, the number "
+            legal += "of devices" + " times micro_batches" * (stage.micro_batches > 1)
+            raise reject(f"{field}.batch_size", stage.batch_size, legal)
+    if config.eval_batch_size % count:
+        legal = f"must be a multiple of {count}, the number of devices"
+        raise reject("eval_batch_size", config.eval_batch_size, legal)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY, random_params
 
-from cofi_jax import checkpoint, data, masks, report, stages, tasks, training
+from cofi_jax import checkpoint, data, lessons, masks, report, stages, tasks, training
 from cofi_jax.config import Config
 from cofi_jax.model import Encoder
 
@@ -24,7 +24,7 @@ STEPS, HALF = 50, 25
 BUCKETS = (5, 9)
 
 
-def learn(folder):
+def learn(folder, cache="none"):
     """Runs the stage, or what `folder` lacks: theta and what was guarded."""
     config = Config(log_every=HALF, eval_every=HALF, checkpoint_every=HALF)
     config.data = dataclasses.replace(
@@ -42,6 +42,7 @@ def learn(folder):
         multiplier_learning_rate=0.1,
     )
     config.eval_batch_size = 8
+    config.distill.cache = cache
     folder.mkdir(exist_ok=True)
     run = stages.Run(
         config,
@@ -57,12 +58,12 @@ def learn(folder):
 
     traced, make_step = [], training.make_step
 
-    def make_guarded(objective):
+    def make_guarded(objective, *rest):
         def counted(theta, frozen, context, batch, key):
             traced.append(batch["input_ids"].shape)
             return objective(theta, frozen, context, batch, key)
 
-        step = make_step(counted)
+        step = make_step(counted, *rest)
 
         def guarded(*args):
             with jax.transfer_guard("disallow"):
@@ -72,7 +73,8 @@ def learn(folder):
 
     training.make_step = make_guarded
     try:
-        student, gates, _ = stages.learn_masks(run, model, student, start)
+        teaching = lessons.Lessons(model, start, config.distill)
+        student, gates, _ = stages.learn_masks(run, model, student, teaching)
     finally:
         training.make_step = make_step
     assert sorted(traced) == [(8, length) for length in BUCKETS]  # once for each
@@ -113,12 +115,12 @@ def resume(others, folder):
     """Goes on from the checkpoint that `others` has of the middle."""
     shutil.copytree(others, folder)
     shutil.rmtree(folder / "checkpoints" / "prune" / str(STEPS))
-    return learn(folder)
+    return learn(folder, cache="host")
 
 
 def main(folder, others):
     folder.mkdir()
-    np.savez(folder / "end.npz", **learn(folder / "run"))
+    np.savez(folder / "end.npz", **learn(folder / "run", cache="device"))
     np.savez(folder / "resumed.npz", **resume(others, folder / "resumed"))
 
 

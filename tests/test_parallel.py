@@ -187,6 +187,7 @@ def test_killed_processes_end_with_the_same_bits(finished, killed, config_file):
     assert not [path for path in pieces.rglob("*") if "damaged" in path.name]
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_and_learns_the_same(finished, killed, config_file):
     alone = shutil.copytree(killed, killed.with_name("alone"))
     argv = ["train.py", "--config", str(config_file), "--workdir", str(alone)]
@@ -307,8 +308,19 @@ def test_batches_that_cannot_be_dealt_out(stage, monkeypatch):
         getattr(config, stage).batch_size = 32
     else:
         config.eval_batch_size = 32
-    legal = "=32: must be a multiple of 3, the number of devices"
+    legal = "=32: must be a multiple of 3, the number of devices$"
     with pytest.raises(UserError, match=field + legal):
+        parallel.check_sizes(config)
+
+
+def test_parts_of_batches_that_cannot_be_dealt_out(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    config = Config()
+    config.prune.micro_batches = 8
+    parallel.check_sizes(config)
+    config.prune.micro_batches = 16
+    legal = "must be a multiple of 64, the number of devices times micro_batches"
+    with pytest.raises(UserError, match=f"prune.batch_size=32: {legal}"):
         parallel.check_sizes(config)
 
 
