@@ -1,0 +1,260 @@
+"""How many examples a second a training step takes in, beside what others do.
+
+A turn is one pass over the same K batches of a task's own lengths. All contestants
+see the same examples; PyTorch sees them also in batches drawn at random, each padded to
+its own longest row, as its users feed it.
+"""
+
+import collections
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cofi_jax import (
+    data,
+    floor,
+    masks,
+    objective,
+    rivals,
+    timing,
+    training,
+    workload,
+)
+from cofi_jax.config import Distill
+from cofi_jax.model import Encoder
+from cofi_jax.timing import Timing
+from cofi_jax.workload import Plan, Subject
+
+Batches = list[dict[str, np.ndarray]]
+
+
+def measure(
+    subject: Subject,
+    examples: data.Examples,
+    plan: Plan,
+    *,
+    repeats: int,
+    torch_dtype: str,
+    torch_compile: bool,
+) -> dict[str, Any]:
+    """Times the steps in turn.
+
+    Args:
+      subject: the models.
+      examples: the rows.
+      plan: the batches to pass over, all full.
+      repeats: turns of each contestant.
+      torch_dtype: of PyTorch's matrix work.
+      torch_compile: whether PyTorch also runs compiled.
+
+    Returns:
+      `batches` by padded length, `examples` and `tokens` (of a turn, without padding),
+      `rates` of the device, `contestants`, the costs of masks as `masked_over_plain`,
+      and `left_out`, with the reason. Of a contestant
+        `turn_ms`                 the median of its turns
+        `examples_per_second`, `spread`  at the median; at the 95th and 5th percentile
+        `masked_is_faster`, `masked_is_faster_spread`  times, turn by turn
+        `padding`                 the fraction of its tokens that is padding
+        `useful_flops_per_second`  without padding: `floor.step_flops`
+        `utilisation`             that over the device's matrix rate
+    """
+    distill = Distill()
+    lengths = examples.lengths
+    rows = np.concatenate([chosen for _, chosen in plan])
+    calls, left_out = ours(subject, _batches(examples, plan), distill), {}
+    plans = dict.fromkeys(calls, plan)
+    students = dict.fromkeys(calls, subject.dense) | {"finetune": subject.sliced}
+    reason = rivals.missing("torch", "transformers")
+    if reason or subject.dense.problem != "classification":
+        left_out["pytorch"] = f"{reason} not installed" if reason else "a span task"
+    else:
+        fed = {"random batches": workload.at_random(plan, lengths), "our batches": plan}
+        for compiled in (False, True) if torch_compile else (False,):
+            step = _pytorch(subject, distill, torch_dtype, compiled=compiled)
+            kind = "pytorch compiled" if compiled else "pytorch"
+            for how, fed_plan in fed.items():
+                found = [rivals.tensors(b) for b in _batches(examples, fed_plan)]
+                name = f"{kind}, {how}"
+                calls[name] = functools.partial(_pytorch_turn, step, found)
+                plans[name], students[name] = fed_plan, subject.dense
+    rates = floor.rates(subject.dense.dtype)
+    timings = timing.side_by_side(calls, repeats=repeats, warmup=1, turn_ms=0)
+    flops = {
+        student: floor.step_flops(student, subject.dense, lengths[rows], distill)
+        for student in {subject.dense, subject.sliced}
+    }
+    contestants = {
+        name: described(
+            each,
+            timings["masked"],
+            examples=len(rows),
+            tokens=int(lengths[rows].sum()),
+            padded=sum(length * len(chosen) for length, chosen in plans[name]),
+            flops=flops[students[name]],
+            rate=rates["flops_per_second"],
+        )
+        for name, each in timings.items()
+    }
+    ratio, spread = timing.speedup(timings["masked"], timings["plain"])
+    return {
+        "batches": dict(sorted(collections.Counter(n for n, _ in plan).items())),
+        "examples": len(rows),
+        "tokens": int(lengths[rows].sum()),
+        "repeats": repeats,
+        "rates": rates,
+        "contestants": contestants,
+        "masked_over_plain": ratio,
+        "masked_over_plain_spread": list(spread),
+        "left_out": left_out,
+    }
+
+
+def described(
+    each: Timing,
+    masked: Timing,
+    *,
+    examples: int,
+    tokens: int,
+    padded: int,
+    flops: int,
+    rate: float,
+) -> dict[str, Any]:
+    """A contestant's part of what `measure` returns.
+
+    Args:
+      each: its turns.
+      masked: those of the pruning step.
+      examples: in a turn.
+      tokens: in a turn, without padding.
+      padded: in a turn, with padding.
+      flops: of a turn.
+      rate: of the device, FLOP/s.
+    """
+    ratio, spread = timing.speedup(each, masked)
+    seconds = each.median_ms / 1e3
+    slow_and_fast = [examples / each.percentile_ms(p) * 1e3 for p in (95, 5)]
+    return {
+        "turn_ms": each.median_ms,
+        "examples_per_second": examples / seconds,
+        "spread": slow_and_fast,
+        "masked_is_faster": ratio,
+        "masked_is_faster_spread": list(spread),
+        "padding": 1 - tokens / padded,
+        "useful_flops_per_second": flops / seconds,
+        "utilisation": flops / seconds / rate,
+    }
+
+
+def _batches(examples, plan) -> Batches:
+    return [
+        data.make_batch(examples, rows, length=length, batch_size=len(rows))
+        for length, rows in plan
+    ]
+
+
+def ours(
+    subject: Subject, batches: Batches, distill: Distill
+) -> dict[str, Callable[[], Any]]:
+    """A turn of our own steps: `masked`, `plain` and `finetune`."""
+    steps = {
+        "masked": functools.partial(stepper, subject, distill, "masked"),
+        "plain": functools.partial(stepper, subject, distill, "plain"),
+        "finetune": functools.partial(stepper, subject, distill, "finetune"),
+    }
+    return {
+        name: functools.partial(_turn, make(), batches) for name, make in steps.items()
+    }
+
+
+def _turn(step, batches):
+    for batch in batches:
+        result = step(jax.device_put(batch))
+    return result
+
+
+def stepper(subject: Subject, distill: Distill, kind: str) -> Callable[[dict], Any]:
+    """One of our steps with a state of its own: `masked`, `plain` or `finetune`.
+
+    Returns:
+      From a batch on the device to the new trained arrays and the step's metrics.
+    """
+    step, state, context = prepared(subject, distill, kind)
+
+    def call(batch):
+        nonlocal state
+        state, metrics = step(state, context, batch)
+        return state.theta, metrics
+
+    return call
+
+
+def prepared(
+    subject: Subject, distill: Distill, kind: str
+) -> tuple[Callable, training.TrainState, dict]:
+    """The jitted step, its first state and its context, as the stages make them."""
+    teacher, small = Encoder(subject.dense), kind == "finetune"
+    student = Encoder(subject.sliced) if small else teacher
+    sizes = student.config.hidden_size, subject.dense.hidden_size
+    theta = {"distill_projection": jnp.eye(*sizes)}
+    imitate = objective.distillation_objective
+    context = {"teacher": jax.device_put(subject.dense_params)}
+    if kind == "masked":
+        imitate = objective.pruning_objective
+        theta["log_alpha"] = masks.init_log_alpha(subject.dense, jax.random.key(2))
+        theta["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
+        context["target_sparsity"] = jnp.float32(0.95)
+        context["warmup_steps"] = jnp.int32(100)
+    rate = training.Rate.create(1e-5, "constant", 1)
+    state = training.create_state(
+        subject.sliced_params if small else subject.dense_params,
+        seed=0,
+        stage=kind,
+        rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
+        freeze_embeddings=True,
+        **theta,
+    )
+    return training.make_step(imitate(student, teacher, distill)), state, context
+
+
+def _pytorch(subject, distill, dtype, *, compiled):
+    params = subject.dense_params
+    identity = np.eye(subject.dense.hidden_size, dtype=np.float32)
+    how = {"dtype": dtype, "compiled": compiled}
+    return rivals.pytorch_step(params, params, identity, subject.dense, distill, **how)
+
+
+def _pytorch_turn(step, batches):
+    for batch in batches:
+        step(batch)
+    rivals.wait()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of `measure` for people."""
+    batches = ", ".join(f"{n} of {length}" for length, n in result["batches"].items())
+    lines = [
+        f"{result['examples']} examples, {result['tokens']} tokens without padding; "
+        f"batches by padded length: {batches}",
+        "",
+        f"{'':32}{'examples/s':>11}{'5 % to 95 %':>17}{'padding':>9}"
+        f"{'GFLOP/s':>9}{'of peak':>9}  masked is",
+    ]
+    for name, each in result["contestants"].items():
+        between = "{:.1f} to {:.1f}".format(*each["spread"])
+        times = f"{each['masked_is_faster']:.2f}x as fast "
+        times += "({:.2f} to {:.2f})".format(*each["masked_is_faster_spread"])
+        line = (
+            f"{name:32}{each['examples_per_second']:11.1f}{between:>17}"
+            f"{each['padding']:9.1%}{each['useful_flops_per_second'] / 1e9:9.1f}"
+            f"{each['utilisation']:9.1%}"
+        )
+        lines.append(line if name == "masked" else f"{line}  {times}")
+    low, high = result["masked_over_plain_spread"]
+    times = f"{result['masked_over_plain']:.3f} times ({low:.3f} to {high:.3f})"
+    lines += ["", f"masks and Lagrangian: a step takes {times} as long as without"]
+    lines += [f"left out: {n}: {why}" for n, why in result["left_out"].items()]
+    return "\n".join(lines)
