@@ -12,15 +12,26 @@ import argparse
 import functools
 import importlib.metadata
 import logging
+import os
 import pathlib
 import sys
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax import report, rivals, step_speed, timing, workload
+from cofi_jax import (
+    inference_speed,
+    memory,
+    report,
+    rivals,
+    startup,
+    step_speed,
+    structures,
+    tasks,
+    timing,
+    workload,
+)
 from cofi_jax.config import UserError, reject
 from cofi_jax.timing import Timing
 
@@ -62,18 +73,17 @@ def passes(
 ) -> dict[str, Timing]:
     """The timings behind `inference`, of any number of models."""
     vocab_size = min(model.config.vocab_size for model, _ in models.values())
-    try:
-        batch = _random_batch(vocab_size, batch_size, seq_length)
+    with timing.memory_suffices(batch_size, seq_length):
+        batch = workload.random_batch(
+            vocab_size, batch_size=batch_size, seq_length=seq_length
+        )
         calls = {
-            name: functools.partial(_forward(model), jax.device_put(params), batch)
+            name: functools.partial(
+                workload.forward(model), jax.device_put(params), batch
+            )
             for name, (model, params) in models.items()
         }
         return timing.side_by_side(calls, repeats=repeats)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            legal = f"too much for the memory, with sequences of {seq_length}"
-            raise reject("batch_size", batch_size, legal) from error
-        raise
 
 
 def conditions(models: dict[str, tuple[Any, Any]]) -> dict[str, str]:
@@ -83,16 +93,6 @@ def conditions(models: dict[str, tuple[Any, Any]]) -> dict[str, str]:
         "device": timing.describe(jax.devices()[0]),
         "dtype": " and ".join(dtypes),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-    }
-
-
-def _random_batch(vocab_size, batch_size, seq_length):
-    shape = (batch_size, seq_length)
-    ids = np.random.default_rng(0).integers(vocab_size, size=shape)
-    return {
-        "input_ids": jnp.asarray(ids, jnp.int32),
-        "attention_mask": jnp.ones(shape, jnp.int32),
-        "token_type_ids": jnp.zeros(shape, jnp.int32),
     }
 
 
@@ -113,16 +113,12 @@ def _result(timings, how):
     return result
 
 
-def _forward(model):
-    # Params are an argument: closed over, they would be constants to fold. Logits
-    # alone come out, as in use: other outputs would have to be written as well.
-    return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)
-
-
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     # Beneath a damaged file the storage library prints hundreds of lines there.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Others need room on the device too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
         options = _parser().parse_args(argv[1:])
         target = pathlib.Path(options.json).absolute() if options.json else None
@@ -166,6 +162,25 @@ def _parser():
     _common(step, repeats=5)
     _training(step)
     step.add_argument("--batches", type=_positive, default=8, help="in a turn")
+    text = "PyTorch also with torch.compile"
+    step.add_argument("--torch_compile", action="store_true", help=text)
+
+    passes = commands.add_parser("inference", help="forward passes, milliseconds")
+    passes.set_defaults(run=_inference)
+    _common(passes, repeats=10)
+    passes.add_argument("--batch_size", type=_numbers, default=(), help="1,32 say")
+    passes.add_argument("--seq_length", type=_numbers, default=(), help="64,128 say")
+    passes.add_argument("--torch_compile", action="store_true", help=text)
+
+    start = commands.add_parser("startup", help="until the end of the first step")
+    start.set_defaults(run=_startup)
+    _common(start, repeats=3)
+    _training(start)
+
+    memory_of = commands.add_parser("memory", help="of training steps, MiB")
+    memory_of.set_defaults(run=_memory)
+    _common(memory_of, repeats=3)
+    _training(memory_of)
     for each in (parser, *commands.choices.values()):
         each.error = _refuse
     return parser
@@ -204,14 +219,16 @@ def _training(parser):
     parser.add_argument("--seq_length", type=_positive, default=0, help=text)
     text = "of PyTorch's matrix work, that of --dtype if not given"
     parser.add_argument("--torch_dtype", default="", help=text)
-    text = "PyTorch also with torch.compile"
-    parser.add_argument("--torch_compile", action="store_true", help=text)
 
 
 def _positive(text):
     if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
     return int(text)
+
+
+def _numbers(text):
+    return tuple(map(_positive, text.split(",")))
 
 
 def _step(options) -> tuple[dict[str, Any], str]:
@@ -226,10 +243,53 @@ def _step(options) -> tuple[dict[str, Any], str]:
     )
     result |= {
         "batch_size": options.batch_size,
-        "dense": workload.described(subject.dense, subject.dense),
-        "sliced": workload.described(subject.sliced, subject.dense),
+        "dense": structures.described(subject.dense, subject.dense),
+        "sliced": structures.described(subject.sliced, subject.dense),
     }
     return result, step_speed.table(result)
+
+
+def _inference(options) -> tuple[dict[str, Any], str]:
+    on_cpu = jax.default_backend() == "cpu"
+    batch_sizes = options.batch_size or ((1, 32) if on_cpu else (1, 32, 128))
+    seq_lengths = options.seq_length or ((64, 128) if on_cpu else (64, 128, 384))
+    subject = workload.load(options, task=tasks.TASKS["sst2"], longest=max(seq_lengths))
+    result = inference_speed.measure(
+        subject,
+        batch_sizes=batch_sizes,
+        seq_lengths=seq_lengths,
+        repeats=options.repeats,
+        torch_compile=options.torch_compile,
+    )
+    return result, inference_speed.table(result)
+
+
+def _startup(options) -> tuple[dict[str, Any], str]:
+    subject, data = workload.to_start(options)
+    result = startup.measure(
+        subject.dense,
+        subject.dense_params,
+        subject.tokenizer,
+        data,
+        batch_size=options.batch_size,
+        repeats=options.repeats,
+    )
+    sizes = structures.described(subject.dense, subject.dense)
+    result |= {"batch_size": options.batch_size, "task": data.task, "dense": sizes}
+    return result, startup.table(result)
+
+
+def _memory(options) -> tuple[dict[str, Any], str]:
+    subject, _, plan = workload.training_work(options)
+    kinds, left_out = memory.KINDS, {}
+    if reason := rivals.unfit(subject.dense):
+        kinds, left_out = kinds[:-1], {"pytorch": reason}
+    settings = {k: v for k, v in vars(options).items() if k != "run"}
+    longest, repeats = max(length for length, _ in plan), options.repeats
+    result = memory.measure(settings, length=longest, kinds=kinds, repeats=repeats)
+    sizes = structures.described(subject.dense, subject.dense)
+    result |= {"batch_size": options.batch_size, "dense": sizes, "left_out": left_out}
+    return result, memory.table(result)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,13 @@ def require(field: str, value: Any) -> None:
         raise reject(field, value, "needs PyTorch: pip install torch")
 
 
+def unfit(config: EncoderConfig) -> str:
+    """Why `pytorch_step` cannot be run on a model of these sizes; "" where it can."""
+    if gone := missing("torch", "transformers"):
+        return f"{gone} not installed"
+    return "" if config.problem == "classification" else "is for classification only"
+
+
 def _set_up() -> str:
     """Gives PyTorch our threads, and on a GPU our precision; returns its device."""
     import torch
@@ -141,6 +148,13 @@ def tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
     if jax.default_backend() != "cpu":
         found = {name: tensor.pin_memory() for name, tensor in found.items()}
     return found
+
+
+def to_numpy(logits: Any) -> np.ndarray:
+    """Logits of any runtime in float32."""
+    if hasattr(logits, "detach"):  # PyTorch's
+        logits = logits.detach().float().cpu().numpy()
+    return np.asarray(logits, np.float32)
 
 
 def wait() -> None:

@@ -1,66 +1,126 @@
 """How long a start takes: from the process to the end of the first pruning step.
 
 `train.py` itself runs, in fresh processes in turn: cold, with an empty compilation
-cache, then warm, with the one that the cold start left. A stopwatch sees what it calls;
-every instant goes to the innermost of the spans around it, so that they sum up to
-the whole.
+cache, then warm, with the one that the cold start left. It has a teacher and no
+pre-pruning. A stopwatch sees what it calls; every instant goes to the innermost of the
+spans around it, so that they sum up to the whole.
 """
 
+import importlib
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
-from cofi_jax.config import UserError, reject
+import jax
+import numpy as np
 
-_TRAIN = pathlib.Path(__file__).parents[1] / "train.py"
+from cofi_jax import checkpoint, tasks, timing
+from cofi_jax.config import Data, UserError, reject
+from cofi_jax.model import EncoderConfig
+from cofi_jax.timing import Timing
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_KINDS = ("cold", "warm")
 
 # Functions that train.py calls, and what their time is called.
 _PHASES = (
     ("rows", "load", "rows"),
     ("data", "tokenise", "tokenise"),
-    ("inputs", "load_teacher", "load model"),
-    ("stages", "Run.scores", "score teacher"),
-    ("checkpoint", "save_model", "save teacher"),
-    ("training", "create_state", "state"),
+    ("inputs", "load_teacher", "load the teacher"),
+    ("stages", "Run.scores", "score the teacher"),
+    ("checkpoint", "save_model", "save the teacher"),
+    ("training", "create_state", "make the state"),
 )
 _EVENTS = {  # as jax reports them, when they are over
     "/jax/core/compile/jaxpr_trace_duration": "trace",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
     "/jax/core/compile/backend_compile_duration": "compile",
-    "/jax/compilation_cache/cache_retrieval_time_sec": "read cache",
+    "/jax/compilation_cache/cache_retrieval_time_sec": "read the cache",
 }
 Span = tuple[str, float, float]  # name, start, end
 
 
-def measure(arguments: list[str], *, repeats: int) -> dict[str, Any]:
+def measure(
+    config: EncoderConfig,
+    params: dict,
+    tokenizer: Any,
+    data: Data,
+    *,
+    batch_size: int,
+    repeats: int,
+) -> dict[str, Any]:
     """Starts `train.py` cold and warm in turn.
 
     Args:
-      arguments: of its command line, without `--workdir`; there must be a teacher.
+      config: sizes of the teacher.
+      params: its parameters.
+      tokenizer: its tokenizer.
+      data: the rows; the task demo needs none.
+      batch_size: of the first step.
       repeats: starts of each kind.
 
     Returns:
-      `starts`, and of each `kind`, `seconds` and its `parts` by name, in seconds.
+      `starts`, in their order, with `kind`, `seconds` and `parts` (seconds by name);
+      the medians of these, `seconds` and `parts`, by kind; `warm_is_faster`, times, and
+      `warm_is_faster_spread`.
 
     Raises:
       UserError: where there is no `train.py`, or it ends before the first step.
     """
-    if not _TRAIN.is_file():
-        raise reject("startup", str(_TRAIN), "needs a checkout with its train.py")
+    if not (_ROOT / "train.py").is_file():
+        legal = "must be a checkout, with the train.py that is started"
+        raise reject("startup", str(_ROOT), legal)
+    recipe = "demo.py" if data.task == "demo" else f"paper.py:{data.task},0.95"
     starts = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        about = {"task": data.task, "labels": list(tasks.find(data).labels)}
+        checkpoint.save_model(
+            folder / "teacher",
+            params,
+            config,
+            tokenizer=tokenizer,
+            about=about | {"data": vars(data)},
+        )
+        arguments = [
+            f"--config={_ROOT / 'configs' / recipe}",
+            f"--config.teacher.path={folder / 'teacher'}",
+            f"--config.data.path={data.path}",
+            f"--config.data.max_length={data.max_length}",
+            f"--config.model.dtype={config.dtype}",
+            f"--config.prune.batch_size={batch_size}",
+            "--config.prune.prepruning_epochs=0",
+        ]
         for turn in range(repeats):
-            cache = pathlib.Path(folder, f"cache-{turn}")
-            for kind in ("cold", "warm"):
-                workdir = pathlib.Path(folder, f"{kind}-{turn}")
-                seconds, parts = _start([*arguments, f"--workdir={workdir}"], cache)
+            for kind in _KINDS:
+                workdir = f"--workdir={folder / f'{kind}-{turn}'}"
+                cache = folder / f"cache-{turn}"
+                seconds, parts = _start([*arguments, workdir], cache)
                 starts.append({"kind": kind, "seconds": seconds, "parts": parts})
-    return {"starts": starts}
+    return {"repeats": repeats, "starts": starts} | summary(starts)
+
+
+def summary(starts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians by kind, and how much sooner the warm starts were, turn by turn."""
+    found = {"seconds": {}, "parts": {}}
+    turns = {}
+    for kind in _KINDS:
+        mine = [start for start in starts if start["kind"] == kind]
+        turns[kind] = Timing(tuple((1e3 * start["seconds"],) for start in mine))
+        found["seconds"][kind] = float(np.median([s["seconds"] for s in mine]))
+        names = dict.fromkeys(name for start in starts for name in start["parts"])
+        found["parts"][kind] = {
+            name: float(np.median([start["parts"].get(name, 0.0) for start in mine]))
+            for name in names
+        }
+    ratio, spread = timing.speedup(turns["cold"], turns["warm"])
+    return found | {"warm_is_faster": ratio, "warm_is_faster_spread": list(spread)}
 
 
 def _start(arguments, cache):
@@ -68,7 +128,7 @@ def _start(arguments, cache):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join(
-            filter(None, (str(_TRAIN.parent), os.environ.get("PYTHONPATH")))
+            filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
         ),
     }
     began = time.monotonic()
@@ -104,11 +164,6 @@ def partition(spans: list[Span]) -> dict[str, float]:
 
 def first_step() -> None:
     """What the started process does: `train.py`, up to its first step."""
-    import importlib
-    import runpy
-
-    import jax
-
     spans: list[Span] = []
 
     def timed(call, name):
@@ -155,5 +210,19 @@ def first_step() -> None:
         return validate(*args)
 
     config.validate = begin
-    sys.argv = [str(_TRAIN), *sys.argv[1:]]
-    runpy.run_path(str(_TRAIN), run_name="__main__")
+    sys.argv = [str(_ROOT / "train.py"), *sys.argv[1:]]
+    runpy.run_path(str(_ROOT / "train.py"), run_name="__main__")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result of `measure` for people."""
+    lines = [f"{'seconds':20}{'cold':>9}{'warm':>9}"]
+    rows = {"whole": result["seconds"]} | {
+        name: {kind: result["parts"][kind][name] for kind in _KINDS}
+        for name in result["parts"]["cold"]
+    }
+    for name, row in rows.items():
+        lines.append(f"{name:20}{row['cold']:9.2f}{row['warm']:9.2f}")
+    low, high = result["warm_is_faster_spread"]
+    times = f"{result['warm_is_faster']:.2f} times ({low:.2f} to {high:.2f})"
+    return "\n".join([*lines, "", f"the warm start is {times} as fast"])

@@ -65,19 +65,18 @@ def measure(
     distill = Distill()
     lengths = examples.lengths
     rows = np.concatenate([chosen for _, chosen in plan])
-    calls, left_out = ours(subject, _batches(examples, plan), distill), {}
+    calls, left_out = ours(subject, batches(examples, plan), distill), {}
     plans = dict.fromkeys(calls, plan)
     students = dict.fromkeys(calls, subject.dense) | {"finetune": subject.sliced}
-    reason = rivals.missing("torch", "transformers")
-    if reason or subject.dense.problem != "classification":
-        left_out["pytorch"] = f"{reason} not installed" if reason else "a span task"
+    if reason := rivals.unfit(subject.dense):
+        left_out["pytorch"] = reason
     else:
         fed = {"random batches": workload.at_random(plan, lengths), "our batches": plan}
         for compiled in (False, True) if torch_compile else (False,):
-            step = _pytorch(subject, distill, torch_dtype, compiled=compiled)
+            step = pytorch(subject, distill, torch_dtype, compiled=compiled)
             kind = "pytorch compiled" if compiled else "pytorch"
             for how, fed_plan in fed.items():
-                found = [rivals.tensors(b) for b in _batches(examples, fed_plan)]
+                found = [rivals.tensors(b) for b in batches(examples, fed_plan)]
                 name = f"{kind}, {how}"
                 calls[name] = functools.partial(_pytorch_turn, step, found)
                 plans[name], students[name] = fed_plan, subject.dense
@@ -149,7 +148,8 @@ def described(
     }
 
 
-def _batches(examples, plan) -> Batches:
+def batches(examples: data.Examples, plan: Plan) -> Batches:
+    """The padded batches of a plan, in the host's memory."""
     return [
         data.make_batch(examples, rows, length=length, batch_size=len(rows))
         for length, rows in plan
@@ -157,21 +157,17 @@ def _batches(examples, plan) -> Batches:
 
 
 def ours(
-    subject: Subject, batches: Batches, distill: Distill
+    subject: Subject, fed: Batches, distill: Distill
 ) -> dict[str, Callable[[], Any]]:
     """A turn of our own steps: `masked`, `plain` and `finetune`."""
-    steps = {
-        "masked": functools.partial(stepper, subject, distill, "masked"),
-        "plain": functools.partial(stepper, subject, distill, "plain"),
-        "finetune": functools.partial(stepper, subject, distill, "finetune"),
-    }
     return {
-        name: functools.partial(_turn, make(), batches) for name, make in steps.items()
+        kind: functools.partial(_turn, stepper(subject, distill, kind), fed)
+        for kind in ("masked", "plain", "finetune")
     }
 
 
-def _turn(step, batches):
-    for batch in batches:
+def _turn(step, fed):
+    for batch in fed:
         result = step(jax.device_put(batch))
     return result
 
@@ -220,15 +216,18 @@ def prepared(
     return training.make_step(imitate(student, teacher, distill)), state, context
 
 
-def _pytorch(subject, distill, dtype, *, compiled):
+def pytorch(
+    subject: Subject, distill: Distill, dtype: str, *, compiled: bool
+) -> Callable[[dict], Any]:
+    """PyTorch's plain step on the dense model: `rivals.pytorch_step`."""
     params = subject.dense_params
     identity = np.eye(subject.dense.hidden_size, dtype=np.float32)
     how = {"dtype": dtype, "compiled": compiled}
     return rivals.pytorch_step(params, params, identity, subject.dense, distill, **how)
 
 
-def _pytorch_turn(step, batches):
-    for batch in batches:
+def _pytorch_turn(step, fed):
+    for batch in fed:
         step(batch)
     rivals.wait()
 

@@ -9,6 +9,7 @@ A turn is a short burst of calls, A_i the median of their times. Of single calls
 alternation a small model would always find the caches full of the large one.
 """
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -16,11 +17,13 @@ import pathlib
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+
+from cofi_jax.config import reject
 
 _TURN_MS = 50.0
 
@@ -123,3 +126,17 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def memory_suffices(batch_size: int, seq_length: int) -> Iterator[None]:
+    """Turns a lack of memory into a UserError about these sizes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # jax's is one, PyTorch's too
+        text = str(error)
+        lack = "RESOURCE_EXHAUSTED" in text or "out of memory" in text
+        if not (lack or isinstance(error, MemoryError)):
+            raise
+        legal = f"too much for the memory, with sequences of {seq_length}"
+        raise reject("batch_size", batch_size, legal) from error

@@ -6,22 +6,23 @@ each bucket as often as it comes there; or all the same length.
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax import checkpoint, pretrained, rivals, rows, sparsity, tasks
+from cofi_jax import checkpoint, grammar, pretrained, rivals, structures, tasks
 from cofi_jax import data as data_lib
+from cofi_jax import rows as rows_lib
 from cofi_jax.config import DTYPES, Data, Model, reject
 from cofi_jax.data import Examples
 from cofi_jax.model import EncoderConfig, init_params
 
 Plan = list[tuple[int, np.ndarray]]  # padded length and rows of each batch
 
-# Of the paper's models at 95 %: three of twelve blocks of each kind, with 2 to 5 of 12
-# heads and 100 to 700 of 3072 units, and 760 of 768 dimensions.
-_BLOCKS, _HEADS, _UNITS, _HIDDEN = 3 / 12, (5, 2, 12), (700, 100, 3072), 760 / 768
+_VOCAB_SIZE, _SEQ_LENGTH = 30522, 64  # where nothing says otherwise
 
 
 class Subject(NamedTuple):
@@ -34,35 +35,50 @@ class Subject(NamedTuple):
     tokenizer: Any  # or None
 
 
-def subject(
-    path: str, sizes: EncoderConfig, *, task: tasks.Task, dtype: str
+def load(
+    options: argparse.Namespace,
+    *,
+    task: tasks.Task,
+    longest: int,
+    tokenizer: Any = None,
 ) -> Subject:
-    """The models to measure.
+    """The models that a command line asks for.
 
     Args:
-      path: a Hugging Face encoder's folder or name, or a saved model, dense or sliced;
-        with "" a random one of these `sizes`. Of a saved sliced model the dense one
-        beside it is random; of a dense one the sliced one is.
-      sizes: of the dense model without a path.
+      options: `dtype` and `model`: a Hugging Face encoder's folder or name, or a saved
+        model, dense or sliced; with "" a random one of `layers`, `hidden`, `heads` and
+        `intermediate`. Of a saved sliced model the dense one beside it is random, of a
+        dense one the sliced one is.
       task: gives a Hugging Face encoder its head.
-      dtype: of the matrix work; parameters are float32.
+      longest: tokens of the longest row.
+      tokenizer: of a random model.
 
     Raises:
-      UserError: for a path without a model.
+      UserError: for a path without a model, or one without that many positions.
     """
+    path, dtype, key = options.model, options.dtype, jax.random.key(0)
     if dtype not in DTYPES:
         raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
-    key, params, tokenizer, sliced = jax.random.key(0), None, None, None
-    if path and checkpoint.is_model(path):
+    params, sliced = None, None
+    if not path:
+        sizes = structures.dense(
+            layers=options.layers,
+            hidden=options.hidden,
+            heads=options.heads,
+            intermediate=options.intermediate,
+            vocab_size=len(tokenizer) if tokenizer else _VOCAB_SIZE,
+            longest=longest,
+        )
+    elif checkpoint.is_model(path):
         model, params, spec = checkpoint.load_model(path)
         tokenizer, sizes = checkpoint.load_tokenizer(path), model.config
         if spec is not None:
             about = checkpoint.read_about(path)[2]
             if "dense" not in about:
-                raise reject("model", path, "saved without its dense sizes")
-            sliced = (sizes, params)
+                raise reject("model", path, "saved without the sizes it was cut from")
+            sliced = sizes, params
             sizes, params = EncoderConfig.from_json(about["dense"]), None
-    elif path:
+    else:
         folder = pretrained.resolve(path, "model")
         sizes, params = pretrained.load_encoder(
             folder,
@@ -73,124 +89,43 @@ def subject(
             key=key,
         )
         tokenizer = pretrained.load_tokenizer(folder, "model")
-    dense = dataclasses.replace(sizes, dtype=dtype)
+    if longest > sizes.longest:
+        legal = f"must be at most {sizes.longest}, the model's positions"
+        raise reject("seq_length", longest, legal)
+    sizes = dataclasses.replace(sizes, dtype=dtype)
     if params is None:
-        params = init_params(dense, key)
+        params = init_params(sizes, key)
     if sliced is None:
-        small = like_the_paper(dense)
-        sliced = (small, init_params(small, key))
+        small = structures.like_the_paper(sizes)
+        sliced = small, init_params(small, key)
     small = dataclasses.replace(sliced[0], dtype=dtype)
-    return Subject(dense, small, params, sliced[1], tokenizer)
-
-
-def sizes(options: argparse.Namespace, *, longest: int, vocab_size: int):
-    """The dense `EncoderConfig` of `layers`, `hidden`, `heads` and `intermediate`.
-
-    Raises:
-      UserError: where the heads do not divide the hidden size.
-    """
-    if options.hidden % options.heads:
-        legal = f"must be a multiple of heads={options.heads}"
-        raise reject("hidden", options.hidden, legal)
-    return EncoderConfig(
-        vocab_size=vocab_size,
-        hidden_size=options.hidden,
-        heads=(options.heads,) * options.layers,
-        head_size=options.hidden // options.heads,
-        intermediate=(options.intermediate,) * options.layers,
-        pooler_size=options.hidden,
-        num_labels=2,
-        max_positions=max(longest, 512),
-    )
-
-
-def like_the_paper(dense: EncoderConfig) -> EncoderConfig:
-    """Sizes with about 95 % of the blocks' parameters gone, as the paper's have them.
-
-    A quarter of the blocks of each kind stays, evenly spaced, those of the one kind
-    between those of the other; the first ones are the widest.
-    """
-    layers = len(dense.heads)
-    blocks = max(1, round(_BLOCKS * layers))
-
-    def widths(full, first, shape):
-        most, least, of = shape
-        found = [0] * layers
-        places = np.linspace(first, layers - 1, blocks + 1)[:-1].astype(int)
-        shares = np.linspace(most, least, blocks) / of
-        for place, share in zip(places, shares, strict=True):
-            found[place] = max(1, round(share * full))
-        return tuple(found)
-
-    return dataclasses.replace(
-        dense,
-        hidden_size=max(1, round(_HIDDEN * dense.hidden_size)),
-        heads=widths(dense.heads[0], 0, _HEADS),
-        intermediate=widths(dense.intermediate[0], min(1, layers - 1), _UNITS),
-    )
-
-
-def rounded(sliced: EncoderConfig, dense: EncoderConfig, multiple: int):
-    """`sliced` with hidden and feed-forward widths raised to multiples, if not `dense`.
-
-    An absent block stays absent.
-    """
-
-    def up(width, full):
-        return min(-(-width // multiple) * multiple, full)
-
-    return dataclasses.replace(
-        sliced,
-        hidden_size=up(sliced.hidden_size, dense.hidden_size),
-        intermediate=tuple(map(up, sliced.intermediate, dense.intermediate)),
-    )
-
-
-def described(config: EncoderConfig, dense: EncoderConfig) -> dict[str, Any]:
-    """Widths, encoder parameters and sparsity of a model, for the JSON."""
-    params = sparsity.num_params({}, config)
-    removed = 1 - params / sparsity.num_params({}, dense)
-    return config.widths() | {"encoder_params": params, "sparsity": removed}
-
-
-def check_length(length: int, config: EncoderConfig) -> None:
-    """Raises UserError where the model has no positions for `length` tokens."""
-    if length > config.longest:
-        legal = f"must be at most {config.longest}, the model's positions"
-        raise reject("seq_length", length, legal)
+    return Subject(sizes, small, params, sliced[1], tokenizer)
 
 
 def training_work(
-    options: argparse.Namespace, *, batches: int
+    options: argparse.Namespace, *, batches: int = 0
 ) -> tuple[Subject, Examples, Plan]:
     """The models, rows and batches that a command line asks for.
 
     Args:
-      options: `model` or `layers`, `hidden`, `heads`, `intermediate` and `vocab`;
-        `data`, `task`, `seq_length`, `batch_size`, `dtype`.
-      batches: how many there are to be.
+      options: as of `load`, and `data`, `task`, `vocab`, `seq_length`, `batch_size`,
+        `torch_dtype`.
+      batches: how many; 0 for all of an epoch, or without `data` one.
 
     Raises:
       UserError: for what is not legal or is not there.
     """
-    if options.torch_dtype not in ("", *DTYPES):
-        legal = f"must be one of {', '.join(DTYPES)}"
-        raise reject("torch_dtype", options.torch_dtype, legal)
-    for field in ("torch_dtype", "torch_compile"):
-        if getattr(options, field):
-            rivals.require(field, getattr(options, field))
-    settings = Data(options.task, options.data, max_length=options.seq_length)
-    task, tokenizer, length = tasks.find(settings), None, options.seq_length or 64
+    if dtype := options.torch_dtype:
+        if dtype not in DTYPES:
+            raise reject("torch_dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+        rivals.require("torch_dtype", dtype)
+    settings, task, tokenizer = _asked(options)
+    length = options.seq_length or _SEQ_LENGTH
     if options.data:
         length = tasks.max_length(settings)
-    if options.vocab and not options.model:
-        folder = pretrained.resolve(options.vocab, "vocab")
-        tokenizer = pretrained.load_tokenizer(folder, "vocab")
-    words = len(tokenizer) if tokenizer else 30522
-    fallback = sizes(options, longest=length, vocab_size=words)
-    found = subject(options.model, fallback, task=task, dtype=options.dtype)
-    check_length(length, found.dense)
+    found = load(options, task=task, longest=length, tokenizer=tokenizer)
     if not options.data:
+        batches = batches or 1
         count = batches * options.batch_size
         examples = random_rows(count, length, found.dense.vocab_size)
         chosen = np.arange(count).reshape(batches, -1)
@@ -198,7 +133,7 @@ def training_work(
     tokenizer = found.tokenizer or tokenizer
     if tokenizer is None:
         raise reject("vocab", "", "must name a tokenizer's folder, or give --model")
-    _, columns = rows.load(settings, ("train",))
+    _, columns = rows_lib.load(settings, ("train",))
     examples = data_lib.tokenise(
         columns["train"], task, tokenizer, max_length=length, training=True
     )
@@ -209,7 +144,39 @@ def training_work(
         seed=0,
         epoch=0,
     )
-    return found, examples, sampled_plan(plan, batches, batch_size=options.batch_size)
+    if batches:
+        plan = sampled_plan(plan, batches, batch_size=options.batch_size)
+    return found, examples, plan
+
+
+def to_start(options: argparse.Namespace) -> tuple[Subject, Data]:
+    """The models, with a tokenizer, and the data of a run: without `data` the demo's.
+
+    Raises:
+      UserError: as of `training_work`.
+    """
+    settings, task, tokenizer = _asked(options)
+    if not options.data:
+        settings, tokenizer = Data("demo"), grammar.demo_tokenizer()
+        settings.max_length = options.seq_length
+        task = tasks.find(settings)
+        if options.model:
+            raise reject("model", options.model, "needs --data, a folder of a task")
+    length = tasks.max_length(settings)
+    found = load(options, task=task, longest=length, tokenizer=tokenizer)
+    if (tokenizer := found.tokenizer or tokenizer) is None:
+        raise reject("vocab", "", "must name a tokenizer's folder, or give --model")
+    return found._replace(tokenizer=tokenizer), settings
+
+
+def _asked(options):
+    """The data's settings, their task, and the tokenizer in `vocab`."""
+    settings = Data(options.task, options.data, max_length=options.seq_length)
+    tokenizer = None
+    if options.vocab:
+        folder = pretrained.resolve(options.vocab, "vocab")
+        tokenizer = pretrained.load_tokenizer(folder, "vocab")
+    return settings, tasks.find(settings), tokenizer
 
 
 def random_rows(count: int, length: int, vocab_size: int) -> Examples:
@@ -251,3 +218,23 @@ def at_random(plan: Plan, lengths: np.ndarray) -> Plan:
     every = np.concatenate([chosen for _, chosen in plan])
     batches = np.random.default_rng(0).permutation(every).reshape(len(plan), -1)
     return [(int(lengths[chosen].max()), chosen) for chosen in batches]
+
+
+def random_batch(
+    vocab_size: int, *, batch_size: int, seq_length: int
+) -> dict[str, jax.Array]:
+    """A (B, T) batch of random tokens without padding, on the device."""
+    shape = (batch_size, seq_length)
+    ids = np.random.default_rng(0).integers(vocab_size, size=shape)
+    return {
+        "input_ids": jnp.asarray(ids, jnp.int32),
+        "attention_mask": jnp.ones(shape, jnp.int32),
+        "token_type_ids": jnp.zeros(shape, jnp.int32),
+    }
+
+
+def forward(model: Any) -> Callable[[dict, dict], jax.Array]:
+    """The jitted (params, batch) -> logits."""
+    # Params are an argument: closed over, they would be constants to fold. Logits
+    # alone come out, as in use: other outputs would have to be written as well.
+    return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)
