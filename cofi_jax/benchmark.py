@@ -125,15 +125,23 @@ def main(argv: list[str]) -> int:
         if target and (target.exists() or not target.parent.is_dir()):
             legal = "must be a new file in a folder that exists"
             raise reject("json", options.json, legal)
+        busy = _busy()
         result, text = options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    result = {"command": options.command} | _machine(options) | result
+    result = {"command": options.command} | _machine(options) | busy | result
     print(f"{options.command} on {result['device']}, {options.dtype}\n\n{text}")
+    if busy["load_average"] > timing.cores() / 4:
+        print("warning: other processes were at work on these cores", file=sys.stderr)
     if target:
         report.write_json(target, result)
     return 0
+
+
+def _busy():
+    """How many processes wanted a core in the last minute, before anything is run."""
+    return {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0}
 
 
 def _machine(options):

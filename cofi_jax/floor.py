@@ -87,6 +87,8 @@ def step_flops(
     teacher: EncoderConfig,
     lengths: Iterable[int] | np.ndarray,
     distill: Distill,
+    *,
+    masked: bool = False,
 ) -> int:
     """Operations of a distillation step: two for each multiply-add of its products.
 
@@ -97,7 +99,8 @@ def step_flops(
         3 m_student(T)          forward; backward to the inputs and to the weights
         - T D' n                the embeddings are frozen: the first block's n inner
                                 units (3 heads' widths each, or units) need no
-                                gradient to their input
+                                gradient to their input, unless gates of the
+                                hidden dimensions wait for it
         (L + 3 K) T D' D        projection of all layers to choose from, of the
                                 chosen ones, forward and backward
 
@@ -106,12 +109,15 @@ def step_flops(
       teacher: sizes of what it imitates.
       lengths: tokens of each row, without padding: so it is the useful work.
       distill: the layers that are taught.
+      masked: whether there are such gates.
     """
     first = 0
     for heads, units in zip(student.heads, student.intermediate, strict=True):
         first = 3 * heads * student.head_size or units
         if first:
             break
+    if masked:
+        first = 0
     taught = objective.taught_layers(len(teacher.heads), distill.num_layers)
     compared = len(student.heads) + 3 * len(taught)
     total = 0

@@ -172,15 +172,16 @@ def table(result: dict[str, Any]) -> str:
         f"batches of {result['seq_length']} tokens",
         "",
         f"{'MiB':12}{'before':>10}{'highest':>10}{'steps add':>11}"
-        f"{'all processes':>24}{'XLA temporary':>15}",
+        f"{'all processes':>24}{'XLA: arguments':>16}{'temporary':>11}",
     ]
     for kind, each in result["contestants"].items():
         low, high = min(each["peaks"]) / 2**20, max(each["peaks"]) / 2**20
         before, peak = each["before_bytes"] / 2**20, each["peak_bytes"] / 2**20
         line = f"{kind:12}{before:10.0f}{peak:10.0f}{peak - before:11.0f}"
         line += f"{f'{low:.0f} to {high:.0f}':>24}"
-        if "compiled_bytes" in each:
-            line += f"{each['compiled_bytes']['temporary'] / 2**20:15.0f}"
+        if said := each.get("compiled_bytes"):
+            line += f"{said['arguments'] / 2**20:16.0f}"
+            line += f"{said['temporary'] / 2**20:11.0f}"
         lines.append(line)
     lines += [f"left out: {n}: {why}" for n, why in result["left_out"].items()]
     return "\n".join(lines)

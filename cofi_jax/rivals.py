@@ -198,6 +198,7 @@ def pytorch_pass(
     import transformers
 
     device = _set_up()
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name, "model")
         if is_dense(config):

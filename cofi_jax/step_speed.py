@@ -82,10 +82,11 @@ def measure(
                 plans[name], students[name] = fed_plan, subject.dense
     rates = floor.rates(subject.dense.dtype)
     timings = timing.side_by_side(calls, repeats=repeats, warmup=1, turn_ms=0)
-    flops = {
-        student: floor.step_flops(student, subject.dense, lengths[rows], distill)
-        for student in {subject.dense, subject.sliced}
-    }
+    work = functools.partial(
+        floor.step_flops, teacher=subject.dense, lengths=lengths[rows], distill=distill
+    )
+    flops = {name: work(student) for name, student in students.items()}
+    flops["masked"] = work(subject.dense, masked=True)
     contestants = {
         name: described(
             each,
@@ -93,7 +94,7 @@ def measure(
             examples=len(rows),
             tokens=int(lengths[rows].sum()),
             padded=sum(length * len(chosen) for length, chosen in plans[name]),
-            flops=flops[students[name]],
+            flops=flops[name],
             rate=rates["flops_per_second"],
         )
         for name, each in timings.items()

@@ -41,6 +41,7 @@ def load(
     task: tasks.Task,
     longest: int,
     tokenizer: Any = None,
+    texts: bool = False,
 ) -> Subject:
     """The models that a command line asks for.
 
@@ -52,11 +53,15 @@ def load(
       task: gives a Hugging Face encoder its head.
       longest: tokens of the longest row.
       tokenizer: of a random model.
+      texts: whether that of another is needed.
 
     Raises:
       UserError: for a path without a model, or one without that many positions.
     """
     path, dtype, key = options.model, options.dtype, jax.random.key(0)
+    for field in ("torch_dtype", "torch_compile"):
+        if value := getattr(options, field, ""):
+            rivals.require(field, value)
     if dtype not in DTYPES:
         raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     params, sliced = None, None
@@ -71,7 +76,8 @@ def load(
         )
     elif checkpoint.is_model(path):
         model, params, spec = checkpoint.load_model(path)
-        tokenizer, sizes = checkpoint.load_tokenizer(path), model.config
+        tokenizer = checkpoint.load_tokenizer(path) if texts else None
+        sizes = model.config
         if spec is not None:
             about = checkpoint.read_about(path)[2]
             if "dense" not in about:
@@ -88,7 +94,7 @@ def load(
             model=Model(),
             key=key,
         )
-        tokenizer = pretrained.load_tokenizer(folder, "model")
+        tokenizer = pretrained.load_tokenizer(folder, "model") if texts else None
     if longest > sizes.longest:
         legal = f"must be at most {sizes.longest}, the model's positions"
         raise reject("seq_length", longest, legal)
@@ -118,12 +124,17 @@ def training_work(
     if dtype := options.torch_dtype:
         if dtype not in DTYPES:
             raise reject("torch_dtype", dtype, f"must be one of {', '.join(DTYPES)}")
-        rivals.require("torch_dtype", dtype)
     settings, task, tokenizer = _asked(options)
     length = options.seq_length or _SEQ_LENGTH
     if options.data:
         length = tasks.max_length(settings)
-    found = load(options, task=task, longest=length, tokenizer=tokenizer)
+    found = load(
+        options,
+        task=task,
+        longest=length,
+        tokenizer=tokenizer,
+        texts=bool(options.data),
+    )
     if not options.data:
         batches = batches or 1
         count = batches * options.batch_size
@@ -163,7 +174,7 @@ def to_start(options: argparse.Namespace) -> tuple[Subject, Data]:
         if options.model:
             raise reject("model", options.model, "needs --data, a folder of a task")
     length = tasks.max_length(settings)
-    found = load(options, task=task, longest=length, tokenizer=tokenizer)
+    found = load(options, task=task, longest=length, tokenizer=tokenizer, texts=True)
     if (tokenizer := found.tokenizer or tokenizer) is None:
         raise reject("vocab", "", "must name a tokenizer's folder, or give --model")
     return found._replace(tokenizer=tokenizer), settings
