@@ -86,8 +86,7 @@ def run() -> None:
     kind, settings = sys.argv[1:]
     options = argparse.Namespace(**json.loads(settings))
     if kind == "pytorch":
-        import torch  # noqa: F401  before anything is counted
-        import transformers  # noqa: F401
+        rivals.prepare()  # before anything is counted
     jax.devices()
     nothing = _in_use(kind)
     subject, examples, plan = workload.training_work(options, batches=1)
@@ -132,11 +131,7 @@ def _in_use(kind, *, forget=False):
     if jax.default_backend() != "cpu":
         if kind != "pytorch":
             return jax.local_devices()[0].memory_stats()["bytes_in_use"]
-        import torch
-
-        if forget:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        return rivals.allocated(forget=forget)
     if sys.platform != "linux":
         return _resident_peak()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
@@ -150,9 +145,7 @@ def _peak(kind):
     if jax.default_backend() != "cpu":
         if kind != "pytorch":
             return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-        import torch
-
-        return torch.cuda.max_memory_allocated()
+        return rivals.most_allocated()
     return _status("VmHWM") if sys.platform == "linux" else _resident_peak()
 
 

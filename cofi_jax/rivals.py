@@ -165,6 +165,28 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+def prepare() -> None:
+    """Imports what a step imports."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+
+def allocated(*, forget: bool = False) -> int:
+    """Bytes of the GPU that PyTorch has in use; with `forget`, at most so far."""
+    import torch
+
+    if forget:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def most_allocated() -> int:
+    """The most bytes of the GPU that PyTorch had in use."""
+    import torch
+
+    return torch.cuda.max_memory_allocated()
+
+
 def _bert(params, config):
     import torch
     import transformers

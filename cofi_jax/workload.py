@@ -142,8 +142,6 @@ def training_work(
         chosen = np.arange(count).reshape(batches, -1)
         return found, examples, [(length, rows) for rows in chosen]
     tokenizer = found.tokenizer or tokenizer
-    if tokenizer is None:
-        raise reject("vocab", "", "must name a tokenizer's folder, or give --model")
     _, columns = rows_lib.load(settings, ("train",))
     examples = data_lib.tokenise(
         columns["train"], task, tokenizer, max_length=length, training=True
@@ -175,19 +173,19 @@ def to_start(options: argparse.Namespace) -> tuple[Subject, Data]:
             raise reject("model", options.model, "needs --data, a folder of a task")
     length = tasks.max_length(settings)
     found = load(options, task=task, longest=length, tokenizer=tokenizer, texts=True)
-    if (tokenizer := found.tokenizer or tokenizer) is None:
-        raise reject("vocab", "", "must name a tokenizer's folder, or give --model")
-    return found._replace(tokenizer=tokenizer), settings
+    return found._replace(tokenizer=found.tokenizer or tokenizer), settings
 
 
 def _asked(options):
     """The data's settings, their task, and the tokenizer in `vocab`."""
     settings = Data(options.task, options.data, max_length=options.seq_length)
-    tokenizer = None
+    task, tokenizer = tasks.find(settings), None
     if options.vocab:
         folder = pretrained.resolve(options.vocab, "vocab")
         tokenizer = pretrained.load_tokenizer(folder, "vocab")
-    return settings, tasks.find(settings), tokenizer
+    elif options.data and not options.model:
+        raise reject("vocab", "", "must name a tokenizer's folder, or give --model")
+    return settings, task, tokenizer
 
 
 def random_rows(count: int, length: int, vocab_size: int) -> Examples:

@@ -31,7 +31,7 @@ from cofi_jax.config import Distill, UserError
 from cofi_jax.model import Encoder, EncoderConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-SIZES = ["--layers=4", "--hidden=12", "--heads=3", "--intermediate=20"]
+SIZES = ["--layers=2", "--hidden=12", "--heads=3", "--intermediate=20"]
 
 
 @pytest.fixture(scope="module")
