@@ -1,86 +1,65 @@
 """CoFi structured pruning of Transformer encoders in JAX.
 
 `import cofi_jax as cofi` has what notebooks need: masks and their transforms, the
-exact and the expected sparsity, slicing, saved models.
+exact and the expected sparsity, slicing, saved models. A name's module is imported
+when the name is first used.
 """
 
-from cofi_jax import hard_concrete
-from cofi_jax.checkpoint import load_model, load_tokenizer, read_about, save_model
-from cofi_jax.config import KINDS, Config, UserError
-from cofi_jax.inference import pipeline
-from cofi_jax.masks import (
-    chain,
-    drop_empty,
-    drop_layers,
-    evaluation_masks,
-    harden,
-    init_log_alpha,
-    keep_at_least,
-    keep_layers,
-    mask_shapes,
-    only,
-    prob_active,
-    round_to_device,
-    round_to_multiple,
-    sample,
-    without,
-)
-from cofi_jax.model import Encoder, EncoderConfig, init_params
-from cofi_jax.pretrained import save_hugging_face
-from cofi_jax.slicing import PrunedSpec, expand, fold, prune, take
-from cofi_jax.sparsity import (
-    exact_sparsity,
-    expected_sparsity,
-    lagrangian,
-    max_sparsity,
-    meet_target,
-    num_params,
-    target_at,
-    target_masks,
-)
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "KINDS",
-    "Config",
-    "Encoder",
-    "EncoderConfig",
-    "PrunedSpec",
-    "UserError",
-    "chain",
-    "drop_empty",
-    "drop_layers",
-    "evaluation_masks",
-    "expand",
-    "expected_sparsity",
-    "fold",
-    "hard_concrete",
-    "harden",
-    "init_log_alpha",
-    "init_params",
-    "keep_at_least",
-    "keep_layers",
-    "lagrangian",
-    "load_model",
-    "load_tokenizer",
-    "mask_shapes",
-    "max_sparsity",
-    "meet_target",
-    "num_params",
-    "only",
-    "pipeline",
-    "prob_active",
-    "prune",
-    "read_about",
-    "round_to_device",
-    "round_to_multiple",
-    "sample",
-    "save_hugging_face",
-    "save_model",
-    "exact_sparsity",
-    "take",
-    "target_at",
-    "target_masks",
-    "without",
-]
+_NAMES = {
+    "checkpoint": ("load_model", "load_tokenizer", "read_about", "save_model"),
+    "config": ("KINDS", "Config", "UserError"),
+    "hard_concrete": (),
+    "inference": ("pipeline",),
+    "masks": (
+        "chain",
+        "drop_empty",
+        "drop_layers",
+        "evaluation_masks",
+        "harden",
+        "init_log_alpha",
+        "keep_at_least",
+        "keep_layers",
+        "mask_shapes",
+        "only",
+        "prob_active",
+        "round_to_device",
+        "round_to_multiple",
+        "sample",
+        "without",
+    ),
+    "model": ("Encoder", "EncoderConfig", "init_params"),
+    "pretrained": ("save_hugging_face",),
+    "slicing": ("PrunedSpec", "expand", "fold", "prune", "take"),
+    "sparsity": (
+        "exact_sparsity",
+        "expected_sparsity",
+        "lagrangian",
+        "max_sparsity",
+        "meet_target",
+        "num_params",
+        "target_at",
+        "target_masks",
+    ),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted([*_MODULES, "hard_concrete"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return importlib.import_module(f"cofi_jax.{name}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'cofi_jax' has no attribute {name!r}")
+    module = importlib.import_module(f"cofi_jax.{_MODULES[name]}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

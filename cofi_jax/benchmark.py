@@ -1,119 +1,39 @@
-"""How fast models run: always things side by side, in turn, in one run.
+"""How fast things are, always beside others: in a run's report, and from the shell.
 
-A machine speeds up and slows down over minutes. Here turns alternate, A B A B, so the
-i-th turns of A and B were taken under the same conditions:
+    python -m cofi_jax.benchmark step --model path/to/encoder --data path/to/sst2
+    python -m cofi_jax.benchmark inference --batch_size 1,32 --seq_length 64,128
+    python -m cofi_jax.benchmark startup
+    python -m cofi_jax.benchmark memory
 
-    speedup = median over i of A_i / B_i,    spread = their 5th and 95th percentile
-
-A turn is a short burst of calls, A_i the median of their times. Of single calls in
-alternation a small model would always find the caches full of the large one.
+Each prints a table and, with `--json FILE`, writes all its figures.
 """
 
 import argparse
-import dataclasses
 import functools
-import gc
-import json
+import importlib.metadata
+import logging
 import os
 import pathlib
-import platform
-import re
-import time
-from collections.abc import Callable
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax import lessons, masks, objective, training
-from cofi_jax.config import Distill, reject
-from cofi_jax.model import Encoder, EncoderConfig, init_params
-
-_TURN_MS = 50.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """What the calls took, in milliseconds: a tuple for each turn, in their order."""
-
-    turns: tuple[tuple[float, ...], ...]
-
-    @property
-    def by_turn(self) -> np.ndarray:
-        """(repeats,) the median of each turn."""
-        return np.array([np.median(times) for times in self.turns])
-
-    @property
-    def median_ms(self) -> float:
-        """Half of the calls were faster; every turn weighs the same."""
-        return self.percentile_ms(50)
-
-    def percentile_ms(self, percent: float) -> float:
-        """`percent` of the calls were faster; every turn weighs the same."""
-        # Else slow moments, of few calls, would hardly count.
-        weights = np.concatenate([[1 / len(turn)] * len(turn) for turn in self.turns])
-        calls = {"weights": weights, "method": "inverted_cdf"}
-        return float(np.percentile(np.concatenate(self.turns), percent, **calls))
-
-    @property
-    def repeats(self) -> int:
-        """How many turns there were."""
-        return len(self.turns)
-
-
-def side_by_side(
-    calls: dict[str, Callable[[], Any]],
-    *,
-    repeats: int,
-    warmup: int = 3,
-    turn_ms: float = _TURN_MS,
-) -> dict[str, Timing]:
-    """Times the calls in turn, each until its result is ready.
-
-    Args:
-      calls: name to function of no arguments; any pytree of arrays comes back.
-      repeats: turns of each.
-      warmup: untimed calls of each beforehand; the first one compiles.
-      turn_ms: a turn ends after this time; it has one call at least. The first call,
-        which fills the caches anew, counts only where no other follows.
-    """
-    for call in calls.values():
-        for _ in range(warmup):
-            jax.block_until_ready(call())
-    turns = {name: [] for name in calls}
-    collecting = gc.isenabled()
-    gc.disable()  # it would strike one call or another
-    try:
-        for _ in range(repeats):
-            for name, call in calls.items():
-                turns[name].append(_turn(call, turn_ms))
-    finally:
-        if collecting:
-            gc.enable()
-    return {name: Timing(tuple(found)) for name, found in turns.items()}
-
-
-def _turn(call, turn_ms):
-    times, total = [], 0.0
-    while not times or total < turn_ms:
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append((time.perf_counter() - start) * 1e3)
-        total += times[-1]
-    return tuple(times[1:] or times)
-
-
-def speedup(dense: Timing, pruned: Timing) -> tuple[float, tuple[float, float]]:
-    """How many times as fast `pruned` is, and the spread of that.
-
-    Both come from one `side_by_side`, so their i-th turns belong together.
-
-    Returns:
-      The median of the ratios turn by turn; their 5th and 95th percentile.
-    """
-    low, middle, high = np.percentile(dense.by_turn / pruned.by_turn, (5, 50, 95))
-    return float(middle), (float(low), float(high))
+from cofi_jax import (
+    inference_speed,
+    memory,
+    report,
+    rivals,
+    startup,
+    step_speed,
+    structures,
+    tasks,
+    timing,
+    workload,
+)
+from cofi_jax.config import UserError, reject
+from cofi_jax.timing import Timing
 
 
 def inference(
@@ -153,104 +73,33 @@ def passes(
 ) -> dict[str, Timing]:
     """The timings behind `inference`, of any number of models."""
     vocab_size = min(model.config.vocab_size for model, _ in models.values())
-    try:
-        batch = _random_batch(vocab_size, batch_size, seq_length)
+    with timing.memory_suffices(batch_size, seq_length):
+        batch = workload.random_batch(
+            vocab_size, batch_size=batch_size, seq_length=seq_length
+        )
         calls = {
-            name: functools.partial(_forward(model), jax.device_put(params), batch)
+            name: functools.partial(
+                workload.forward(model), jax.device_put(params), batch
+            )
             for name, (model, params) in models.items()
         }
-        return side_by_side(calls, repeats=repeats)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            legal = f"too much for the memory, with sequences of {seq_length}"
-            raise reject("batch_size", batch_size, legal) from error
-        raise
+        return timing.side_by_side(calls, repeats=repeats)
 
 
 def conditions(models: dict[str, tuple[Any, Any]]) -> dict[str, str]:
     """`device`, `dtype` and `matmul_precision` of a measurement."""
     dtypes = dict.fromkeys(np.dtype(m.config.dtype).name for m, _ in models.values())
     return {
-        "device": describe(jax.devices()[0]),
+        "device": timing.describe(jax.devices()[0]),
         "dtype": " and ".join(dtypes),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-    }
-
-
-def pruning_step(
-    config: EncoderConfig, *, batch_size: int, seq_length: int, repeats: int
-) -> dict[str, Any]:
-    """Times a pruning step and the same distillation step without masks.
-
-    Random weights and tokens; each step updates its own state.
-
-    Args:
-      config: the sizes of teacher and student.
-      batch_size: sequences in a batch (B).
-      seq_length: tokens in a sequence (T).
-      repeats: timed steps of each.
-
-    Returns:
-      As `inference`, for `masked` and `plain`; `speedup` is masked over plain, so
-      1.05 means that masks and Lagrangian cost 5 %.
-    """
-    model = Encoder(config)
-    batch = _random_batch(config.vocab_size, batch_size, seq_length)
-    batch["labels"] = jnp.zeros(batch_size, jnp.int32)
-    batch["weight"] = jnp.ones(batch_size)
-    params = init_params(config, jax.random.key(0))
-    target = {"target_sparsity": jnp.float32(0.9), "warmup_steps": jnp.int32(100)}
-    rate = training.Rate.create(1e-5, "constant", 1)
-    teacher = init_params(config, jax.random.key(1))
-    teach = lessons.make_teach(model, Distill())
-    theta = {"distill_projection": jnp.eye(config.hidden_size)}
-    gates = {
-        "log_alpha": masks.init_log_alpha(config, jax.random.key(2)),
-        "multipliers": {"linear": 0.0, "quadratic": 0.0},
-    }
-
-    def stepper(objective, **theta):
-        step = training.make_step(objective(model, Distill()))
-        state = training.create_state(
-            params,
-            seed=0,
-            stage="benchmark",
-            rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
-            freeze_embeddings=True,
-            **theta,
-        )
-
-        def call():
-            nonlocal state
-            taught = batch | {"lesson": teach(teacher, batch)}
-            state, metrics = step(state, target, taught)
-            return state.theta, metrics
-
-        return call
-
-    calls = {
-        "masked": stepper(objective.pruning_objective, **theta, **gates),
-        "plain": stepper(objective.distillation_objective, **theta),
-    }
-    timings = side_by_side(calls, repeats=repeats)
-    sizes = {"batch_size": batch_size, "seq_length": seq_length}
-    return _result(timings, conditions({"": (model, params)}) | sizes)
-
-
-def _random_batch(vocab_size, batch_size, seq_length):
-    shape = (batch_size, seq_length)
-    ids = np.random.default_rng(0).integers(vocab_size, size=shape)
-    return {
-        "input_ids": jnp.asarray(ids, jnp.int32),
-        "attention_mask": jnp.ones(shape, jnp.int32),
-        "token_type_ids": jnp.zeros(shape, jnp.int32),
     }
 
 
 def _result(timings, how):
     result = {"latency_ms": {name: t.median_ms for name, t in timings.items()}}
     if len(timings) == 2:
-        ratio, spread = speedup(*timings.values())
+        ratio, spread = timing.speedup(*timings.values())
         result |= {"speedup": ratio, "speedup_spread": list(spread)}
     result["benchmark"] = how | {
         "repeats": next(iter(timings.values())).repeats,
@@ -264,46 +113,192 @@ def _result(timings, how):
     return result
 
 
-def _forward(model):
-    # Params are an argument: closed over, they would be constants to fold. Logits
-    # alone come out, as in use: other outputs would have to be written as well.
-    return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    # Beneath a damaged file the storage library prints hundreds of lines there.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Others need room on the device too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    try:
+        options = _parser().parse_args(argv[1:])
+        target = pathlib.Path(options.json).absolute() if options.json else None
+        if target and (target.exists() or not target.parent.is_dir()):
+            legal = "must be a new file in a folder that exists"
+            raise reject("json", options.json, legal)
+        busy = _busy()
+        result, text = options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    result = {"command": options.command} | _machine(options) | busy | result
+    print(f"{options.command} on {result['device']}, {options.dtype}\n\n{text}")
+    if busy["load_average"] > timing.cores() / 4:
+        print("warning: other processes were at work on these cores", file=sys.stderr)
+    if target:
+        report.write_json(target, result)
+    return 0
 
 
-def describe(device: jax.Device) -> str:
-    """The device in words, such as `NVIDIA H200` or `cpu: AMD EPYC, 2 cores`."""
-    if device.platform != "cpu":
-        return device.device_kind
-    info = pathlib.Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
-    found = info.exists() and re.search(r"model name\s*: (.+)", info.read_text())
-    name = found[1] if found else platform.processor() or platform.machine()
-    linux = hasattr(os, "sched_getaffinity")  # counts what this process may use
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count()
-    return f"cpu: {name}, {cores} cores"
+def _busy():
+    """How many processes wanted a core in the last minute, before anything is run."""
+    return {"load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0}
 
 
-def main() -> None:
-    """What masks cost in a step, as JSON."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    sizes = dict(layers=6, hidden=384, heads=12, intermediate=1536)
-    for name, size in (sizes | dict(batch=32, length=32, repeats=20)).items():
-        parser.add_argument(f"--{name}", type=int, default=size)
-    args = parser.parse_args()
-    config = EncoderConfig(
-        vocab_size=1000,
-        hidden_size=args.hidden,
-        heads=(args.heads,) * args.layers,
-        head_size=args.hidden // args.heads,
-        intermediate=(args.intermediate,) * args.layers,
-        pooler_size=args.hidden,
-        num_labels=2,
-        max_positions=max(args.length, 512),
+def _machine(options):
+    packages = ("jax", "torch", "transformers", "onnxruntime")
+    return {
+        "device": timing.describe(jax.devices()[0]),
+        "dtype": options.dtype,
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in packages
+            if not rivals.missing(name)
+        },
+    }
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m cofi_jax.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result = pruning_step(
-        config, batch_size=args.batch, seq_length=args.length, repeats=args.repeats
+    commands = parser.add_subparsers(dest="command", required=True)
+    step = commands.add_parser("step", help="training steps, examples a second")
+    step.set_defaults(run=_step)
+    _common(step, repeats=5)
+    _training(step)
+    step.add_argument("--batches", type=_positive, default=8, help="in a turn")
+    text = "PyTorch also with torch.compile"
+    step.add_argument("--torch_compile", action="store_true", help=text)
+
+    passes = commands.add_parser("inference", help="forward passes, milliseconds")
+    passes.set_defaults(run=_inference)
+    _common(passes, repeats=10)
+    passes.add_argument("--batch_size", type=_numbers, default=(), help="1,32 say")
+    passes.add_argument("--seq_length", type=_numbers, default=(), help="64,128 say")
+    passes.add_argument("--torch_compile", action="store_true", help=text)
+
+    start = commands.add_parser("startup", help="until the end of the first step")
+    start.set_defaults(run=_startup)
+    _common(start, repeats=3)
+    _training(start)
+
+    memory_of = commands.add_parser("memory", help="of training steps, MiB")
+    memory_of.set_defaults(run=_memory)
+    _common(memory_of, repeats=3)
+    _training(memory_of)
+    for each in (parser, *commands.choices.values()):
+        each.error = _refuse
+    return parser
+
+
+def _refuse(message) -> NoReturn:
+    raise UserError(f"{message}; see python -m cofi_jax.benchmark --help")
+
+
+def _common(parser, *, repeats):
+    """Options that every command has."""
+    parser.add_argument("--model", default="", help="encoder or saved model")
+    for name, size in (
+        ("layers", 12),
+        ("hidden", 768),
+        ("heads", 12),
+        ("intermediate", 3072),
+    ):
+        text = f"of a random model, where there is no --model (default: {size})"
+        parser.add_argument(f"--{name}", type=_positive, default=size, help=text)
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
+    text = f"turns of each contestant (default: {repeats})"
+    parser.add_argument("--repeats", type=_positive, default=repeats, help=text)
+    parser.add_argument("--json", default="", help="a new file for all figures")
+
+
+def _training(parser):
+    """Options of what trains."""
+    text = "rows whose lengths the batches have: folder or name on the hub"
+    parser.add_argument("--data", default="", help=text)
+    parser.add_argument("--task", default="sst2", help="of the data")
+    text = "folder with a tokenizer for --data, where there is no --model"
+    parser.add_argument("--vocab", default="", help=text)
+    parser.add_argument("--batch_size", type=_positive, default=32)
+    text = "tokens of all rows, 64 if not given; of --data, where rows are cut"
+    parser.add_argument("--seq_length", type=_positive, default=0, help=text)
+    text = "of PyTorch's matrix work, that of --dtype if not given"
+    parser.add_argument("--torch_dtype", default="", help=text)
+
+
+def _positive(text):
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
+    return int(text)
+
+
+def _numbers(text):
+    return tuple(map(_positive, text.split(",")))
+
+
+def _step(options) -> tuple[dict[str, Any], str]:
+    subject, examples, plan = workload.training_work(options, batches=options.batches)
+    result = step_speed.measure(
+        subject,
+        examples,
+        plan,
+        repeats=options.repeats,
+        torch_dtype=options.torch_dtype or options.dtype,
+        torch_compile=options.torch_compile,
     )
-    print(json.dumps(result, indent=2))
+    result |= {
+        "batch_size": options.batch_size,
+        "dense": structures.described(subject.dense, subject.dense),
+        "sliced": structures.described(subject.sliced, subject.dense),
+    }
+    return result, step_speed.table(result)
+
+
+def _inference(options) -> tuple[dict[str, Any], str]:
+    on_cpu = jax.default_backend() == "cpu"
+    batch_sizes = options.batch_size or ((1, 32) if on_cpu else (1, 32, 128))
+    seq_lengths = options.seq_length or ((64, 128) if on_cpu else (64, 128, 384))
+    subject = workload.load(options, task=tasks.TASKS["sst2"], longest=max(seq_lengths))
+    result = inference_speed.measure(
+        subject,
+        batch_sizes=batch_sizes,
+        seq_lengths=seq_lengths,
+        repeats=options.repeats,
+        torch_compile=options.torch_compile,
+    )
+    return result, inference_speed.table(result)
+
+
+def _startup(options) -> tuple[dict[str, Any], str]:
+    subject, data = workload.to_start(options)
+    result = startup.measure(
+        subject.dense,
+        subject.dense_params,
+        subject.tokenizer,
+        data,
+        batch_size=options.batch_size,
+        repeats=options.repeats,
+    )
+    sizes = structures.described(subject.dense, subject.dense)
+    result |= {"batch_size": options.batch_size, "task": data.task, "dense": sizes}
+    return result, startup.table(result)
+
+
+def _memory(options) -> tuple[dict[str, Any], str]:
+    subject, _, plan = workload.training_work(options)
+    kinds, left_out = memory.KINDS, {}
+    if reason := rivals.unfit(subject.dense):
+        kinds, left_out = kinds[:-1], {"pytorch": reason}
+    settings = {k: v for k, v in vars(options).items() if k != "run"}
+    longest, repeats = max(length for length, _ in plan), options.repeats
+    result = memory.measure(settings, length=longest, kinds=kinds, repeats=repeats)
+    sizes = structures.described(subject.dense, subject.dense)
+    result |= {"batch_size": options.batch_size, "dense": sizes, "left_out": left_out}
+    return result, memory.table(result)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv))

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cofi_jax import benchmark, loop, rows, tasks, training
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
+from cofi_jax import loop, rows, tasks, timing, training
 from cofi_jax.config import reject
 from cofi_jax.masks import Masks
 from cofi_jax.model import Batch, Encoder, EncoderConfig
@@ -155,14 +155,14 @@ def time(
         name: functools.partial(model.predict, batch)
         for name, model in (("dense", dense), ("pruned", pruned))
     }
-    timings = benchmark.side_by_side(calls, repeats=repeats)
-    ratio, spread = benchmark.speedup(*timings.values())
+    timings = timing.side_by_side(calls, repeats=repeats)
+    ratio, spread = timing.speedup(*timings.values())
     return {
         "speedup": ratio,
         "speedup_spread": list(spread),
         "latency_ms": {name: timing.median_ms for name, timing in timings.items()},
         "benchmark": {
-            "device": benchmark.describe(jax.local_devices(backend="cpu")[0]),
+            "device": timing.describe(jax.local_devices(backend="cpu")[0]),
             "dtype": "float32",
             "batch_size": batch_size,
             "seq_length": seq_length,

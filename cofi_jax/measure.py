@@ -27,6 +27,7 @@ from cofi_jax import (
     squad,
     stages,
     tasks,
+    timing,
     training,
     validation,
 )
@@ -294,13 +295,13 @@ def grid(
         cell = {"batch_size": batch_size, "seq_length": seq_length}
         timings = benchmark.passes(models, **cell, repeats=repeats)
         first = next(iter(timings.values()))
-        for name, timing in timings.items():
-            ratio, spread = benchmark.speedup(first, timing)
+        for name, each in timings.items():
+            ratio, spread = timing.speedup(first, each)
             measured = {
                 "model": name,
-                "latency_ms": timing.median_ms,
-                "latency_p95_ms": timing.percentile_ms(95),
-                "examples_per_second": 1e3 * batch_size / timing.median_ms,
+                "latency_ms": each.median_ms,
+                "latency_p95_ms": each.percentile_ms(95),
+                "examples_per_second": 1e3 * batch_size / each.median_ms,
                 "speedup": ratio,
                 "speedup_spread": list(spread),
             }

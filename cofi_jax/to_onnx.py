@@ -61,16 +61,17 @@ def write(
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load(folder: Path) -> Callable[[Batch], np.ndarray]:
-    """Opens the graph in onnxruntime, on the CPU.
+def load(folder: Path, *, threads: int = 0) -> Callable[[Batch], np.ndarray]:
+    """Opens the graph in onnxruntime, on the CPU with so many threads; 0: its choice.
 
     Returns a function of a batch to float32 logits, (B, C) or of spans (B, T, 2).
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(
-        Path(folder) / "model.onnx", providers=["CPUExecutionProvider"]
-    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    path, providers = Path(folder) / "model.onnx", ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path, options, providers=providers)
     names = [each.name for each in session.get_inputs()]
 
     def predict(batch: Batch) -> np.ndarray:
