@@ -13,14 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from cofi_jax import floor, rivals, structures, timing, workload
+from cofi_jax import floor, masks, rivals, structures, timing, workload
 from cofi_jax.model import Encoder, EncoderConfig, init_params
 from cofi_jax.timing import Timing
 from cofi_jax.workload import Subject
 
 _OURS = "cofi_jax"
 _TOLERANCE = 1e-3  # of float32 logits, relative where they are above 1
-_MULTIPLES = {"cpu": 16}  # numbers in the widest vectors; elsewhere 64, tensor cores'
 _CALLS = dict[str, Callable[[], Any]]
 
 
@@ -95,10 +94,10 @@ def measure(
 def variants(subject: Subject) -> dict[str, tuple[EncoderConfig, dict]]:
     """Sizes and float32 parameters of `dense`, `sliced` and `rounded`.
 
-    `rounded` has the widths of `sliced` raised to multiples that the device likes; it
-    is missing where they are so already.
+    `rounded` has the widths of `sliced` raised to the multiples that a GPU likes, see
+    `masks.round_to_device`; it is missing where they are so already.
     """
-    multiple = _MULTIPLES.get(jax.default_backend(), 64)
+    multiple = masks.WIDTHS["gpu"]["intermediate"]
     config = structures.rounded(subject.sliced, subject.dense, multiple)
     found = {
         "dense": (subject.dense, subject.dense_params),

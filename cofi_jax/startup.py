@@ -1,9 +1,9 @@
 """How long a start takes: from the process to the end of the first pruning step.
 
-`train.py` itself runs, in fresh processes in turn: cold, with an empty compilation
-cache, then warm, with the one that the cold start left. It has a teacher and no
-pre-pruning. A stopwatch sees what it calls; every instant goes to the innermost of the
-spans around it, so that they sum up to the whole.
+`train.py` itself runs, in fresh processes in turn: cold, in a new folder, then warm, in
+the folder that the cold start left: the same run, killed after its first step. It has a
+teacher and no pre-pruning. A stopwatch sees what it calls; every instant goes to the
+innermost of the spans around it, so that they sum up to the whole.
 """
 
 import importlib
@@ -99,9 +99,8 @@ def measure(
         ]
         for turn in range(repeats):
             for kind in _KINDS:
-                workdir = f"--workdir={folder / f'{kind}-{turn}'}"
-                cache = folder / f"cache-{turn}"
-                seconds, parts = _start([*arguments, workdir], cache)
+                workdir = f"--workdir={folder / f'run-{turn}'}"
+                seconds, parts = _start([*arguments, workdir])
                 starts.append({"kind": kind, "seconds": seconds, "parts": parts})
     return {"repeats": repeats, "starts": starts} | summary(starts)
 
@@ -123,14 +122,13 @@ def summary(starts: list[dict[str, Any]]) -> dict[str, Any]:
     return found | {"warm_is_faster": ratio, "warm_is_faster_spread": list(spread)}
 
 
-def _start(arguments, cache):
+def _start(arguments):
     command = "from cofi_jax import startup; startup.first_step()"
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
-        ),
-    }
+    # Programs are kept where train.py keeps them: in the run's folder.
+    environment = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))
+    )
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", command, *arguments],
@@ -202,14 +200,14 @@ def first_step() -> None:
         return first
 
     training.make_step = make_first
-    config = importlib.import_module("cofi_jax.config")
-    validate = config.validate
+    validation = importlib.import_module("cofi_jax.validation")
+    validate = validation.validate
 
     def begin(*args):  # the first that train.py does
         spans.append(("imports", 0.0, time.monotonic()))
         return validate(*args)
 
-    config.validate = begin
+    validation.validate = begin
     sys.argv = [str(_ROOT / "train.py"), *sys.argv[1:]]
     runpy.run_path(str(_ROOT / "train.py"), run_name="__main__")
 

@@ -69,7 +69,7 @@ def like_the_paper(dense: EncoderConfig) -> EncoderConfig:
 
 
 def rounded(sliced: EncoderConfig, dense: EncoderConfig, multiple: int):
-    """`sliced` with hidden and feed-forward widths raised to multiples, if not `dense`.
+    """`sliced` with feed-forward widths raised to multiples, up to those of `dense`.
 
     An absent block stays absent.
     """
@@ -79,7 +79,6 @@ def rounded(sliced: EncoderConfig, dense: EncoderConfig, multiple: int):
 
     return dataclasses.replace(
         sliced,
-        hidden_size=up(sliced.hidden_size, dense.hidden_size),
         intermediate=tuple(map(up, sliced.intermediate, dense.intermediate)),
     )
 

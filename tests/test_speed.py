@@ -17,6 +17,7 @@ from cofi_jax import (
     data,
     floor,
     inference_speed,
+    lessons,
     memory,
     objective,
     rivals,
@@ -66,23 +67,34 @@ def products(function, *args):
     return walk(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-@pytest.mark.parametrize("kind", ["masked", "plain", "finetune"])
+def taught(subject, batch):
+    """The batch with its lesson, and the operations of that."""
+    teach = lessons.make_teach(Encoder(subject.dense), Distill())
+    counted = products(teach, subject.dense_params, batch)
+    return batch | {"lesson": teach(subject.dense_params, batch)}, counted
+
+
+@pytest.mark.parametrize("kind", ["masked", "late masked", "plain", "finetune"])
 def test_a_steps_operations_are_those_of_its_products(subject, kind):
     rows = workload.random_rows(3, 5, 31)
     batch = step_speed.batches(rows, [(5, np.arange(3))])[0]
+    batch, by_the_teacher = taught(subject, batch)
     step, state, context = step_speed.prepared(subject, Distill(), kind)
     student = subject.sliced if kind == "finetune" else subject.dense
-    counted = floor.step_flops(
-        student, subject.dense, [5] * 3, Distill(), masked=kind == "masked"
+    how = {"masked": "masked" in kind}
+    counted = floor.step_flops(student, subject.dense, [5] * 3, Distill(), **how)
+    alone = floor.step_flops(
+        student, subject.dense, [5] * 3, Distill(), **how, taught=True
     )
-    if kind == "masked":  # what the sparsity itself is summed up with
+    assert counted - alone == by_the_teacher
+    if "masked" in kind:  # what the sparsity itself is summed up with
 
         def removed(log_alpha):
             return sparsity.expected_sparsity(log_alpha, subject.dense)
 
         log_alpha = state.theta["log_alpha"]
-        counted += products(jax.value_and_grad(removed), log_alpha)
-    assert counted == products(step, state, context, batch)
+        alone += products(jax.value_and_grad(removed), log_alpha)
+    assert alone == products(step, state, context, batch)
 
 
 def test_operations_of_a_student_without_attention_in_its_first_layer(subject):
@@ -91,9 +103,10 @@ def test_operations_of_a_student_without_attention_in_its_first_layer(subject):
     params = random_params(sizes, seed=2)
     other = subject._replace(sliced=sizes, sliced_params=params)
     batch = step_speed.batches(workload.random_rows(2, 7, 31), [(7, np.arange(2))])[0]
+    batch, by_the_teacher = taught(other, batch)
     step, state, context = step_speed.prepared(other, Distill(), "finetune")
     counted = floor.step_flops(sizes, subject.dense, [7, 7], Distill())
-    assert counted == products(step, state, context, batch)
+    assert counted == products(step, state, context, batch) + by_the_teacher
 
 
 def test_operations_are_summed_over_the_rows_own_lengths(dense):
@@ -155,7 +168,7 @@ def test_rounded_widths_are_multiples_or_the_dense_ones():
         structures.like_the_paper(base()), intermediate=(0, 1, 64, 65) + (3070,) * 8
     )
     found = structures.rounded(sliced, base(intermediate=3071), 64)
-    assert found.hidden_size == 768 and found.heads == sliced.heads
+    assert found.hidden_size == 760 and found.heads == sliced.heads
     assert found.intermediate == (0, 64, 64, 128) + (3071,) * 8
 
 
@@ -196,11 +209,12 @@ def test_pytorch_does_the_same_work(dense, weights):
     frozen = {"embeddings": student["embeddings"]}
     trained = {k: v for k, v in student.items() if k != "embeddings"}
     theta = {"params": trained, "distill_projection": projection}
-    loss = objective.distillation_objective(Encoder(dense), Encoder(dense), distill)
+    lesson = lessons.make_teach(Encoder(dense), distill)(teacher, batch)
+    loss = objective.distillation_objective(Encoder(dense), distill)
 
     def ours(theta):
         key = jax.random.key(0)
-        return loss(theta, frozen, {"teacher": teacher}, batch, key)[0]
+        return loss(theta, frozen, {}, batch | {"lesson": lesson}, key)[0]
 
     expected, gradients = jax.jit(jax.value_and_grad(ours))(theta)
     leaves = jax.tree.leaves(gradients)
@@ -327,7 +341,8 @@ def test_step_writes_all_its_figures(small_rates, tmp_path, capsys):
     result, text = json.loads(file.read_text()), capsys.readouterr().out
     assert result["command"] == "step" and result["device"] in text
     assert result["batches"] == {"4": 2} and result["examples"] == 6
-    names = ["masked", "plain", "finetune"]
+    names = ["masked", "late masked", "plain", "finetune"]
+    names += ["masked, kept lessons", "finetune, kept lessons"]
     if not rivals.missing("torch"):
         names += ["pytorch, random batches", "pytorch, our batches"]
     assert list(result["contestants"]) == names
