@@ -171,7 +171,8 @@ def ours(
     subject: Subject, examples: data.Examples, plan: Plan, distill: Distill
 ) -> dict[str, Callable[[], Any]]:
     """A turn of each of our own steps, by name."""
-    fed, buckets = batches(examples, plan), sorted({length for length, _ in plan})
+    fed = batches(examples, plan)
+    buckets = sorted({int(examples.lengths.max()), *(length for length, _ in plan)})
 
     def turn(kind, cache):
         step, state, context = prepared(subject, distill, kind)
