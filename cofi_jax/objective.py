@@ -85,7 +85,7 @@ def distill_layers(
     """Sum over teacher layers of the mean squared error to the matched student layer.
 
     Args:
-      student: (L, B, T, D') outputs of the student's layers.
+      student: (L, B, T, D') outputs of the student's layers, in any float dtype.
       teacher: (K, B, T, D) outputs of the taught layers.
       projection: (D', D), from the student's width to the teacher's.
       token_weight: (B, T), 0 for padding.
@@ -96,6 +96,11 @@ def distill_layers(
       total: takes the place of the token weights' sum.
     """
 
+    def project(states, projection):  # in the states' dtype, summed up in float32
+        return jnp.matmul(
+            states, projection.astype(states.dtype), preferred_element_type=jnp.float32
+        )
+
     def distance(t, s):  # (B, T, D), (B, T, D)
         return weighted_mean(jnp.square(t - s).mean(-1), token_weight, total)
 
@@ -103,13 +108,13 @@ def distill_layers(
         matched, counts = taught, alive[taught]
     else:
         # The choice has no gradient, so only the chosen layers are differentiated.
-        projected = jax.lax.stop_gradient(student) @ jax.lax.stop_gradient(projection)
+        projected = project(*jax.lax.stop_gradient((student, projection)))
         costs = jax.vmap(lambda t: jax.vmap(lambda s: distance(t, s))(projected))(
             teacher
         )
         matched = match_layers(costs, alive, ordered=match == "ordered")
         counts = jnp.ones(len(matched))
-    chosen = _layers(student, matched) @ projection
+    chosen = project(_layers(student, matched), projection)
     return jnp.sum(jax.vmap(distance)(teacher, chosen) * counts)
 
 
@@ -202,7 +207,7 @@ def distillation_objective(student: Encoder, distill: Distill) -> Objective:
                 states = _layers(states, taught)
             outputs = [output.hidden_states[i + 1] for i in present]
             metrics["loss_layers"] = distill_layers(
-                jnp.stack(outputs).astype(jnp.float32),
+                jnp.stack(outputs),
                 states.astype(jnp.float32),
                 theta["distill_projection"],
                 batch["attention_mask"] * batch["weight"][:, None],

@@ -580,3 +580,27 @@ def test_pruning_objective_draws_gates_from_the_key(tiny, worlds):
     assert first[0] == again[0] != other[0]
     expected = sparsity.expected_sparsity(log_alpha, tiny)
     np.testing.assert_allclose(first[1]["expected_sparsity"], expected, rtol=1e-5)
+
+
+def test_the_layer_term_in_bfloat16(worlds):
+    """Matrix work in bfloat16, the term and the projection's gradient in float32."""
+    world = worlds["classification"]
+    model = Encoder(dataclasses.replace(world.student, dtype="bfloat16"))
+    distill = Distill(num_layers=2)
+    loss_of = objective.distillation_objective(model, distill)
+
+    def loss(theta):
+        key = jax.random.key(0)
+        return loss_of(theta, {}, {}, world.lesson(distill), key)
+
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(world.theta())
+    (_, exact), _ = jax.value_and_grad(
+        lambda theta: world.distillation(distill)(
+            theta, {}, {}, world.lesson(distill), jax.random.key(0)
+        ),
+        has_aux=True,
+    )(world.theta())
+    for name, value in metrics.items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, exact[name], rtol=0.05)
+    assert gradient["distill_projection"].dtype == jnp.float32
