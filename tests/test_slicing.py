@@ -112,7 +112,8 @@ def assert_sliced_equals_masked(masked, gates, config, params, batch):
     assert found == shapes_of(small)
 
     kept = np.array(spec.hidden)
-    result = Encoder(small).apply({"params": sliced}, batch)
+    with jax.disable_jit():  # hundreds of structures: nothing to compile for each
+        result = Encoder(small).apply({"params": sliced}, batch)
     assert_close(masked.logits, result.logits)
     for ours, theirs in zip(masked.hidden_states, result.hidden_states, strict=True):
         assert_close(ours[..., kept], theirs)
