@@ -17,6 +17,7 @@ import logging
 import pathlib
 import platform
 import sys
+import time
 
 import jax
 import numpy as np
@@ -77,9 +78,10 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
     parallel.check_same("rows and model", lambda: parallel.digest(arrays))
     train = examples.pop("train")
     with contextlib.ExitStack() as held:
-        node = parallel.first(lambda: _begin(config, workdir, held))
+        node, token = parallel.first(lambda: _begin(config, workdir, held))
         with parallel.together():
-            if not (workdir / "config.json").exists():
+            lock = workdir / ".lock"
+            if not lock.exists() or lock.read_text() != token:
                 legal = "must be one folder that all processes see"
                 raise reject("workdir", str(workdir), legal)
         # A restarted run need not compile again what the one before had compiled.
@@ -131,11 +133,11 @@ def _begin(config, workdir, held):
     """Locks the folder for as long as `held` is, and says what it will hold.
 
     Returns:
-      The machine's name.
+      The machine's name, and what now stands in the lock.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context(open(workdir / ".lock", "w"))
+        lock = held.enter_context(open(workdir / ".lock", "a"))
     except OSError as error:
         reason = f"must be a folder that can be written ({error.strerror})"
         raise reject("workdir", str(workdir), reason) from error
@@ -145,7 +147,11 @@ def _begin(config, workdir, held):
         raise reject("workdir", str(workdir), "another run is at work") from error
     inputs.check_workdir(config, workdir)  # another run may have begun meanwhile
     report.write_atomically(workdir / "config.json", config_lib.to_json(config))
-    return platform.node()
+    token = f"{platform.node()} {time.time_ns()}"
+    lock.truncate(0)
+    lock.write(token)
+    lock.flush()
+    return platform.node(), token
 
 
 def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
@@ -162,10 +168,12 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     if not config.teacher.path:
         params, seconds["teacher"] = stages.train_teacher(run, model, params)
     params = jax.device_put(params)
-    if parallel.first((workdir / "teacher").exists):  # it goes on: the scores stay
-        teacher_scores = checkpoint.read_about(workdir / "teacher")[2]["scores"]
-    else:
+    saved = parallel.first((workdir / "teacher").exists)
+    known = checkpoint.read_about(workdir / "teacher")[2] if saved else {}
+    teacher_scores = known.get("scores")  # where the run goes on
+    if not teacher_scores:
         teacher_scores = run.scores(training.make_predict(model), params)
+    if not saved:
         checkpoint.save_model(
             workdir / "teacher",
             params,

@@ -52,10 +52,14 @@ __all__ = sorted([*_MODULES, "hard_concrete"])
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        return importlib.import_module(f"cofi_jax.{name}")
     if name not in _MODULES:
-        raise AttributeError(f"module 'cofi_jax' has no attribute {name!r}")
+        try:
+            return importlib.import_module(f"cofi_jax.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"cofi_jax.{name}":
+                raise
+            text = f"module 'cofi_jax' has no attribute {name!r}"
+            raise AttributeError(text) from None
     module = importlib.import_module(f"cofi_jax.{_MODULES[name]}")
     value = globals()[name] = getattr(module, name)
     return value

@@ -10,7 +10,7 @@ Each prints a table and, with `--json FILE`, writes all its figures.
 
 import argparse
 import functools
-import importlib.metadata
+import importlib
 import logging
 import os
 import pathlib
@@ -125,6 +125,11 @@ def main(argv: list[str]) -> int:
         if target and (target.exists() or not target.parent.is_dir()):
             legal = "must be a new file in a folder that exists"
             raise reject("json", options.json, legal)
+        if target and not os.access(target.parent, os.W_OK):
+            raise reject("json", options.json, "its folder cannot be written")
+        if jax.device_count() > 1:
+            legal = "one is measured; hide the others, by CUDA_VISIBLE_DEVICES say"
+            raise reject("devices", jax.device_count(), legal)
         busy = _busy()
         result, text = options.run(options)
     except UserError as error:
@@ -151,7 +156,7 @@ def _machine(options):
         "dtype": options.dtype,
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
         "versions": {
-            name: importlib.metadata.version(name)
+            name: importlib.import_module(name).__version__
             for name in packages
             if not rivals.missing(name)
         },
@@ -241,14 +246,15 @@ def _numbers(text):
 
 def _step(options) -> tuple[dict[str, Any], str]:
     subject, examples, plan = workload.training_work(options, batches=options.batches)
-    result = step_speed.measure(
-        subject,
-        examples,
-        plan,
-        repeats=options.repeats,
-        torch_dtype=options.torch_dtype or options.dtype,
-        torch_compile=options.torch_compile,
-    )
+    with timing.memory_suffices(options.batch_size, max(n for n, _ in plan)):
+        result = step_speed.measure(
+            subject,
+            examples,
+            plan,
+            repeats=options.repeats,
+            torch_dtype=options.torch_dtype or options.dtype,
+            torch_compile=options.torch_compile,
+        )
     result |= {
         "batch_size": options.batch_size,
         "dense": structures.described(subject.dense, subject.dense),

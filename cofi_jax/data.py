@@ -108,17 +108,18 @@ def bucket_lengths(data: config.Data, lengths: np.ndarray) -> tuple[int, ...]:
     They are `data.buckets`; where none are given, chosen for rows of `lengths` (N,).
     """
     longest = tasks.max_length(data)
-    buckets = data.buckets or choose_buckets(lengths)
+    buckets = data.buckets or choose_buckets(lengths, longest)
     return (*(b for b in buckets if b < longest), longest)
 
 
-def choose_buckets(lengths: np.ndarray) -> tuple[int, ...]:
-    """Padded lengths for rows of `lengths` (N,), multiples of 8.
+def choose_buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
+    """Padded lengths for rows of `lengths` (N,), multiples of 8 or `longest`.
 
     A step is compiled for each of them, so there are as few as may be: one more only
     where it saves 5 % of the tokens. As many as there are, they are the best ones.
     """
-    widths, counts = np.unique(-(-np.asarray(lengths) // 8) * 8, return_counts=True)
+    multiples = np.minimum(-(-np.asarray(lengths) // 8) * 8, longest)
+    widths, counts = np.unique(multiples, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])  # rows shorter than each width
     # By the end e: the fewest tokens that rows up to widths[e - 1] take, and how.
     tokens, chosen = np.full(len(before), np.inf), [()] * len(before)

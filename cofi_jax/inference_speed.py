@@ -72,7 +72,7 @@ def measure(
         calls = {key: functools.partial(f, fed[key[1]]) for key, f in passes.items()}
         with timing.memory_suffices(**cell):
             differences = differences or _differences(calls, subject.dense.dtype)
-            timings = timing.side_by_side(calls, repeats=repeats, warmup=1)
+            timings = timing.side_by_side(calls, repeats=repeats, warmup=1, rest_ms=100)
         for (model, runtime), each in timings.items():
             least = 1e3 * floor.pass_seconds(models[model][0], **cell, rates=rates)
             names = {"model": model, "runtime": runtime}
@@ -125,7 +125,7 @@ def _runtimes(dense, torch_compile):
             found[name] = lambda config, params: make(params, config)
 
     gone = rivals.missing("torch", "transformers")
-    reason = f"{gone} not installed" if gone else span
+    reason = f"{gone} not installed" if gone else span or rivals.without_device()
     offer("pytorch", rivals.pytorch_pass, reason)
     if torch_compile:
         compiled = functools.partial(rivals.pytorch_pass, compiled=True)

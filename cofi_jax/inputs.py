@@ -42,8 +42,10 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
         there = config_lib.flatten(Config()) | config_lib.flatten(path.read_text())
     except (AttributeError, ValueError) as error:  # not an object; not JSON
         raise reject("workdir", str(workdir), "its config.json is damaged") from error
-    here = config_lib.flatten(config)
-    for field in sorted((there.keys() | here.keys()) - _HOW_NOT_WHAT):
+    here, ignored = config_lib.flatten(config), set(_HOW_NOT_WHAT)
+    if (workdir / "report.json").exists():
+        ignored.add("data.buckets")  # whose default was another once
+    for field in sorted((there.keys() | here.keys()) - ignored):
         if there.get(field) != here.get(field):
             raise reject(
                 "workdir",

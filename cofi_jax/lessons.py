@@ -5,10 +5,11 @@
 
 The teacher never changes, and what it says of a row does not depend on the rows
 beside it: a lesson that was kept has the bits of one that is computed again. It does
-depend on the padded length, so only rows in their own bucket are kept; a row that
-`epoch_plan` moved up is computed again.
+depend on the padded length, so only batches whose rows are all in their own bucket are
+kept; one with a row that `epoch_plan` moved up is computed again.
 """
 
+import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from cofi_jax.config import Distill, reject
 from cofi_jax.model import Batch, Encoder, EncoderConfig, abstract_params
 from cofi_jax.objective import taught_layers
 
+_CGROUP = ("max", "current")
 Lesson = dict[str, jax.Array]
 
 
@@ -64,24 +66,24 @@ class Lessons:
     def __init__(self, teacher: Encoder, params: dict, distill: Distill):
         self._teach = make_teach(teacher, distill)
         self._params, self._cache = parallel.replicate(params), distill.cache
-        self._stores: dict[tuple[int, int], _Store] = {}
+        self._key, self._store = None, None
 
     def of(
         self, examples: data_lib.Examples, buckets: Sequence[int], batch_size: int
     ) -> Callable[[np.ndarray, Batch], Lesson]:
         """`(rows, batch) -> lesson` for batches of `examples`, on the device.
 
-        Stages of as many examples and the same batch size share what is kept:
-        `first_rows` chose the same ones, and sums of other shapes may be rounded
-        otherwise.
+        Stages of the same rows and batch size share what is kept (sums of other shapes
+        may be rounded otherwise); with others, what was kept is forgotten.
         """
         if self._cache == "none":
             return lambda rows, batch: self._teach(self._params, batch)
-        key = len(examples), batch_size
-        if key not in self._stores:
+        key = parallel.digest(examples.input_ids), len(examples), batch_size
+        if key != self._key:
             like = _example(self._teach, self._params, examples)
-            self._stores[key] = _Store(like, examples, buckets, self._cache)
-        store = self._stores[key]
+            self._key, self._store = key, None  # first that of the stage before goes
+            self._store = _Store(like, examples, buckets, self._cache)
+        store = self._store
 
         def lesson(rows, batch):
             kept = store.read(rows, batch)
@@ -102,7 +104,7 @@ def check_memory(
     Args:
       teacher: its sizes.
       distill: with `cache`; nothing is said where that is none.
-      examples: what each of the stores will hold.
+      examples: the rows of each stage; one stage's lessons are kept at a time.
 
     Raises:
       UserError: where less memory is free.
@@ -110,12 +112,14 @@ def check_memory(
     if distill.cache == "none" or not (distill.logits or distill.layers):
         return
     teach, params = make_teach(Encoder(teacher), distill), abstract_params(teacher)
-    tokens, size = 0, 0
-    for rows in examples:
+
+    def size_of(rows):
         like = _example(teach, params, rows)
-        tokens += rows.lengths.sum()
-        for name, shape in _shapes(like, rows).items():
-            size += int(np.prod(shape)) * like[name].dtype.itemsize
+        shapes = _shapes(like, rows).items()
+        return sum(math.prod(shape) * like[n].dtype.itemsize for n, shape in shapes)
+
+    most = max(examples, key=size_of)
+    size, count, tokens = size_of(most), len(most), int(most.lengths.sum())
     if distill.cache == "device" and jax.process_count() > 1:
         legal = "must be host or none where a run has several processes"
         raise reject("distill.cache", distill.cache, legal)
@@ -123,7 +127,6 @@ def check_memory(
     if size > free:
         legal = f"the lessons need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise reject("distill.cache", distill.cache, legal)
-    count = sum(map(len, examples))
     print(
         f"lessons: {count:,} rows of {tokens:,} tokens take up to {size / 1e9:.2f} GB "
         f"of the {distill.cache}'s memory",
@@ -133,14 +136,20 @@ def check_memory(
 
 def _free_memory(where):
     """Bytes that can still be had, as far as the system says."""
-    if where == "device":
-        stats = jax.local_devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats()
+    if where == "device" and stats:  # a CPU has none: its memory is the host's
         return stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
     try:
         text = pathlib.Path("/proc/meminfo").read_text()
-        return int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]) * 1024
+        free = int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]) * 1024
     except (OSError, TypeError):
         return np.inf
+    try:  # what a batch system allows may be less
+        group = pathlib.Path("/sys/fs/cgroup")
+        most, used = (int((group / f"memory.{n}").read_text()) for n in _CGROUP)
+        return min(free, most - used)
+    except (OSError, ValueError):
+        return free
 
 
 def _example(teach, params, examples):
@@ -187,9 +196,8 @@ class _Store:
         return {name: x[index[name]] for name, x in self._arrays.items()}
 
     def write(self, rows, batch, lesson):
-        """Keeps what the batch's rows in their own bucket were told."""
-        home = self._at_home(rows, batch)
-        if not home.all():
+        """Keeps what the rows were told, if all of them are in their own bucket."""
+        if not self._at_home(rows, batch).all():
             return
         index = self._index(rows, batch)
         self._kept[rows] = True

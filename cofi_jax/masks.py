@@ -51,9 +51,14 @@ def mask_shapes(config, kinds: Sequence[str] = ALL) -> dict[str, tuple[int, ...]
 
 def init_log_alpha(config, key: jax.Array, kinds: Sequence[str] = ALL) -> LogAlpha:
     """Open gates: normal around 4.5 with deviation 0.01, float32."""
+    return _init(key, tuple(mask_shapes(config, kinds).items()))
+
+
+@functools.partial(jax.jit, static_argnames="shapes")
+def _init(key, shapes):
     return {
         kind: _INIT_MEAN + _INIT_STD * jax.random.normal(_named(key, kind), shape)
-        for kind, shape in mask_shapes(config, kinds).items()
+        for kind, shape in shapes
     }
 
 

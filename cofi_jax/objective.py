@@ -150,7 +150,9 @@ def whole_params(theta: dict, frozen: dict) -> dict:
 def _noise(key, batch):
     # Each part of a batch has its own; the gates and the taught layers are the same.
     return {
-        "dropout": jax.random.fold_in(key, batch["part"]) if "part" in batch else key
+        "dropout": jax.random.fold_in(key, 2 + batch["part"])
+        if "part" in batch
+        else key
     }
 
 

@@ -41,7 +41,17 @@ def unfit(config: EncoderConfig) -> str:
     """Why `pytorch_step` cannot be run on a model of these sizes; "" where it can."""
     if gone := missing("torch", "transformers"):
         return f"{gone} not installed"
+    if lost := without_device():
+        return lost
     return "" if config.problem == "classification" else "is for classification only"
+
+
+def without_device() -> str:
+    """Why PyTorch cannot be run where jax is; "" where it can."""
+    import torch
+
+    on_cpu = jax.default_backend() == "cpu"
+    return "" if on_cpu or torch.cuda.is_available() else "its torch has no CUDA"
 
 
 def _set_up() -> str:

@@ -115,11 +115,10 @@ def expected_sparsity(log_alpha: LogAlpha, config, cost: Cost = cost) -> jax.Arr
 
 def max_sparsity(config, kinds: Sequence[str] = ALL) -> float:
     """The highest expected sparsity that gates of these kinds can reach."""
-    floor = {
-        kind: np.full(shape, hard_concrete.LOG_ALPHA_RANGE[0])
-        for kind, shape in mask_shapes(config, kinds).items()
-    }
-    return float(expected_sparsity(floor, config))
+    floor = float(hard_concrete.prob_active(hard_concrete.LOG_ALPHA_RANGE[0]))
+    shapes = mask_shapes(config, kinds).items()
+    left = cost({kind: np.full(shape, floor) for kind, shape in shapes}, config)
+    return float(1 - left / num_params({}, config))
 
 
 def target_at(step: jax.Array, target: jax.Array, warmup_steps: jax.Array) -> jax.Array:
@@ -154,6 +153,28 @@ def target_masks(
         return jnp.where(after > 0, kept, 0.0)
 
     return {kind: value(learned[kind], found[kind]) for kind in learned}
+
+
+def final_masks(
+    log_alpha: LogAlpha,
+    config,
+    target: float,
+    transform: MaskTransform,
+) -> Masks:
+    """Evaluation masks that meet the target after a transform that opens gates.
+
+    So more is closed before it: in a model of few units the sparsity ends above the
+    target. Where the transform opens too much for any, it is left out.
+    """
+    aim = target
+    for _ in range(20):
+        gates = transform(target_masks(log_alpha, config, aim))
+        missing = target - exact_sparsity(gates, config)
+        if missing <= 1e-3:
+            return gates
+        aim += max(missing, 2e-3)
+    print("warning: widths stay as they are: rounded, they miss the target", flush=True)
+    return target_masks(log_alpha, config, target)
 
 
 def _nearest(log_alpha, config, target, tolerance):

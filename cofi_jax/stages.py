@@ -5,6 +5,7 @@ teacher -> prepruning -> prune -> (slice) -> finetune
 
 import dataclasses
 import functools
+import io
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from cofi_jax import (
     masks,
     objective,
     parallel,
+    report,
     sparsity,
     tasks,
     training,
@@ -26,7 +28,7 @@ from cofi_jax import (
 from cofi_jax import config as config_lib
 from cofi_jax import data as data_lib
 from cofi_jax.lessons import Lessons
-from cofi_jax.model import Encoder, EncoderConfig
+from cofi_jax.model import Encoder
 from cofi_jax.objective import whole_params
 
 
@@ -259,33 +261,24 @@ def learn_masks(
             "of masks and multipliers would do",
             file=sys.stderr,
         )
-    transform = masks.round_to_device() if settings.round_widths else masks.chain()
-    gates = final_masks(
-        theta["log_alpha"], model.config, settings.target_sparsity, transform
-    )
+    path = run.workdir / "masks.npz"
+
+    def settle():
+        if path.exists():  # what a device likes, the next one may not
+            return
+        transform = masks.round_to_device() if settings.round_widths else masks.chain()
+        file = io.BytesIO()
+        found = sparsity.final_masks(
+            theta["log_alpha"], model.config, settings.target_sparsity, transform
+        )
+        np.savez(file, **found)
+        report.write_atomically(path, file.getvalue())
+
+    parallel.first(settle)
+    with np.load(path) as file:
+        gates = {kind: jnp.asarray(file[kind]) for kind in theta["log_alpha"]}
     params = whole_params(theta, state.frozen)
     return Student(params, theta["distill_projection"]), gates, seconds
-
-
-def final_masks(
-    log_alpha: masks.LogAlpha,
-    config: EncoderConfig,
-    target: float,
-    transform: masks.MaskTransform,
-) -> masks.Masks:
-    """Evaluation masks that meet the target after a transform that opens gates.
-
-    So more is closed before it. Without the transform where it opens too much for
-    that, as in a model of few units it may.
-    """
-    aim = target
-    for _ in range(8):
-        gates = transform(sparsity.target_masks(log_alpha, config, aim))
-        missing = target - sparsity.exact_sparsity(gates, config)
-        if missing <= 1e-3:
-            return gates
-        aim += missing
-    return sparsity.target_masks(log_alpha, config, target)
 
 
 def finetune(

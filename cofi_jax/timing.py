@@ -63,6 +63,7 @@ def side_by_side(
     repeats: int,
     warmup: int = 3,
     turn_ms: float = _TURN_MS,
+    rest_ms: float = 0.0,
 ) -> dict[str, Timing]:
     """Times the calls in turn, each until its result is ready.
 
@@ -72,6 +73,7 @@ def side_by_side(
       warmup: untimed calls of each beforehand; the first one compiles.
       turn_ms: a turn ends after this time; it has one call at least. The first call,
         which fills the caches anew, counts only where no other follows.
+      rest_ms: before each turn, for other runtimes' threads to stop waiting for work.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -82,6 +84,7 @@ def side_by_side(
     try:
         for _ in range(repeats):
             for name, call in calls.items():
+                time.sleep(rest_ms / 1e3)
                 turns[name].append(_turn(call, turn_ms))
     finally:
         if collecting:
@@ -135,7 +138,7 @@ def memory_suffices(batch_size: int, seq_length: int) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # jax's is one, PyTorch's too
         text = str(error)
-        lack = "RESOURCE_EXHAUSTED" in text or "out of memory" in text
+        lack = re.search("RESOURCE_EXHAUSTED|out of memory|allocate", text)
         if not (lack or isinstance(error, MemoryError)):
             raise
         legal = f"too much for the memory, with sequences of {seq_length}"

@@ -121,19 +121,23 @@ def create_state(
       freeze_embeddings: whether the embeddings, their LayerNorm included, stay.
       **theta: `distill_projection`, `log_alpha`, `multipliers`.
     """
-    params = jax.tree.map(jnp.array, params)
-    frozen = {"embeddings": params.pop("embeddings")} if freeze_embeddings else {}
+    frozen = {"embeddings": params["embeddings"]} if freeze_embeddings else {}
+    theta["params"] = {k: v for k, v in params.items() if k not in frozen}
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+    return _fresh(key, theta, frozen, rates)
+
+
+@jax.jit  # one program instead of one for each shape
+def _fresh(key, theta, frozen, rates):
     # With its dtype: a weakly typed scalar would have the second step retraced.
     theta = jax.tree.map(lambda x: jnp.array(x, jnp.float32), theta)
-    theta = {"params": params} | theta
     down, up = _players(theta)
     zero_rates = dict.fromkeys(("weights", "gates", "multipliers"), 0.0)
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        key=key,
+        key=jax.random.clone(key),
         theta=theta,
-        frozen=frozen,
+        frozen=jax.tree.map(jnp.copy, frozen),
         rates=jax.tree.map(jnp.array, rates),
         descent=descent(zero_rates).init(down),
         ascent=ascent(zero_rates).init(up),

@@ -234,7 +234,8 @@ def random_batch(
 ) -> dict[str, jax.Array]:
     """A (B, T) batch of random tokens without padding, on the device."""
     shape = (batch_size, seq_length)
-    ids = np.random.default_rng(0).integers(vocab_size, size=shape)
+    # No padding among them: 0 for BERT, 1 for RoBERTa.
+    ids = np.random.default_rng(0).integers(min(2, vocab_size - 1), vocab_size, shape)
     return {
         "input_ids": jnp.asarray(ids, jnp.int32),
         "attention_mask": jnp.ones(shape, jnp.int32),

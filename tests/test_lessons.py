@@ -154,11 +154,12 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
 
 def test_stages_share_what_is_kept_only_in_the_same_shapes(tiny, tiny_params, examples):
     teaching = lessons.Lessons(model_of(tiny), tiny_params, Distill(cache="host"))
-    for rows, size in ((examples, 4), (examples, 4), (examples, 2)):
-        teaching.of(rows, BUCKETS, size)
-    assert len(teaching._stores) == 2
-    teaching.of(examples.take(np.arange(8)), BUCKETS, 4)
-    assert len(teaching._stores) == 3
+    first = teaching.of(examples, BUCKETS, 4) and teaching._store
+    assert teaching.of(examples, BUCKETS, 4) and teaching._store is first
+    others = examples.take(np.random.default_rng(0).permutation(22))  # as many
+    for rows, size in ((examples, 2), (others, 2), (examples.take(np.arange(8)), 2)):
+        before = teaching._store
+        assert teaching.of(rows, BUCKETS, size) and teaching._store is not before
 
 
 @pytest.mark.parametrize("cache", ["host", "device"])

@@ -1,10 +1,10 @@
-"""What happens between the stages of a run."""
+"""Widths that are rounded, and the target that is met all the same."""
 
 import jax
 import numpy as np
 import pytest
 
-from cofi_jax import masks, sparsity, stages
+from cofi_jax import masks, sparsity
 from cofi_jax.model import EncoderConfig
 
 CONFIG = EncoderConfig(
@@ -37,7 +37,7 @@ def test_rounded_widths_meet_the_target(seed, target):
     log_alpha = learned(seed)
     plain = sparsity.target_masks(log_alpha, CONFIG, target)
     assert (widths(plain) % 32).any()
-    gates = stages.final_masks(
+    gates = sparsity.final_masks(
         log_alpha, CONFIG, target, masks.round_to_multiple(intermediate=32)
     )
     assert not (widths(gates) % 32).any()
@@ -52,7 +52,7 @@ def test_what_cannot_be_rounded_stays_as_it_is():
     def open_all(gates):
         return jax.tree.map(np.ones_like, gates)
 
-    gates = stages.final_masks(log_alpha, CONFIG, 0.9, open_all)
+    gates = sparsity.final_masks(log_alpha, CONFIG, 0.9, open_all)
     jax.tree.map(np.testing.assert_array_equal, gates, plain)
 
 
