@@ -870,7 +870,7 @@ def test_run_of_another_config_is_left_alone(there, begun, capsys):
 
 def test_run_at_work_is_left_alone(there, begun, capsys):
     before = tree(begun)
-    with open(begun / ".lock", "w") as lock:
+    with open(begun / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         line = complaint(capsys, f"--config={there['config']}", f"--workdir={begun}")
     check(line, f"workdir='{begun}'", "another run is at work")
