@@ -13,6 +13,7 @@ On one device, and with one process, everything here does nothing.
 import contextlib
 import functools
 import json
+import logging
 import os
 import sys
 import traceback
@@ -249,6 +250,9 @@ def one_voice() -> Iterator[None]:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
+                # Handlers made before have kept the stream that they write to.
+                stack.callback(logging.disable, logging.root.manager.disable)
+                logging.disable(logging.WARNING)
             yield
     except BaseException:
         traceback.print_exc()

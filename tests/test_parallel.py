@@ -104,6 +104,8 @@ def start_two(*commands, out):
             "JAX_PROCESS_ID": str(index),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
+            # Under it transformers logs through the root logger, which others set up.
+            "CI": "true",
         }
         with open(f"{out}{index}", "w") as file:
             process = subprocess.Popen(
