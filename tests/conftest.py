@@ -54,6 +54,20 @@ def tiny_batch(tiny):
     }
 
 
+@pytest.fixture(scope="session")
+def code_cache(tmp_path_factory):
+    """Where transformers copies a folder's code to: not the home folder.
+
+    One for all of a process: what was imported from it once stays in sys.modules.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("hub") / "modules")
+        name = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+        patch.setattr(name, cache)
+        patch.syspath_prepend(cache)
+        yield cache
+
+
 @pytest.fixture(scope="module")
 def quick_compile():
     """XLA without its optimisations, for files that mostly wait for the compiler."""

@@ -53,15 +53,10 @@ WITHOUT = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def code_cache(tmp_path_factory):
-    """Where transformers copies a folder's code to: not the home folder."""
+def processes(code_cache):
+    """Processes that a test starts share its cache, and ask no hub."""
     with pytest.MonkeyPatch.context() as patch:
-        top = tmp_path_factory.mktemp("hub")
-        cache = str(top / "modules")
-        name = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
-        patch.setattr(name, cache)
-        patch.syspath_prepend(cache)
-        patch.setenv("HF_HOME", str(top))  # of processes started
+        patch.setenv("HF_HOME", str(pathlib.Path(code_cache).parent))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 

@@ -28,18 +28,7 @@ HEADS, UNITS = (3, 0, 0, 1, 2), (17, 5, 0, 0, 1)
 TENSOR = "bert.encoder.layer.{}.{}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def code_cache(tmp_path_factory):
-    """Where transformers copies a folder's code to: not the home folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        name = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
-        patch.setattr(name, cache)
-        patch.syspath_prepend(cache)
-        yield
-
-
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "code_cache")
 
 
 def sizes(family="bert", problem="classification", **others):
