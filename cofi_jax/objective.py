@@ -96,10 +96,8 @@ def distill_layers(
       total: takes the place of the token weights' sum.
     """
 
-    def project(states, projection):  # in the states' dtype, summed up in float32
-        return jnp.matmul(
-            states, projection.astype(states.dtype), preferred_element_type=jnp.float32
-        )
+    def project(states, projection):  # in the states' dtype, also on the way back
+        return (states @ projection.astype(states.dtype)).astype(jnp.float32)
 
     def distance(t, s):  # (B, T, D), (B, T, D)
         return weighted_mean(jnp.square(t - s).mean(-1), token_weight, total)
