@@ -24,21 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from cofi_jax.config import KINDS
+from cofi_jax.pointwise import ACTIVATIONS, Dropout, Norm
 from cofi_jax.sizes import EncoderConfig
+from cofi_jax.skip import if_present
 
 Batch = dict[str, jax.Array]
 
 _INIT = nn.initializers.normal(0.02)
-
-# By Hugging Face's names.
-ACTIVATIONS = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "swish": nn.silu,
-}
 
 
 class Output(NamedTuple):
@@ -49,32 +41,6 @@ class Output(NamedTuple):
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...]
-
-
-class Norm(nn.Module):
-    """LayerNorm over the open hidden dimensions, times the hidden gates."""
-
-    epsilon: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x: jax.Array, gates: jax.Array | None) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        x = x.astype(jnp.float32)
-        if gates is None:
-            mean = x.mean(-1, keepdims=True)
-            centred = x - mean
-            variance = jnp.square(centred).mean(-1, keepdims=True)
-        else:
-            weights = (gates > 0) / jnp.maximum((gates > 0).sum(), 1)
-            mean = (x * weights).sum(-1, keepdims=True)
-            centred = x - mean
-            variance = (jnp.square(centred) * weights).sum(-1, keepdims=True)
-            # Folded here, on D numbers, as slicing folds them into the parameters.
-            scale, bias = scale * gates, bias * gates
-        normal = centred * jax.lax.rsqrt(variance + self.epsilon)
-        return (normal * scale + bias).astype(self.dtype)
 
 
 class Projection(nn.Module):
@@ -123,7 +89,7 @@ class Attention(nn.Module):
             attention_mask[:, None, None, :] > 0, scores.astype(jnp.float32), -1e9
         )
         weights = jax.nn.softmax(scores).astype(config.dtype)
-        weights = nn.Dropout(config.dropout, deterministic=not train)(weights)
+        weights = Dropout(config.dropout)(weights, train=train)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)
         return Projection(config, name="output")(context, head_gates, outer_gates)
 
@@ -143,7 +109,10 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One Transformer layer; `gates` holds this layer's rows of the masks."""
+    """One Transformer layer, or one block of it where the other's width is 0.
+
+    `gates` holds this layer's rows of the masks; its blocks are there.
+    """
 
     heads: int
     width: int
@@ -151,47 +120,47 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, attention_mask, gates, *, train):
-        def attend(self, x):
-            y = Attention(self.heads, self.config, name="attention")(
-                x, attention_mask, gates.get("head"), outer("mha"), train=train
-            )
-            return self._join(x, y, gates, "attention_norm", train)
-
-        def feed_forward(self, x):
-            y = FeedForward(self.width, self.config, name="ffn")(
-                x, gates.get("intermediate"), outer("ffn")
-            )
-            return self._join(x, y, gates, "ffn_norm", train)
+        def join(x, y, name):
+            y = Dropout(self.config.dropout)(y, train=train).astype(jnp.float32)
+            norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=name)
+            return norm(x + y, gates.get("hidden"))
 
         def outer(block):
             there = [gates[kind] for kind in (block, "hidden") if kind in gates]
             return functools.reduce(jnp.multiply, there) if there else None
 
         if self.heads:
-            x = self._unless_absent(attend, x, gates, "mha", "head")
+            y = Attention(self.heads, self.config, name="attention")(
+                x, attention_mask, gates.get("head"), outer("mha"), train=train
+            )
+            x = join(x, y, "attention_norm")
         if self.width:
-            x = self._unless_absent(feed_forward, x, gates, "ffn", "intermediate")
+            y = FeedForward(self.width, self.config, name="ffn")(
+                x, gates.get("intermediate"), outer("ffn")
+            )
+            x = join(x, y, "ffn_norm")
         return x
-
-    def _join(self, x, y, gates, norm_name, train):
-        y = nn.Dropout(self.config.dropout, deterministic=not train)(y)
-        norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=norm_name)
-        return norm(x + y.astype(jnp.float32), gates.get("hidden"))
-
-    def _unless_absent(self, block, x, gates, outer, inner):
-        there = [(gates[kind] > 0).any() for kind in (outer, inner) if kind in gates]
-        if not there:
-            return block(self, x)
-        present = functools.reduce(jnp.logical_and, there)
-        if jax.default_backend() == "cpu":  # a GPU would wait for the host here
-            return nn.cond(present, block, lambda self, x: x, self, x)
-        return jnp.where(present, block(self, x), x)
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "train"))
-def _traced_once(layer, train, params, noise, *inputs):
-    """One trace for all layers of the same widths: half the time of a whole trace."""
-    return layer.apply({"params": params}, *inputs, train=train, rngs=noise)
+def _traced_once(layer, train, params, gates, noise, x, attention_mask):
+    """A layer of one block, or x where that is absent.
+
+    One trace for all blocks of the same width: half the time of a whole trace.
+    """
+
+    def block(fixed, x, params, gates):
+        noise, attention_mask = fixed
+        variables = {"params": params}
+        return layer.apply(variables, x, attention_mask, gates, train=train, rngs=noise)
+
+    kinds = ("mha", "head") if layer.heads else ("ffn", "intermediate")
+    gates = {k: v for k, v in gates.items() if k in (*kinds, "hidden")}
+    there = [(gates[kind] > 0).any() for kind in kinds if kind in gates]
+    inputs = (noise, attention_mask), x, params, gates
+    if not there:
+        return block(*inputs)
+    return if_present(functools.reduce(jnp.logical_and, there), block, *inputs)
 
 
 class Encoder(nn.Module):
@@ -220,20 +189,24 @@ class Encoder(nn.Module):
             zip(config.heads, config.intermediate, strict=True)
         ):
             gates = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
-            name, inputs = f"layer_{i}", (x, batch["attention_mask"], gates)
+            name, attention_mask = f"layer_{i}", batch["attention_mask"]
             if self.is_initializing():
-                x = Layer(heads, width, config, name=name)(*inputs, train=train)
-            else:
-                layer = Layer(heads, width, config, parent=None)
-                params = self.variables["params"].get(name, {})
+                layer = Layer(heads, width, config, name=name)
+                x = layer(x, attention_mask, gates, train=train)
+            for block, *widths in (("attention", heads, 0), ("ffn", 0, width)):
+                if self.is_initializing() or not any(widths):
+                    continue
+                params = self.variables["params"][name]
+                params = {k: params[k] for k in (block, f"{block}_norm")}
                 noise = {"dropout": self.make_rng("dropout")} if train else {}
-                x = _traced_once(layer, train, params, noise, *inputs)
+                layer = Layer(*widths, config, parent=None)
+                x = _traced_once(layer, train, params, gates, noise, x, attention_mask)
             states.append(x)
         if config.problem != "span":
             first = nn.Dense(
                 config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
             )(x[:, 0])
-            x = nn.Dropout(config.dropout, deterministic=not train)(jnp.tanh(first))
+            x = Dropout(config.dropout)(jnp.tanh(first), train=train)
         logits = nn.Dense(config.num_labels, kernel_init=_INIT, name="classifier")(
             x.astype(jnp.float32)
         )
@@ -261,7 +234,7 @@ class Embeddings(nn.Module):
         if hidden is not None:
             x = x * hidden
         x = Norm(config.layer_norm_eps, config.dtype, name="norm")(x, hidden)
-        return nn.Dropout(config.dropout, deterministic=not train)(x)
+        return Dropout(config.dropout)(x, train=train)
 
 
 def _example() -> Batch:

@@ -20,7 +20,7 @@ class EncoderConfig:
     dropout: float = 0.1
     dtype: str = "float32"  # of the matrix work; parameters stay float32
     problem: str = "classification"  # or regression, span
-    activation: str = "gelu"  # a key of ACTIVATIONS
+    activation: str = "gelu"  # a key of pointwise.ACTIVATIONS
     model_type: str = "bert"  # as Hugging Face calls the family
     position_offset: int = 0  # the position table's row for the first token
 

@@ -229,7 +229,7 @@ def _gelu_tanh(graph, x):
     return graph("Mul", graph("Mul", x, np.float32(0.5)), y)
 
 
-# Of `model.ACTIVATIONS`.
+# Of `pointwise.ACTIVATIONS`.
 _ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_new": _gelu_tanh,

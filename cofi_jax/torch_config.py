@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from cofi_jax.config import Model, reject
-from cofi_jax.model import ACTIVATIONS, EncoderConfig
+from cofi_jax.model import EncoderConfig
+from cofi_jax.pointwise import ACTIVATIONS
 
 # Hugging Face's classes of a family, by model_type, and the prefix of their tensors.
 FAMILIES = {

@@ -59,7 +59,9 @@ def of_project(path):
     return found
 
 
-@pytest.mark.parametrize("name", ["hard_concrete", "metrics", "config", "sizes"])
+@pytest.mark.parametrize(
+    "name", ["hard_concrete", "metrics", "config", "sizes", "pointwise", "skip"]
+)
 def test_stands_alone(name):
     assert not of_project(PACKAGE[name])
 
@@ -72,7 +74,12 @@ def test_knows_of_the_model_only_its_config(name):
 
 
 def test_model_knows_nothing_of_masks():
-    assert set(of_project(PACKAGE["model"])) <= {"config", "sizes"}
+    assert set(of_project(PACKAGE["model"])) <= {
+        "config",
+        "sizes",
+        "pointwise",
+        "skip",
+    }
 
 
 def test_libraries_stay_where_they_belong():

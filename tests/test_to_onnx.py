@@ -13,7 +13,8 @@ from transformers import AutoConfig, BertConfig
 
 from cofi_jax import to_onnx
 from cofi_jax.config import UserError
-from cofi_jax.model import ACTIVATIONS, Encoder, EncoderConfig
+from cofi_jax.model import Encoder, EncoderConfig
+from cofi_jax.pointwise import ACTIVATIONS
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -13,7 +13,8 @@ from scipy.special import erf
 
 from cofi_jax import to_stock
 from cofi_jax.config import UserError
-from cofi_jax.model import ACTIVATIONS, Encoder, EncoderConfig
+from cofi_jax.model import Encoder, EncoderConfig
+from cofi_jax.pointwise import ACTIVATIONS
 from cofi_jax.torch_config import to_fields
 from cofi_jax.torch_names import to_hugging_face, to_torch
 
