@@ -281,6 +281,32 @@ def test_step_transfers_nothing(pruning):
             pruning.step(state, context, jax.tree.map(np.asarray, pruning.batch))
 
 
+def products(jaxpr):
+    """The types of what each matrix product multiplies, in all programs within."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield [variable.aval for variable in equation.invars]
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: x is None):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("absent", ["skipped", "selected"])
+def test_matrix_products_are_in_the_models_dtype(tiny, tiny_batch, absent, monkeypatch):
+    """Forward and backward; but for the classifier's, which is float32."""
+    config = dataclasses.replace(tiny, dtype="bfloat16", num_labels=5)
+    if absent == "selected":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    pruning = Pruning(config, tiny_batch)
+    arguments = pruning.state(), pruning.context(), pruning.batch
+    found = list(products(jax.make_jaxpr(pruning.step)(*arguments)))
+    others = [pair for pair in found if not any(5 in x.shape for x in pair)]
+    # Of each block 2 (6 of attention, 2 of the feed-forward) and the way back twice.
+    assert len(others) > 2 * (6 + 2) * 3
+    assert {x.dtype for pair in others for x in pair} == {jnp.dtype("bfloat16")}
+
+
 def test_donation_leaves_what_others_hold(pruning):
     """The step may take the state's memory, and only that."""
     teacher = jax.device_get(pruning.teacher)
