@@ -85,9 +85,8 @@ class Attention(nn.Module):
 
         query, key, value = project("query"), project("key"), project("value")
         scores = jnp.einsum("bthd,bshd->bhts", query, key) * config.head_size**-0.5
-        scores = jnp.where(
-            attention_mask[:, None, None, :] > 0, scores.astype(jnp.float32), -1e9
-        )
+        padding = jnp.where(attention_mask > 0, 0.0, -1e9)[:, None, None, :]
+        scores = scores.astype(jnp.float32) + padding
         weights = jax.nn.softmax(scores).astype(config.dtype)
         weights = Dropout(config.dropout)(weights, train=train)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)

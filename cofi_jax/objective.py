@@ -96,7 +96,8 @@ def distill_layers(
       total: takes the place of the token weights' sum.
     """
 
-    def project(states, projection):  # in the states' dtype, also on the way back
+    # In the states' dtype, to which the teacher's are rounded too; also the way back.
+    def project(states, projection):
         return (states @ projection.astype(states.dtype)).astype(jnp.float32)
 
     def distance(t, s):  # (B, T, D), (B, T, D)

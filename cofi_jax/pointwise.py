@@ -1,7 +1,8 @@
 """What acts between the matrix products: activations, dropout, LayerNorm.
 
 For the backward pass an activation and a LayerNorm keep what they were given: what they
-compute is sooner computed again than written and read.
+compute is sooner computed again than written and read. LayerNorm's way back is written
+down, so forward mode (`jax.jvp`) does not go through.
 """
 
 import functools
@@ -12,7 +13,10 @@ import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Of x, x times the normal distribution up to x; by erf, twice as fast as erfc."""
+    """Of x, x times the normal distribution up to x, to 1e-6, in float32 within.
+
+    By erf, as in PyTorch: twice as fast as by erfc, and less exact far below 0.
+    """
     wide = x.astype(jnp.float32)
     return (wide * 0.5 * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
@@ -42,7 +46,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Of any shape; x itself where it does not train."""
+        """Of one axis at least; x itself where it does not train."""
         threshold = min(round(self.rate * 2**16), 2**16 - 1)
         if not train or not threshold:
             return x
@@ -50,7 +54,12 @@ class Dropout(nn.Module):
         words = jax.random.bits(self.make_rng("dropout"), shape, jnp.uint32)
         halves = (half >= threshold for half in (words >> 16, words & 0xFFFF))
         kept = jnp.concatenate([*halves], -1)[..., : x.shape[-1]]
-        return jnp.where(kept, x / (1 - threshold / 2**16), 0)
+        return _drop(1 - threshold / 2**16, kept, x)
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)  # else zeros are kept as well
+def _drop(share, kept, x):
+    return jnp.where(kept, x.astype(jnp.float32) / share, 0).astype(x.dtype)
 
 
 class Norm(nn.Module):

@@ -2,7 +2,8 @@
 
 JAX differentiates `cond` by having its first branch return all that the second one
 needs, operands included: a block's parameters would be copied each time. Here only
-what was computed on the way is handed over.
+what was computed on the way is handed over, as a gated kernel is. The price is forward
+mode: `jax.jvp` does not go through.
 """
 
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def if_present(
 
     Args:
       present: () bool.
-      block: keeps the shape and dtype of x.
+      block: keeps the shape and dtype of x; captures nothing that is differentiated.
       fixed: a pytree that is not differentiated.
       x: a floating point array.
       *operands: pytrees of such arrays.
@@ -54,6 +55,10 @@ def if_present(
             places = [place_of.get(id(x)) for x in arrays]
             recipes.append(_Recipe(structure, places))
             return out, [x for x, i in zip(arrays, places, strict=True) if i is None]
+
+        there = jax.jit(
+            there, inline=True
+        )  # traced once, for its shapes and the branch
 
         def absent(fixed, x, *_):
             return x, [jnp.zeros(like.shape, like.dtype) for like in likes]

@@ -239,6 +239,24 @@ def test_dropout_zeroes_its_share_of_the_embeddings(tiny, tiny_params):
 # Precision
 
 
+def test_every_dropout_has_a_key_of_its_own(tiny, tiny_params, tiny_batch, monkeypatch):
+    bits, keys = jax.random.bits, []
+
+    def seen(key, *args):
+        jax.debug.callback(
+            lambda k: keys.append(tuple(k.tolist())), jax.random.key_data(key)
+        )
+        return bits(key, *args)
+
+    monkeypatch.setattr(jax.random, "bits", seen)
+    model = Encoder(dataclasses.replace(tiny, dropout=0.3))  # that none has traced
+    noise = {"dropout": jax.random.key(0)}
+    model.apply({"params": tiny_params}, tiny_batch, train=True, rngs=noise)
+    jax.effects_barrier()
+    # Embeddings, pooler; in each of two layers the attention and after each block.
+    assert len(keys) == len(set(keys)) == 2 + 2 * 3
+
+
 def test_bfloat16_is_close_and_float32_outside(tiny, tiny_params, tiny_batch):
     config = dataclasses.replace(tiny, dtype="bfloat16")
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(abstract_params(config))}

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +64,88 @@ def test_it_differentiates_in_a_loop():
 
     found, expected = jax.grad(repeat)(params), jax.grad(twice)(params)
     np.testing.assert_allclose(found["kernel"], expected["kernel"], atol=1e-5)
+
+
+def cond(present, block, fixed, x, *operands):
+    """What JAX makes of it."""
+    return jax.lax.cond(present, block, lambda _, x, *__: x, fixed, x, *operands)
+
+
+def agree(of, dtype=jnp.float32):
+    found, expected = of(if_present), of(cond)
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert a.dtype == b.dtype
+        a, b = (np.asarray(each, np.float32) for each in (a, b))
+        np.testing.assert_allclose(a, b, atol=1e-5 if dtype == jnp.float32 else 0.05)
+
+
+@pytest.mark.parametrize("frozen", ["x", "params", "gates", "all"])
+def test_one_program_with_several_things_frozen(frozen):
+    """A layer is traced once, whatever is differentiated of it in each place."""
+    fixed, *others = inputs()
+    known = dict(zip(("x", "params", "gates"), others, strict=True))
+    frozen = set(known) if frozen == "all" else {frozen}
+
+    def of(choose):
+        @jax.jit
+        def layer(*rest):
+            return choose(jnp.array(True), block, fixed, *rest)
+
+        def several(x, params, gates):
+            given = dict(x=x, params=params, gates=gates)
+            some = (known[n] if n in frozen else given[n] for n in known)
+            y = layer(*some)
+            y = layer(y, known["params"], gates)
+            y = layer(y + x, params, known["gates"])
+            return jnp.sin(layer(y, params, gates)).sum()
+
+        return jax.grad(several, (0, 1, 2))(*others)
+
+    agree(of)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("present", [True, False])
+def test_dtypes_are_kept(dtype, present):
+    fixed, x, params, gates = inputs()
+    x, params = jax.tree.map(lambda a: a.astype(dtype), (x, params))
+
+    def low(fixed, x, params, gates):
+        return block(fixed, x, params, gates).astype(dtype)
+
+    def of(choose):
+        def total(*rest):
+            return choose(jnp.array(present), low, fixed, *rest).sum()
+
+        return jax.value_and_grad(total, (0, 1, 2))(x, params, gates)
+
+    agree(of, dtype)
+
+
+def test_the_same_array_twice_and_computed_again():
+    fixed, x, params, gates = inputs()
+
+    def of(choose):
+        def both(fixed, x, one, other):
+            return block(fixed, block(fixed, x, one, gates), other, gates)
+
+        @jax.checkpoint
+        def total(x, params):
+            return choose(jnp.array(True), both, fixed, x, params, params).sum()
+
+        return jax.grad(total, (0, 1))(x, params)
+
+    agree(of)
+
+
+def test_a_block_is_traced_once():
+    fixed, *rest = inputs()
+    traced = chex.assert_max_traces(block, n=1)
+
+    def total(*rest):
+        return if_present(jnp.array(True), traced, fixed, *rest).sum()
+
+    jax.jit(jax.grad(total))(*rest)
 
 
 def test_forward_pass_hands_no_operand_over():
