@@ -65,11 +65,13 @@ def _drop(share, kept, x):
 class Norm(nn.Module):
     """LayerNorm over the open hidden dimensions, times the hidden gates.
 
-    With s the share of a dimension in the statistics, 1 / D or that of the open ones:
+    With s the share of a dimension in the statistics, 1 / D or that of the open ones,
 
         mean = sum(s x)    variance = sum(s (x - mean)^2)
         n = (x - mean) / sqrt(variance + epsilon)    y = n scale + bias
         dx = (g - s (sum(g) + n sum(g n))) / sqrt(variance + epsilon),  g = scale dy
+
+    and x is 0 in the closed dimensions, so that its plain sum is that of the open ones.
     """
 
     epsilon: float
@@ -80,35 +82,34 @@ class Norm(nn.Module):
         """Of (..., D), with gates (D,) or none; the statistics are float32."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
-        share = 1 / x.shape[-1]
+        open_ = None
         if gates is not None:
-            share = (gates > 0) / jnp.maximum((gates > 0).sum(), 1)
+            open_ = gates > 0
             # Folded here, on D numbers, as slicing folds them into the parameters.
             scale, bias = scale * gates, bias * gates
         x = x.astype(jnp.float32)
-        return _normalise(x, share, scale, bias, self.epsilon).astype(self.dtype)
-
-
-def _statistics(x, share, epsilon):
-    mean = (x * share).sum(-1, keepdims=True)
-    variance = (jnp.square(x - mean) * share).sum(-1, keepdims=True)
-    return mean, jax.lax.rsqrt(variance + epsilon)
+        return _normalise(x, open_, scale, bias, self.epsilon).astype(self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _normalise(x, share, scale, bias, epsilon):
-    mean, inverse = _statistics(x, share, epsilon)
-    return (x - mean) * inverse * scale + bias
+def _normalise(x, open_, scale, bias, epsilon):
+    return _forward(x, open_, scale, bias, epsilon)[0]
 
 
-def _forward(x, share, scale, bias, epsilon):
-    mean, inverse = _statistics(x, share, epsilon)
-    return (x - mean) * inverse * scale + bias, (x, share, scale, mean, inverse)
+def _forward(x, open_, scale, bias, epsilon):
+    count = x.shape[-1] if open_ is None else jnp.maximum(open_.sum(), 1)
+    mean = x.sum(-1, keepdims=True) / count
+    centred = x - mean if open_ is None else jnp.where(open_, x - mean, 0)
+    variance = jnp.square(centred).sum(-1, keepdims=True) / count
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    result = (x - mean) * inverse * scale + bias
+    return result, (x, open_, scale, mean, inverse, count)
 
 
 def _backward(epsilon, kept, gradient):
     del epsilon
-    x, share, scale, mean, inverse = kept
+    x, open_, scale, mean, inverse, count = kept
+    share = 1 / count if open_ is None else open_ / count
     normal = (x - mean) * inverse
     rows = tuple(range(x.ndim - 1))
     of_scale, of_bias = (gradient * normal).sum(rows), gradient.sum(rows)
@@ -116,7 +117,7 @@ def _backward(epsilon, kept, gradient):
     of_mean = scaled.sum(-1, keepdims=True)
     of_spread = (scaled * normal).sum(-1, keepdims=True)
     of_x = inverse * (scaled - share * (of_mean + normal * of_spread))
-    return of_x, jax.tree.map(jnp.zeros_like, share), of_scale, of_bias
+    return of_x, None, of_scale, of_bias
 
 
 _normalise.defvjp(_forward, _backward)
