@@ -1,69 +1,55 @@
 """CoFi structured pruning of Transformer encoders in JAX.
 
 `import cofi_jax as cofi` has what notebooks need: masks and their transforms, the
-exact and the expected sparsity, slicing, saved models. A name's module is imported
-when the name is first used.
+exact and the expected sparsity, slicing, saved models. A module is imported when one of
+its names is first used.
 """
 
-import importlib
-from typing import Any
+from etils import epy as _epy
 
 __version__ = "0.1.0"
 
-_NAMES = {
-    "checkpoint": ("load_model", "load_tokenizer", "read_about", "save_model"),
-    "config": ("KINDS", "Config", "UserError"),
-    "hard_concrete": (),
-    "inference": ("pipeline",),
-    "masks": (
-        "chain",
-        "drop_empty",
-        "drop_layers",
-        "evaluation_masks",
-        "harden",
-        "init_log_alpha",
-        "keep_at_least",
-        "keep_layers",
-        "mask_shapes",
-        "only",
-        "prob_active",
-        "round_to_device",
-        "round_to_multiple",
-        "sample",
-        "without",
-    ),
-    "model": ("Encoder", "EncoderConfig", "init_params"),
-    "pretrained": ("save_hugging_face",),
-    "slicing": ("PrunedSpec", "expand", "fold", "prune", "take"),
-    "sparsity": (
-        "exact_sparsity",
-        "expected_sparsity",
-        "lagrangian",
-        "max_sparsity",
-        "meet_target",
-        "num_params",
-        "target_at",
-        "target_masks",
-    ),
-}
-_MODULES = {name: module for module, names in _NAMES.items() for name in names}
-
-__all__ = sorted([*_MODULES, "hard_concrete"])
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        try:
-            return importlib.import_module(f"cofi_jax.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"cofi_jax.{name}":
-                raise
-            text = f"module 'cofi_jax' has no attribute {name!r}"
-            raise AttributeError(text) from None
-    module = importlib.import_module(f"cofi_jax.{_MODULES[name]}")
-    value = globals()[name] = getattr(module, name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+with _epy.lazy_api_imports(globals()):
+    from cofi_jax.checkpoints.huggingface import save_hugging_face
+    from cofi_jax.checkpoints.saved_model import (
+        load_model,
+        load_tokenizer,
+        read_about,
+        save_model,
+    )
+    from cofi_jax.config import Config
+    from cofi_jax.errors import UserError
+    from cofi_jax.evaluation.pipeline import pipeline
+    from cofi_jax.models.bert import Encoder, init_params
+    from cofi_jax.models.config import EncoderConfig
+    from cofi_jax.models.spec import KINDS
+    from cofi_jax.pruning import hard_concrete
+    from cofi_jax.pruning.constraint import (
+        expected_sparsity,
+        lagrangian,
+        max_sparsity,
+        meet_target,
+        target_at,
+        target_masks,
+    )
+    from cofi_jax.pruning.cost import exact_sparsity, num_params
+    from cofi_jax.pruning.masks import (
+        evaluation_masks,
+        init_log_alpha,
+        mask_shapes,
+        prob_active,
+        sample,
+    )
+    from cofi_jax.pruning.slicing import PrunedSpec, expand, fold, prune, take
+    from cofi_jax.pruning.transforms import (
+        chain,
+        drop_empty,
+        drop_layers,
+        harden,
+        keep_at_least,
+        keep_layers,
+        only,
+        round_to_device,
+        round_to_multiple,
+        without,
+    )

@@ -9,18 +9,25 @@ Tasks: `TASKS`. Sparsity: any; the paper has 0.60, 0.70, 0.75, 0.80, 0.85, 0.90 
 Needs the Hugging Face hub for bert-base-uncased and the data; without it add
 --config.model.path=path/to/bert-base-uncased --config.data.path=path/to/qnli
 
-Expected: about what cofi_jax/paper.py has of the paper (SST-2 at 95 %: accuracy 0.906;
-at 60 %: 0.930). Time: hours on one GPU for a large task, an hour or so for a small one;
-not for a CPU, for which there is short.py.
+Expected: about what cofi_jax/report/paper.py has of the paper (SST-2 at 95 %: accuracy
+0.906; at 60 %: 0.930). Time: hours on one GPU for a large task, an hour or so for a small
+one; not for a CPU, for which there is short.py.
 """
 
 from collections.abc import Callable
 
-from cofi_jax.config import Config, reject
+from cofi_jax.config import Config
+from cofi_jax.errors import reject
 
 LARGE = ("mnli", "qqp", "qnli", "sst2")
+
+
 SMALL = ("cola", "stsb", "mrpc", "rte", "wnli")
+
+
 TASKS = (*LARGE, *SMALL, "squad")
+
+
 SPARSITY = 0.95
 
 

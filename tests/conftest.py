@@ -7,13 +7,22 @@ import jax
 import numpy as np
 import pytest
 
-from cofi_jax.model import EncoderConfig, abstract_params
+from cofi_jax.models.bert import abstract_params
+from cofi_jax.models.config import EncoderConfig
 
 # The same programs are compiled again and again, in this process and in others.
 _compiled = tempfile.TemporaryDirectory()
+
+
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
+
+
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+
+
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 

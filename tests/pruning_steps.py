@@ -16,11 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY, random_params
 
-from cofi_jax import checkpoint, data, lessons, masks, report, stages, tasks, training
+from cofi_jax.checkpoints import state as state_lib
 from cofi_jax.config import Config
-from cofi_jax.model import Encoder
+from cofi_jax.data import batches, tasks
+from cofi_jax.models.bert import Encoder
+from cofi_jax.pruning import masks
+from cofi_jax.run import stages
+from cofi_jax.training import log, teacher
+from cofi_jax.training import step as step_lib
 
 STEPS, HALF = 50, 25
+
+
 BUCKETS = (5, 9)
 
 
@@ -50,13 +57,13 @@ def learn(folder, cache="none"):
         tasks.find(config.data),
         examples(80),
         {"validation": examples(20)},
-        report.MetricsLog(folder / "metrics.jsonl"),
+        log.MetricsLog(folder / "metrics.jsonl"),
     )
     model = Encoder(dataclasses.replace(TINY, num_labels=2))
     start = jax.device_put(random_params(model.config, seed=3))
     student = stages.Student(start, jnp.eye(TINY.hidden_size))
 
-    traced, make_step = [], training.make_step
+    traced, make_step = [], step_lib.make_step
 
     def make_guarded(objective, *rest):
         def counted(theta, frozen, context, batch, key):
@@ -71,12 +78,12 @@ def learn(folder, cache="none"):
 
         return guarded
 
-    training.make_step = make_guarded
+    step_lib.make_step = make_guarded
     try:
-        teaching = lessons.Lessons(model, start, config.distill)
+        teaching = teacher.Lessons(model, start, config.distill)
         student, gates, _ = stages.learn_masks(run, model, student, teaching)
     finally:
-        training.make_step = make_step
+        step_lib.make_step = make_step
     assert sorted(traced) == [(8, length) for length in BUCKETS]  # once for each
     theta = last_theta(folder, run, model, start)
     found = theta | {"gates": gates, "student": student.params}
@@ -86,8 +93,8 @@ def learn(folder, cache="none"):
 
 def last_theta(folder, run, model, start):
     """As the last checkpoint has it, of however many devices, read on one."""
-    rate = training.Rate.create(0.0, "constant", STEPS)
-    like = training.create_state(
+    rate = step_lib.Rate.create(0.0, "constant", STEPS)
+    like = step_lib.create_state(
         start,
         seed=0,
         stage="prune",
@@ -97,7 +104,7 @@ def last_theta(folder, run, model, start):
         log_alpha=masks.init_log_alpha(model.config, jax.random.key(0)),
         multipliers={"linear": 0.0, "quadratic": 0.0},
     )
-    with checkpoint.Checkpoints(folder / "checkpoints" / "prune") as saved:
+    with state_lib.Checkpoints(folder / "checkpoints" / "prune") as saved:
         state = saved.restore(like)
     assert int(state.step) == STEPS
     return state.theta
@@ -108,7 +115,7 @@ def examples(rows):
     lengths = rng.integers(3, BUCKETS[-1] + 1, rows)
     ids = [rng.integers(0, TINY.vocab_size, n).astype(np.int32) for n in lengths]
     types = [np.zeros_like(row) for row in ids]
-    return data.Examples(ids, types, rng.integers(0, 2, rows).astype(np.int32))
+    return batches.Examples(ids, types, rng.integers(0, 2, rows).astype(np.int32))
 
 
 def resume(others, folder):

@@ -20,21 +20,23 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import train
-from cofi_jax import (
-    UserError,
-    checkpoint,
-    grammar,
-    inputs,
-    masks,
-    pretrained,
-    slicing,
-    tasks,
-)
-from cofi_jax.config import KINDS, Prune
-from cofi_jax.model import EncoderConfig, init_params
+from cofi_jax import UserError
+from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.config import Prune
+from cofi_jax.data import tasks, toy
+from cofi_jax.models import bert
+from cofi_jax.models.bert import init_params
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning import masks, slicing
+from cofi_jax.run import run, stages
+from cofi_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
 TINY_BERT = ROOT / "tests" / "fixtures" / "tiny_bert"
+
 
 TINY = """
 from configs import demo
@@ -64,7 +66,10 @@ def get_config():
     config.checkpoint_every = 2
     return config
 """
+
+
 STEPS = 8  # of its teacher
+
 
 # Of ml_collections.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
@@ -80,8 +85,8 @@ def quick(tmp_path_factory):
     }
     before = {name: jax.config.values[name] for name in options}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(grammar.SIZES, "train", 300)
-        patch.setitem(grammar.SIZES, "validation", 50)
+        patch.setitem(toy.SIZES, "train", 300)
+        patch.setitem(toy.SIZES, "validation", 50)
         for name, value in options.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
@@ -100,11 +105,11 @@ def there(tmp_path_factory):
         (top / f"{name}.py").write_text(text)
 
     shutil.copytree(TINY_BERT, top / "bert")
-    words = [*grammar.SPECIAL, *grammar.NOUNS, *grammar.PRAISE, *grammar.BLAME]
+    words = [*toy.SPECIAL, *toy.NOUNS, *toy.PRAISE, *toy.BLAME]
     (top / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
 
     sizes = EncoderConfig(
-        vocab_size=len(grammar.demo_tokenizer()),
+        vocab_size=len(toy.demo_tokenizer()),
         hidden_size=8,
         heads=(2,),
         head_size=4,
@@ -121,16 +126,16 @@ def there(tmp_path_factory):
         ("pruned", small, spec.config(sizes), spec),
         ("dense", params, sizes),
     ):
-        checkpoint.save_model(
-            top / name, *model, tokenizer=grammar.demo_tokenizer(), about={}
+        saved_model.save_model(
+            top / name, *model, tokenizer=toy.demo_tokenizer(), about={}
         )
     value = dataclasses.replace(sizes, num_labels=1, problem="regression")
     answer = dataclasses.replace(sizes, pooler_size=0, problem="span")
     for name, form in (("classes", sizes), ("value", value), ("answer", answer)):
         params = init_params(form, jax.random.key(0))
-        rest = {"tokenizer": grammar.demo_tokenizer()}
-        pretrained.save_hugging_face(top / f"hf_{name}", params, form, **rest)
-        checkpoint.save_model(top / f"our_{name}", params, form, **rest, about={})
+        rest = {"tokenizer": toy.demo_tokenizer()}
+        huggingface.save_hugging_face(top / f"hf_{name}", params, form, **rest)
+        saved_model.save_model(top / f"our_{name}", params, form, **rest, about={})
     shutil.copytree(TINY_BERT, top / "sliced")
     change_weights(cut_units)(top / "sliced")
 
@@ -187,8 +192,14 @@ def check(line, *fragments):
 # Rows. Folders of these names are in the fixture `there`.
 
 GOOD = "sentence,label\nfine,1\ndull,0\nfresh,1\nbad,0\n"
+
+
 OWN = "text,verdict,stars\nfine,good,5\ndull,bad,1.5\nfresh,good,4\n"
+
+
 VALUES = "sentence1,sentence2,label\nfine,good,4.5\ndull,fresh,0.5\n"
+
+
 INFERENCES = "premise,hypothesis,label\nfine,good,0\ndull,fresh,2\n"
 
 
@@ -225,6 +236,7 @@ DATA = {
     },
 }
 
+
 # The command line. Values for "{...}" come from the fixture `there`.
 
 CONFIG_FILES = {
@@ -239,9 +251,16 @@ CONFIG_FILES = {
     "misspelt": TINY.replace("config.log_every", "config.log_evry"),
     "misspelt_nested": TINY.replace("finetune.train_rows", "finetune.train_row"),
 }
+
+
 RETURNS = "whose get_config() returns a cofi_jax.Config"
+
+
 PRUNE_FIELDS = ", ".join(Prune.__dataclass_fields__)
+
+
 WARM_UP = "--config.prune.warmup_epochs"
+
 
 # name: (config file, further arguments, what the line must say)
 COMMANDS = {
@@ -707,6 +726,8 @@ def truncate(folder):
 
 
 UP = "bert.encoder.layer.0.intermediate.dense.weight"
+
+
 BAD_MODELS = {
     "no weights": (
         lambda folder: (folder / "model.safetensors").unlink(),
@@ -796,7 +817,7 @@ def test_short_schedule_is_reported_with_what_would_do(
     def stop(*_):
         raise UserError("stop")
 
-    monkeypatch.setattr(train, "_stages", stop)
+    monkeypatch.setattr(run, "_stages", stop)
 
     def warnings(number, rate):
         status = train.main(
@@ -836,10 +857,10 @@ def teach(there, workdir):
         raise UserError("the teacher is ready")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.stages, "prepare", stop)
+        patch.setattr(stages, "prepare", stop)
         argv = ["train.py", f"--config={there['config']}", f"--workdir={workdir}"]
         assert train.main(argv) == 2
-    return checkpoint.load_model(workdir / "teacher")[1]
+    return saved_model.load_model(workdir / "teacher")[1]
 
 
 @pytest.fixture
@@ -912,7 +933,7 @@ def test_corrupt_checkpoint_is_passed_over(there, begun, taught, capsys):
 @pytest.mark.parametrize("first_bad", [1, 5])
 def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
     """Step and term are named; mended, the run goes on from the checkpoint before."""
-    make_step, init = train.training.make_step, inputs.init_params
+    make_step, init = step_lib.make_step, bert.init_params
 
     def overflowing(*arguments):
         return jax.tree.map(lambda x: 1e30 * x, init(*arguments))
@@ -931,9 +952,9 @@ def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
     arguments = [f"--config={there['config']}", f"--workdir={workdir}"]
     with pytest.MonkeyPatch.context() as patch:
         if first_bad == 1:  # a real overflow
-            patch.setattr(inputs, "init_params", overflowing)
+            patch.setattr(bert, "init_params", overflowing)
         else:
-            patch.setattr(train.training, "make_step", make_failing_step)
+            patch.setattr(step_lib, "make_step", make_failing_step)
         line = complaint(capsys, *arguments)
     check(line, "teacher: ", f" at step {first_bad} ", "not finite", "learning rate")
     assert re.search(r"(loss_task=inf|[a-z_]+=nan) at", line)

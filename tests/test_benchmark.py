@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cofi_jax import benchmark, timing
-from cofi_jax.config import UserError
+from cofi_jax.errors import UserError
+from cofi_jax.evaluation import latency as latency_lib
+from cofi_jax.evaluation import timing
 
 
 class Output(NamedTuple):
@@ -44,7 +45,7 @@ def stub(**sizes):
 
 def test_inference_returns_its_part_of_the_report():
     models = {"dense": stub(width=8), "pruned": stub(width=2)}
-    result = benchmark.inference(models, batch_size=3, seq_length=5, repeats=4)
+    result = latency_lib.inference(models, batch_size=3, seq_length=5, repeats=4)
     assert json.loads(json.dumps(result)) == result
     assert set(result) == {"latency_ms", "speedup", "speedup_spread", "benchmark"}
     latency, how = result["latency_ms"], result["benchmark"]
@@ -75,7 +76,7 @@ def calls(monkeypatch):
 
 def test_inference_gives_every_model_the_same_legal_batch(calls):
     models = {"a": stub(vocab_size=50), "b": stub(vocab_size=4), "c": stub()}
-    result = benchmark.inference(models, batch_size=20, seq_length=9, repeats=1)
+    result = latency_lib.inference(models, batch_size=20, seq_length=9, repeats=1)
     assert "speedup" not in result  # of which two?
     batch = calls["a"].args[1]
     assert all(call.args[1] is batch for call in calls.values())
@@ -87,7 +88,7 @@ def test_inference_gives_every_model_the_same_legal_batch(calls):
 def test_params_are_an_argument_on_the_device(calls):
     model, params = stub()
     models = {"a": (model, jax.tree.map(np.asarray, params))}
-    benchmark.inference(models, batch_size=1, seq_length=1, repeats=1)
+    latency_lib.inference(models, batch_size=1, seq_length=1, repeats=1)
     on_device, batch = calls["a"].args
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(on_device))
     expected = model.apply({"params": params}, batch).logits
@@ -96,7 +97,7 @@ def test_params_are_an_argument_on_the_device(calls):
 
 def test_dtypes_are_named_even_where_they_differ():
     models = {"a": stub(dtype="float32"), "b": stub(dtype="bfloat16")}
-    result = benchmark.inference(models, batch_size=1, seq_length=1, repeats=1)
+    result = latency_lib.inference(models, batch_size=1, seq_length=1, repeats=1)
     assert result["benchmark"]["dtype"] == "float32 and bfloat16"
 
 
@@ -110,7 +111,7 @@ def test_too_little_memory_is_said_in_one_line(error, monkeypatch):
 
     monkeypatch.setattr(timing, "side_by_side", side_by_side)
     with pytest.raises(UserError, match="batch_size=2: .*memory.* of 3$"):
-        benchmark.passes({"a": stub()}, batch_size=2, seq_length=3, repeats=1)
+        latency_lib.passes({"a": stub()}, batch_size=2, seq_length=3, repeats=1)
 
 
 def test_other_failures_are_not_blamed_on_memory(monkeypatch):
@@ -119,4 +120,4 @@ def test_other_failures_are_not_blamed_on_memory(monkeypatch):
 
     monkeypatch.setattr(timing, "side_by_side", side_by_side)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        benchmark.passes({"a": stub()}, batch_size=2, seq_length=3, repeats=1)
+        latency_lib.passes({"a": stub()}, batch_size=2, seq_length=3, repeats=1)

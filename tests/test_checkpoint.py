@@ -12,25 +12,29 @@ import pytest
 from conftest import random_params
 
 import cofi_jax
-from cofi_jax import checkpoint, slicing, training
-from cofi_jax.checkpoint import Checkpoints
-from cofi_jax.config import UserError
-from cofi_jax.grammar import demo_tokenizer
-from cofi_jax.masks import mask_shapes
-from cofi_jax.model import Encoder
+from cofi_jax import distributed
+from cofi_jax.checkpoints import saved_model as saved_model_lib
+from cofi_jax.checkpoints.state import Checkpoints
+from cofi_jax.data.toy import demo_tokenizer
+from cofi_jax.errors import UserError
+from cofi_jax.models.bert import Encoder
+from cofi_jax.pruning import slicing
+from cofi_jax.pruning.masks import mask_shapes
+from cofi_jax.training import step as step_lib
 
 # What the storage library's own tasks leave behind when a file is damaged.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
 )
 
+
 # Resumable states
 
 
 def state_at(step, seed=0):
     """A state of every kind of leaf, all of them random."""
-    rates = {k: training.Rate.create(0.1, "linear", 9) for k in ("weights", "gates")}
-    state = training.create_state(
+    rates = {k: step_lib.Rate.create(0.1, "linear", 9) for k in ("weights", "gates")}
+    state = step_lib.create_state(
         {"embeddings": np.zeros(5), "layer": {"kernel": np.zeros((30, 20))}},
         seed=seed,
         stage="test",
@@ -213,7 +217,7 @@ def pruned(tiny, tiny_params):
 @pytest.fixture(scope="module")
 def saved_model(tmp_path_factory, pruned, tokenizer):
     path = tmp_path_factory.mktemp("models") / "pruned"
-    checkpoint.save_model(path, *pruned, tokenizer=tokenizer, about=ABOUT)
+    saved_model_lib.save_model(path, *pruned, tokenizer=tokenizer, about=ABOUT)
     return path
 
 
@@ -231,16 +235,18 @@ def assert_trees_identical(ours, others):
 
 def test_a_dense_model_comes_back(tiny, tiny_params, tokenizer, tmp_path):
     path = tmp_path / "some" / "folder" / "teacher"
-    checkpoint.save_model(path, tiny_params, tiny, tokenizer=tokenizer, about=ABOUT)
-    model, params, spec = checkpoint.load_model(path)
+    saved_model_lib.save_model(
+        path, tiny_params, tiny, tokenizer=tokenizer, about=ABOUT
+    )
+    model, params, spec = saved_model_lib.load_model(path)
     assert model == Encoder(tiny) and spec is None
     assert_trees_identical(params, tiny_params)
-    assert checkpoint.read_about(path) == (tiny, None, ABOUT)
+    assert saved_model_lib.read_about(path) == (tiny, None, ABOUT)
 
 
 def test_a_pruned_model_comes_back(pruned, saved_model):
     params, config, spec = pruned
-    model, loaded, loaded_spec = checkpoint.load_model(str(saved_model))
+    model, loaded, loaded_spec = saved_model_lib.load_model(str(saved_model))
     assert model == Encoder(config)
     assert loaded_spec == spec
     assert spec.hidden == (1, 2, *range(4, 16)) and spec.intermediate[0] == ()
@@ -251,14 +257,14 @@ def test_a_pruned_model_comes_back(pruned, saved_model):
 
 def test_the_tokenizer_comes_back(saved_model, tokenizer):
     text = "the film was not good"
-    loaded = checkpoint.load_tokenizer(saved_model)
+    loaded = saved_model_lib.load_tokenizer(saved_model)
     assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_a_model_without_its_tokenizer(copy):
     shutil.rmtree(copy / "tokenizer")
     with pytest.raises(UserError, match="tokenizer"):
-        checkpoint.load_tokenizer(copy)
+        saved_model_lib.load_tokenizer(copy)
 
 
 def test_a_fresh_process_needs_one_line(pruned, saved_model, tiny_batch):
@@ -286,7 +292,7 @@ def test_nothing_is_written_over(pruned, saved_model, tokenizer, tmp_path):
     (tmp_path / "file").write_text("precious")
     for path in (saved_model, tmp_path / "file"):
         with pytest.raises(UserError, match=f"{path.name}.*exists"):
-            checkpoint.save_model(path, *pruned, tokenizer=tokenizer, about={})
+            saved_model_lib.save_model(path, *pruned, tokenizer=tokenizer, about={})
     assert before == {f: f.read_bytes() for f in files_of(saved_model)}
     assert (tmp_path / "file").read_text() == "precious"
 
@@ -301,10 +307,10 @@ def test_a_killed_save_leaves_no_model_and_is_done_again(pruned, tmp_path, token
 
     path = tmp_path / "model"
     with pytest.raises(Killed):
-        checkpoint.save_model(path, *pruned, tokenizer=Killer(), about={})
-    assert not path.exists() and not checkpoint.is_model(path)
-    checkpoint.save_model(path, *pruned, tokenizer=tokenizer, about={})
-    assert_trees_identical(checkpoint.load_model(path)[1], pruned[0])
+        saved_model_lib.save_model(path, *pruned, tokenizer=Killer(), about={})
+    assert not path.exists() and not saved_model_lib.is_model(path)
+    saved_model_lib.save_model(path, *pruned, tokenizer=tokenizer, about={})
+    assert_trees_identical(saved_model_lib.load_model(path)[1], pruned[0])
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
@@ -315,7 +321,7 @@ def test_not_a_model_says_what_there_is(tmp_path, found):
         path.mkdir()
         (path / "note.txt").touch()
     with pytest.raises(UserError, match=f"x'.*model.json.*{found}"):
-        checkpoint.load_model(path)
+        saved_model_lib.load_model(path)
 
 
 def rewrite(path, **changes):
@@ -326,7 +332,7 @@ def rewrite(path, **changes):
 def test_a_newer_format_is_refused(copy):
     rewrite(copy, format=2)
     with pytest.raises(UserError, match="copy'.*format 2.*newer.*up to 1"):
-        checkpoint.load_model(copy)
+        saved_model_lib.load_model(copy)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +342,7 @@ def test_a_newer_format_is_refused(copy):
 def test_a_damaged_description(copy, content):
     (copy / "model.json").write_bytes(content)
     with pytest.raises(UserError, match="copy'.*model.json is damaged") as caught:
-        checkpoint.load_model(copy)
+        saved_model_lib.load_model(copy)
     assert "\n" not in str(caught.value)
 
 
@@ -347,7 +353,7 @@ def test_a_description_of_another_model(copy, change):
     config = json.loads((copy / "model.json").read_text())["config"]
     rewrite(copy, config=config | change)
     with pytest.raises(UserError, match="copy'.*damaged"):
-        checkpoint.load_model(copy)
+        saved_model_lib.load_model(copy)
 
 
 @pytest.mark.parametrize("damage", [remove, truncate, flip])
@@ -362,7 +368,7 @@ def test_damaged_parameters(pruned, saved_model, tmp_path, damage):
             continue
         damage(file)
         try:
-            assert_trees_identical(checkpoint.load_model(path)[1], pruned[0])
+            assert_trees_identical(saved_model_lib.load_model(path)[1], pruned[0])
         except UserError as error:
             refused += 1
             assert str(path) in str(error) and "damaged" in str(error)
@@ -373,15 +379,15 @@ def test_damaged_parameters(pruned, saved_model, tmp_path, damage):
 def test_flipped_values_are_noticed(tiny, tmp_path, tokenizer, monkeypatch):
     """The storage format itself lets some flips of plain data pass."""
     params = random_params(tiny, 0)
-    monkeypatch.setattr(checkpoint.parallel, "digest", lambda tree: 0)
-    checkpoint.save_model(
+    monkeypatch.setattr(distributed, "digest", lambda tree: 0)
+    saved_model_lib.save_model(
         tmp_path / "m", params, tiny, tokenizer=tokenizer, about=ABOUT
     )
     monkeypatch.undo()
     with pytest.raises(UserError, match="params are damaged"):
-        checkpoint.load_model(tmp_path / "m")
+        saved_model_lib.load_model(tmp_path / "m")
 
 
 def test_the_package_exposes_them():
     for name in ("load_model", "save_model", "load_tokenizer", "read_about"):
-        assert getattr(cofi_jax, name) is getattr(checkpoint, name)
+        assert getattr(cofi_jax, name) is getattr(saved_model, name)

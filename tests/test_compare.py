@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_report import make_report
 
-from cofi_jax import compare, plots
+from cofi_jax.report import compare, figures
 
 
 def run(task="sst2", target=0.95, score=0.9, speedup=10.0, seed=1, **kept):
@@ -92,7 +92,7 @@ SEEDS = [
 
 
 def test_trade_off_shows_means_deviations_and_the_dense_model():
-    (axes,) = plots.small(compare.trade_panel, points(*SEEDS), "speedup").axes
+    (axes,) = figures.small(compare.trade_panel, points(*SEEDS), "speedup").axes
     curves = {line.get_label(): line.get_xydata() for line in axes.lines}
     expected = [[2.0, 0.91], [12.0, 0.84]]
     np.testing.assert_allclose(curves["pruned"], expected)
@@ -114,7 +114,7 @@ def test_trade_off_shows_means_deviations_and_the_dense_model():
 
 
 def test_size_is_that_of_the_encoder():
-    (axes,) = plots.small(compare.trade_panel, points(*SEEDS), "size").axes
+    (axes,) = figures.small(compare.trade_panel, points(*SEEDS), "size").axes
     curves = {line.get_label(): line.get_xdata() for line in axes.lines}
     np.testing.assert_allclose(curves["pruned"], [4.25e6, 34e6])
     np.testing.assert_allclose(curves["dense"], [85e6])
@@ -126,7 +126,7 @@ def test_labels_that_would_overlap_are_left_out():
         ("x", run(target=target, score=0.9, speedup=speedup))
         for target, speedup in ((0.6, 5.0), (0.7, 5.01), (0.95, 12.0))
     ]
-    (axes,) = plots.small(compare.trade_panel, points(*runs), "speedup").axes
+    (axes,) = figures.small(compare.trade_panel, points(*runs), "speedup").axes
     assert [text.get_text() for text in axes.texts] == ["95 %", "60 %"]
 
 
@@ -136,7 +136,7 @@ def test_labels_stay_inside_of_the_panel(key, speedups):
     targets = 0.6, 0.9525
     pairs = zip(targets, speedups, strict=True)
     runs = [("x", run(target=t, score=1 - t, speedup=s)) for t, s in pairs]
-    figure = plots.small(compare.trade_panel, points(*runs), key)
+    figure = figures.small(compare.trade_panel, points(*runs), key)
     figure.draw_without_rendering()
     (axes,) = figure.axes
     assert axes.texts
@@ -149,7 +149,7 @@ def test_labels_stay_inside_of_the_panel(key, speedups):
 @pytest.mark.parametrize("target", [0.001, 0.01, 0.05, 0.3, 0.6, 0.95, 0.9999])
 def test_ticks_of_sizes_differ_and_are_where_they_say(target):
     runs = points(("x", run(target=target)))
-    figure = plots.small(compare.trade_panel, runs, "size")
+    figure = figures.small(compare.trade_panel, runs, "size")
     figure.draw_without_rendering()
     (axes,) = figure.axes
     units = {"k": 1e3, "M": 1e6, "B": 1e9}
@@ -170,14 +170,14 @@ def test_kept_structure_is_the_mean_of_the_seeds():
         ("x", run(target=0.95, heads=(1, 0), widths=(33, 2), seed=2)),
     ]
     table = compare.columns(points(*runs))
-    figure = plots.small(compare.kept_panel, table, "heads")
+    figure = figures.small(compare.kept_panel, table, "heads")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["4", "4", "1.5", "\N{EN DASH}"]  # down the columns
     cells = [cell.get_facecolor()[:3] for cell in figure.axes[0].patches]
     assert sum(cells[0]) < sum(cells[2]) < sum(cells[3]) and cells[0] == cells[1]
-    wide = plots.small(compare.kept_panel, table, "intermediate").axes[0]
+    wide = figures.small(compare.kept_panel, table, "intermediate").axes[0]
     assert [text.get_text() for text in wide.texts] == ["256", "100", "32", "1"]
-    totals = plots.small(compare.kept_panel, table, "totals").axes[0]
+    totals = figures.small(compare.kept_panel, table, "totals").axes[0]
     assert [text.get_text() for text in totals.texts] == [
         *("8", "356", "61", "2", "2"),
         *("1.5", "32", "61", "1", "1.5"),

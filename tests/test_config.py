@@ -9,14 +9,18 @@ import pathlib
 
 import pytest
 
-from cofi_jax import tasks
-from cofi_jax.config import KINDS, Config, UserError, flatten, to_json
-from cofi_jax.model import EncoderConfig
-from cofi_jax.sparsity import max_sparsity
-from cofi_jax.validation import validate
+from cofi_jax.config import Config, flatten, to_json, validate
+from cofi_jax.data import tasks
+from cofi_jax.errors import UserError
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning.constraint import max_sparsity
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+
+
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+
 
 # Appendix A of the paper.
 LARGE = {
@@ -41,6 +45,8 @@ LARGE = {
     "data.max_length": 0,  # the task's: 128, of SQuAD 384
     "eval_every": 500,
 }
+
+
 SMALL = LARGE | {
     "prune.epochs": 100,
     "prune.prepruning_epochs": 4,
@@ -48,18 +54,26 @@ SMALL = LARGE | {
     "distill.match": "ordered",
     "eval_every": 50,
 }
+
+
 SQUAD = LARGE | {
     "prune.batch_size": 16,
     "prune.learning_rate": 3e-5,
     "finetune.batch_size": 16,
     "finetune.learning_rate": 3e-5,
 }
+
+
 RECIPES = {
     **dict.fromkeys(("mnli", "qqp", "qnli", "sst2"), LARGE),
     **dict.fromkeys(("cola", "stsb", "mrpc", "rte", "wnli"), SMALL),
     "squad": SQUAD,
 }
+
+
 FINE = ["head", "intermediate"]
+
+
 ABLATIONS = {
     "no_hidden": {"prune.kinds": ["head", "mha", "intermediate", "ffn"]},
     "no_layers": {"prune.kinds": [*FINE, "hidden"]},
@@ -78,6 +92,8 @@ ABLATIONS = {
         "distill.num_layers": 12,
     },
 }
+
+
 # What the runs of docs/results.md were made with.
 SHORT_SST2 = {
     "data.task": "sst2",
@@ -104,6 +120,8 @@ SHORT_SST2 = {
     "eval_every": 250,
     "checkpoint_every": 250,
 }
+
+
 SHORT_COLA = SHORT_SST2 | {
     "data.task": "cola",
     "teacher.train_rows": 0,
@@ -112,6 +130,8 @@ SHORT_COLA = SHORT_SST2 | {
     "prune.target_sparsity": 0.60,
     "finetune.train_rows": 0,
 }
+
+
 ROWS = {  # of the training split
     "mnli": 392_702,
     "qqp": 363_846,

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cofi_jax import config, data, grammar, squad, tasks
+from cofi_jax import config, errors
+from cofi_jax.data import batches, squad, tasks, toy
 
 SENTENCES = ["the film was good", "the plot was never really dull", "unheard of"]
 
@@ -16,7 +17,7 @@ SENTENCES = ["the film was good", "the plot was never really dull", "unheard of"
 @pytest.fixture(scope="module")
 def tokenizer():
     """Word by word; padding is not 0."""
-    tokenizer = grammar.demo_tokenizer()
+    tokenizer = toy.demo_tokenizer()
     tokenizer.pad_token = "[UNK]"
     assert tokenizer.pad_token_id == 1
     return tokenizer
@@ -27,7 +28,7 @@ def examples_of(lengths, pad_id=0, labels=None):
     types = [np.full(n, i % 2, np.int32) for i, n in enumerate(lengths)]
     if labels is None:
         labels = np.arange(len(lengths), dtype=np.int32) % 2
-    return data.Examples(ids, types, labels, pad_id)
+    return batches.Examples(ids, types, labels, pad_id)
 
 
 def own(*columns, **fields):
@@ -39,7 +40,7 @@ def own(*columns, **fields):
 
 def test_one_column(tokenizer):
     columns = {"sentence": SENTENCES, "label": np.array([1, 0, 1], np.int32)}
-    examples = data.tokenise(columns, tasks.TASKS["sst2"], tokenizer, max_length=20)
+    examples = batches.tokenise(columns, tasks.TASKS["sst2"], tokenizer, max_length=20)
     assert len(examples) == 3 and examples.pad_id == 1
     assert examples.questions is None
     assert examples.lengths.tolist() == [2 + len(s.split()) for s in SENTENCES]
@@ -63,7 +64,7 @@ def test_two_columns_in_the_order_of_the_task(tokenizer):
     }
     for names in (("first", "second"), ("second", "first")):
         task = own(*names, label_column="answer")
-        examples = data.tokenise(columns, task, tokenizer, max_length=20)
+        examples = batches.tokenise(columns, task, tokenizer, max_length=20)
         expected = tokenizer(*(columns[name][0] for name in names))
         assert examples.input_ids[0].tolist() == expected["input_ids"]
         assert examples.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
@@ -74,7 +75,7 @@ def test_values_stay_values(tokenizer):
     labels = np.array([0.5, -2, 3.25], np.float32)
     columns = {"text": SENTENCES, "label": labels}
     task = own("text", problem="regression")
-    examples = data.tokenise(columns, task, tokenizer, max_length=20)
+    examples = batches.tokenise(columns, task, tokenizer, max_length=20)
     assert examples.labels.dtype == np.float32
     assert examples.labels.tolist() == labels.tolist()
 
@@ -83,22 +84,28 @@ def test_values_stay_values(tokenizer):
 def test_rows_are_cut(tokenizer, training):
     one = {"a": SENTENCES, "b": SENTENCES[::-1], "label": np.zeros(3, np.int32)}
     for task in (own("a"), own("a", "b")):
-        examples = data.tokenise(one, task, tokenizer, max_length=5, training=training)
+        examples = batches.tokenise(
+            one, task, tokenizer, max_length=5, training=training
+        )
         assert len(examples) == 3
         assert examples.lengths.max() == 5
         assert all(ids[-1] == tokenizer.sep_token_id for ids in examples.input_ids)
-        whole = data.tokenise(one, task, tokenizer, max_length=50)
+        whole = batches.tokenise(one, task, tokenizer, max_length=50)
         assert whole.lengths.max() > 5
 
 
 # Questions
 
 CONTEXT = "the film was good but the plot was never really dull"
+
+
 ANSWERS = [
     {"text": ["good"], "answer_start": [13]},
     {"text": ["bad"], "answer_start": [13]},  # not in its place
     {"text": ["never really dull", "dull"], "answer_start": [35, 48]},
 ]
+
+
 ASKED = {
     "question": ["the film", "the film", "the plot"],
     "context": [CONTEXT] * 3,
@@ -107,7 +114,7 @@ ASKED = {
 
 
 def windows(tokenizer, *, max_length, training=False):
-    return data.tokenise(
+    return batches.tokenise(
         ASKED,
         tasks.TASKS["squad"],
         tokenizer,
@@ -167,19 +174,19 @@ def test_questions_pass_through_as_windows(tokenizer, training):
 
 
 def test_too_many_rows_asked_for():
-    with pytest.raises(config.UserError, match="prune.train_rows=4.*at most 3"):
-        data.first_rows(examples_of([1, 2, 3]), 4, field="prune.train_rows")
+    with pytest.raises(errors.UserError, match="prune.train_rows=4.*at most 3"):
+        batches.first_rows(examples_of([1, 2, 3]), 4, field="prune.train_rows")
 
 
 def test_first_rows():
     examples = examples_of(range(1, 21))
-    assert data.first_rows(examples, 0, field="x") is examples
-    few = data.first_rows(examples, 5, field="x")
-    more = data.first_rows(examples, 9, field="x")
+    assert batches.first_rows(examples, 0, field="x") is examples
+    few = batches.first_rows(examples, 5, field="x")
+    more = batches.first_rows(examples, 9, field="x")
     assert few.lengths.tolist() == more.lengths[:5].tolist()
     chosen = np.random.default_rng(0).permutation(20)[:9]
     assert more.lengths.tolist() == (chosen + 1).tolist()
-    whole = data.first_rows(examples, 20, field="x")
+    whole = batches.first_rows(examples, 20, field="x")
     assert sorted(whole.lengths) == list(range(1, 21))
 
 
@@ -205,7 +212,7 @@ def test_take_keeps_fields_together():
 )
 def test_bucket_lengths(buckets, max_length, expected):
     setting = config.Data(buckets=buckets, max_length=max_length)
-    assert data.bucket_lengths(setting, np.array([3])) == expected
+    assert batches.bucket_lengths(setting, np.array([3])) == expected
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,9 @@ def test_bucket_lengths(buckets, max_length, expected):
 def test_bucket_lengths_end_in_the_task_s_own(task, expected):
     columns = ("text",) if task == "own" else ()
     setting = config.Data(task=task, columns=columns)
-    assert data.bucket_lengths(setting, np.array([9, 13] * 50 + [32] * 50)) == expected
+    assert (
+        batches.bucket_lengths(setting, np.array([9, 13] * 50 + [32] * 50)) == expected
+    )
 
 
 def padded(buckets, lengths):
@@ -230,7 +239,7 @@ def padded(buckets, lengths):
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=40), st.sampled_from((70, 99)))
 def test_chosen_buckets_are_the_best_of_their_number(lengths, longest):
     """By trying all sets of multiples of 8; one more would not save 5 %."""
-    chosen = data.choose_buckets(np.array(lengths), longest)
+    chosen = batches.choose_buckets(np.array(lengths), longest)
     widest = min(-(-max(lengths) // 8) * 8, longest)
     assert chosen == tuple(sorted(set(chosen))) and chosen[-1] == widest
 
@@ -247,17 +256,19 @@ def test_chosen_buckets_are_the_best_of_their_number(lengths, longest):
 
 def test_chosen_buckets_of_nothing():
     setting = config.Data(max_length=30)
-    assert data.bucket_lengths(setting, np.array([], int)) == (30,)
+    assert batches.bucket_lengths(setting, np.array([], int)) == (30,)
 
 
 @pytest.mark.parametrize("n, batch_size", [(1, 4), (4, 4), (999, 32), (70, 64)])
 def test_plan_laws(n, batch_size):
     buckets = (8, 16, 32, 64)
     lengths = np.random.default_rng(n).integers(1, 33, n)
-    plan = data.epoch_plan(
+    plan = batches.epoch_plan(
         lengths, batch_size=batch_size, buckets=buckets, seed=5, epoch=2
     )
-    assert len(plan) == math.ceil(n / batch_size) == data.steps_per_epoch(n, batch_size)
+    assert (
+        len(plan) == math.ceil(n / batch_size) == batches.steps_per_epoch(n, batch_size)
+    )
     assert sorted(np.concatenate([rows for _, rows in plan])) == list(range(n))
     for length, rows in plan:
         assert length in buckets[:3] and lengths[rows].max() <= length
@@ -268,7 +279,9 @@ def test_plan_laws(n, batch_size):
 def test_plan_by_hand():
     # Bucket 4: 5 rows = 2 + 2 + 1 left; bucket 8: that 1 + 3 = 2 + 2; 16 is not needed.
     lengths = np.array([1, 5, 4, 4, 8, 2, 3, 6])
-    plan = data.epoch_plan(lengths, batch_size=2, buckets=(4, 8, 16), seed=0, epoch=0)
+    plan = batches.epoch_plan(
+        lengths, batch_size=2, buckets=(4, 8, 16), seed=0, epoch=0
+    )
     assert sorted(length for length, _ in plan) == [4, 4, 8, 8]
     short = [row for length, rows in plan if length == 8 for row in rows]
     assert sum(lengths[short] <= 4) == 1
@@ -278,7 +291,7 @@ def test_plan_is_a_function_of_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(1, 17, 100)
 
     def plan(seed, epoch):
-        rows = data.epoch_plan(
+        rows = batches.epoch_plan(
             lengths, batch_size=8, buckets=(8, 16), seed=seed, epoch=epoch
         )
         return [(length, row.tolist()) for length, row in rows]
@@ -292,7 +305,7 @@ def test_plan_is_a_function_of_seed_and_epoch():
 
 def test_plan_refuses_rows_longer_than_the_last_bucket():
     with pytest.raises(IndexError):
-        data.epoch_plan(np.array([9]), batch_size=1, buckets=(8,), seed=0, epoch=0)
+        batches.epoch_plan(np.array([9]), batch_size=1, buckets=(8,), seed=0, epoch=0)
 
 
 # Batches
@@ -300,7 +313,7 @@ def test_plan_refuses_rows_longer_than_the_last_bucket():
 
 def test_batch_by_hand():
     examples = examples_of([2, 3, 1], pad_id=9)
-    batch = data.make_batch(examples, np.array([1, 2]), length=4, batch_size=3)
+    batch = batches.make_batch(examples, np.array([1, 2]), length=4, batch_size=3)
     assert {key: (x.tolist(), x.dtype) for key, x in batch.items()} == {
         "input_ids": ([[11, 12, 13, 9], [21, 9, 9, 9], [11, 12, 13, 9]], np.int32),
         "attention_mask": ([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 0]], np.int32),
@@ -319,12 +332,12 @@ def test_batch_by_hand():
 )
 def test_labels_of_a_batch(labels):
     examples = examples_of([2, 3, 1], labels=labels)
-    batch = data.make_batch(examples, np.array([2, 1]), length=4, batch_size=4)
+    batch = batches.make_batch(examples, np.array([2, 1]), length=4, batch_size=4)
     expected = labels[[2, 1, 2, 2]]
     np.testing.assert_array_equal(batch["labels"], expected, strict=True)
     assert batch["weight"].tolist() == [1, 1, 0, 0]
     seen = np.empty_like(labels)
-    for rows, batch in data.eval_batches(examples, batch_size=2, buckets=(2, 4)):
+    for rows, batch in batches.eval_batches(examples, batch_size=2, buckets=(2, 4)):
         seen[rows] = batch["labels"][: len(rows)]
     np.testing.assert_array_equal(seen, labels)
 
@@ -334,7 +347,7 @@ def test_eval_batches_cover_every_row_once():
     examples = examples_of(lengths)
     scattered = np.full(50, -1)
     padded = []
-    for rows, batch in data.eval_batches(examples, batch_size=8, buckets=(4, 8, 16)):
+    for rows, batch in batches.eval_batches(examples, batch_size=8, buckets=(4, 8, 16)):
         assert batch["input_ids"].shape[0] == 8
         assert batch["weight"].sum() == len(rows)
         padded.append(batch["input_ids"].shape[1])

@@ -12,7 +12,9 @@ from kill_and_resume import STAGES, differing, moments_of, run_with_kills
 
 import cofi_jax as cofi
 import train
-from cofi_jax import report, sparsity
+from cofi_jax.pruning import cost
+from cofi_jax.run import cli
+from cofi_jax.training import log as log_lib
 
 TINY = """
 from configs import demo
@@ -53,8 +55,8 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("joint", ["=", " "])
 def test_default_workdir(config, workdir, joint):
     argv = ["train.py", *f"--config{joint}{config}".split()]
-    assert train.parse(argv)[1] == pathlib.Path(workdir)
-    assert train.parse([*argv[:1], "--workdir=x", *argv[1:]])[1] == pathlib.Path("x")
+    assert cli.parse(argv)[1] == pathlib.Path(workdir)
+    assert cli.parse([*argv[:1], "--workdir=x", *argv[1:]])[1] == pathlib.Path("x")
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_report_says_what_the_saved_models_are(finished):
         for x in jax.tree.leaves(node)
     )
     assert result["params"]["encoder"]["pruned"] == blocks
-    dense_blocks = sparsity.num_params({}, dense.config)
+    dense_blocks = cost.num_params({}, dense.config)
     assert result["sparsity"] == pytest.approx(1 - blocks / dense_blocks)
     # A unit of the tiny model weighs more than 0.001, so it may be above.
     assert result["sparsity"] >= result["target_sparsity"] - 1e-3
@@ -136,7 +138,7 @@ def test_saved_models_say_what_they_were_made_of(finished):
 
 def test_every_stage_left_its_lines(finished):
     workdir, _ = finished
-    metrics = report.read_metrics(workdir / "metrics.jsonl")
+    metrics = log_lib.read_metrics(workdir / "metrics.jsonl")
     steps = {stage: [] for stage in STAGES}
     for line in metrics:
         if "loss" in line:

@@ -14,15 +14,23 @@ import pytest
 from conftest import random_params
 from safetensors.numpy import save_file
 
-import eval as program  # the name of a built-in
-from cofi_jax import checkpoint, grammar, masks, pretrained, slicing, tasks
-from cofi_jax.config import KINDS, Data
-from cofi_jax.model import EncoderConfig
+import eval
+from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.config import Data
+from cofi_jax.data import tasks, toy
+from cofi_jax.evaluation import evaluate as evaluate_lib
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning import masks, slicing
 
 ROOT = pathlib.Path(__file__).parents[1]
-ROWS = grammar.generate(70, seed=3)  # more than a batch of the scoring
+
+
+ROWS = toy.generate(70, seed=3)  # more than a batch of the scoring
+
+
 DENSE = EncoderConfig(
-    vocab_size=len(grammar.demo_tokenizer()),
+    vocab_size=len(toy.demo_tokenizer()),
     hidden_size=16,
     heads=(2, 2),
     head_size=8,
@@ -31,8 +39,14 @@ DENSE = EncoderConfig(
     num_labels=2,
     max_positions=20,
 )
+
+
 THREE = dataclasses.replace(DENSE, num_labels=3)
+
+
 MNLI = tasks.TASKS["mnli"]
+
+
 OTHER_ORDER = [2, 0, 1]  # of its classes
 
 
@@ -105,27 +119,29 @@ def there(tmp_path_factory):
         ("three", three, THREE, None, mnli),
         ("small", small_three, spec_three.config(THREE), spec_three, mnli | more_three),
     ):
-        checkpoint.save_model(
+        saved_model.save_model(
             top / name,
             model,
             sizes,
             kept,
-            tokenizer=grammar.demo_tokenizer(),
+            tokenizer=toy.demo_tokenizer(),
             about=described,
         )
     for name, damage in (("damaged", damage_params), ("nameless", damage_about)):
         shutil.copytree(top / "dense", top / name)
         damage(top / name)
 
-    rest = {"tokenizer": grammar.demo_tokenizer()}
+    rest = {"tokenizer": toy.demo_tokenizer()}
     labels = [name.upper() for name in MNLI.labels]
-    pretrained.save_hugging_face(top / "hf", three, THREE, labels=labels, **rest)
+    huggingface.save_hugging_face(top / "hf", three, THREE, labels=labels, **rest)
     turned = three | {
         "classifier": {k: v[..., OTHER_ORDER] for k, v in three["classifier"].items()}
     }
     labels = [labels[i] for i in OTHER_ORDER]
-    pretrained.save_hugging_face(top / "hf_named", turned, THREE, labels=labels, **rest)
-    pretrained.save_hugging_face(top / "hf_nameless", turned, THREE, **rest)
+    huggingface.save_hugging_face(
+        top / "hf_named", turned, THREE, labels=labels, **rest
+    )
+    huggingface.save_hugging_face(top / "hf_nameless", turned, THREE, **rest)
     shutil.copytree(top / "hf", top / "hf_small")
     save_file(torch_tensors(small_three), top / "hf_small" / "model.safetensors")
     return {path.name: str(path) for path in top.iterdir()} | {
@@ -188,7 +204,7 @@ def torch_tensors(params):
 
 
 def run(capsys, *arguments):
-    status = program.main(["eval.py", *arguments])
+    status = eval.main(["eval.py", *arguments])
     return status, *capsys.readouterr()
 
 
@@ -202,8 +218,8 @@ def encoder_size(params):
 
 
 def accuracy_by_hand(path):
-    model, params, _ = checkpoint.load_model(path)
-    tokenizer = checkpoint.load_tokenizer(path)
+    model, params, _ = saved_model.load_model(path)
+    tokenizer = saved_model.load_tokenizer(path)
     sentences, labels = zip(*ROWS, strict=True)
     batch = tokenizer(list(sentences), padding="max_length", max_length=20)
     batch = {name: np.array(rows, np.int32) for name, rows in batch.items()}
@@ -224,9 +240,9 @@ def test_numbers(name, there, tmp_path, capsys):
     result = json.loads(file.read_text())
     (found,) = result["models"]
 
-    params = checkpoint.load_model(there[name])[1]
+    params = saved_model.load_model(there[name])[1]
     size = encoder_size(params)
-    dense_size = encoder_size(checkpoint.load_model(there["dense"])[1])
+    dense_size = encoder_size(saved_model.load_model(there["dense"])[1])
     score = accuracy_by_hand(there[name])
     assert found["score"] == pytest.approx(score)
     assert 0.2 < score < 0.8  # of a random model: neither class alone
@@ -269,7 +285,7 @@ def test_numbers(name, there, tmp_path, capsys):
 
 
 def test_kept_widths_are_those_of_the_masks(there):
-    result = program.evaluate([there["pruned"]], batch_sizes=[1], repeats=1)
+    result = evaluate_lib.evaluate([there["pruned"]], batch_sizes=[1], repeats=1)
     (found,) = result["models"]
     kept = {"hidden": 13, "heads": [1, 2], "intermediate": [16, 0]}
     assert found["kept"] == kept
@@ -326,13 +342,13 @@ def test_models_side_by_side_at_every_size(there, tmp_path, capsys):
 )
 def test_usual_sizes(backend, spans, longest, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert program.usual_sizes(spans=spans, longest=longest) == expected
+    assert evaluate_lib.usual_sizes(spans=spans, longest=longest) == expected
 
 
 def test_each_model_has_its_own_tokenizer_and_length(there, tmp_path):
     """A model cut to 9 positions reads 9 tokens, beside one that reads 20."""
-    alone = program.evaluate([there["short"]], batch_sizes=[1], repeats=1)
-    both = program.evaluate(
+    alone = evaluate_lib.evaluate([there["short"]], batch_sizes=[1], repeats=1)
+    both = evaluate_lib.evaluate(
         [there["dense"], there["short"]], batch_sizes=[1], repeats=1
     )
     assert both["models"][1]["scores"] == alone["models"][0]["scores"]
@@ -345,7 +361,7 @@ def test_dtype(name, there):
     options = {"batch_sizes": [1], "repeats": 1, "dtype": "bfloat16"}
     if name == "hf":
         options |= {"task": "mnli", "data_path": there["mnli"]}
-    result = program.evaluate([there[name]], **options)
+    result = evaluate_lib.evaluate([there[name]], **options)
     assert result["benchmark"]["dtype"] == "bfloat16"
     assert 0 < result["models"][0]["score"] < 1
 
@@ -369,7 +385,9 @@ def evaluated(there):
     def evaluate(name, **options):
         if name.startswith("hf"):
             options |= {"task": "mnli", "data_path": there["mnli"]}
-        result = program.evaluate([there[name]], batch_sizes=[1], repeats=1, **options)
+        result = evaluate_lib.evaluate(
+            [there[name]], batch_sizes=[1], repeats=1, **options
+        )
         return result | result["models"][0]
 
     return functools.cache(evaluate)
@@ -435,7 +453,7 @@ def test_hugging_face_on_the_command_line(there, tmp_path, capsys):
 def test_beside_each_other(first, second, task, evaluated, there):
     """A saved model brings the task and the rows for those of Hugging Face."""
     data = "" if {first, second} & {"small", "three"} else there["mnli"]
-    result = program.evaluate(
+    result = evaluate_lib.evaluate(
         [there[first], there[second]],
         task=task,
         data_path=data,

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from cofi_jax import events, report
-from cofi_jax.config import UserError
+from cofi_jax.errors import UserError
+from cofi_jax.training import log as log_lib
 
 pytest.importorskip("tensorboardX")
 
@@ -41,7 +41,7 @@ def curves(folder):
 
 def expected(path):
     tags = {}
-    for line in report.read_metrics(path):
+    for line in log_lib.read_metrics(path):
         for key in line.keys() - {"stage", "step"}:
             points = tags.setdefault(f"{line['stage']}/{key}", [])
             points.append((line["step"], pytest.approx(line[key])))
@@ -49,8 +49,8 @@ def expected(path):
 
 
 def start(folder):
-    mirror = events.Events(folder / "tensorboard")
-    return report.MetricsLog(folder / "metrics.jsonl", mirror)
+    mirror = log_lib.Events(folder / "tensorboard")
+    return log_lib.MetricsLog(folder / "metrics.jsonl", mirror)
 
 
 def test_every_number_of_a_line_is_a_point_at_once(tmp_path):
@@ -112,7 +112,7 @@ def test_missing_library_is_said_in_one_line(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(UserError) as caught:
-        events.check()
+        log_lib.check()
     assert str(caught.value).startswith("tensorboard=True: ")
     assert "pip install 'cofi-jax[tensorboard]'" in str(caught.value)
     assert "\n" not in str(caught.value)

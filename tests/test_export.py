@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import pathlib
 import random
@@ -24,17 +25,28 @@ from test_glue import questions, values
 from test_report import make_report
 
 import cofi_jax as cofi
-import export as command
-from cofi_jax import checkpoint, export, measure, slicing, tasks
-from cofi_jax.config import Data, UserError
-from cofi_jax.grammar import demo_tokenizer
-from cofi_jax.model import EncoderConfig
+from cofi_jax.checkpoints import saved_model
+from cofi_jax.config import Data
+from cofi_jax.data import tasks
+from cofi_jax.data.toy import demo_tokenizer
+from cofi_jax.errors import UserError
+from cofi_jax.export import __main__ as export_lib
+from cofi_jax.export import export, to_stablehlo
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning import slicing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+
 ROOT = pathlib.Path(__file__).parents[1]
+
+
 ROWS = 40
+
+
 WHERE = "path/to/this/folder"
+
+
 NEEDS = {
     "": (),
     "stablehlo": (),
@@ -42,6 +54,8 @@ NEEDS = {
     "transformers": ("torch",),
     "stock": ("torch",),
 }
+
+
 # What must not be needed; None in sys.modules is a package that is not there.
 WITHOUT = {
     "": ("torch", "onnx", "onnxruntime"),
@@ -94,11 +108,13 @@ def save(path, data, labels=(), **sizes):
         "sparsity": 0.5,
     }
     config = spec.config(dense)
-    checkpoint.save_model(path, params, config, spec, tokenizer=tokenizer, about=about)
+    saved_model.save_model(path, params, config, spec, tokenizer=tokenizer, about=about)
     return path
 
 
 DEMO = Data(task="demo", max_length=32)
+
+
 LABELS = tasks.TASKS["demo"].labels
 
 
@@ -258,12 +274,12 @@ def test_the_card_of_a_saved_model(copy):
 
 def spoil(monkeypatch):
     """From now on the written weights are a little off."""
-    write = export.to_stablehlo.write
+    write = to_stablehlo.write
 
     def spoilt(folder, params, config, labels):
         write(folder, jax.tree.map(lambda x: x * 1.01, params), config, labels)
 
-    monkeypatch.setattr(export.to_stablehlo, "write", spoilt)
+    monkeypatch.setattr(to_stablehlo, "write", spoilt)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -300,12 +316,12 @@ def test_a_folder_of_someone_elses_stays(copy):
 
 def test_a_teacher_is_exported(tmp_path, saved):
     """A dense model is its own reference; there is no speedup to speak of."""
-    _, _, about = checkpoint.read_about(saved)
+    _, _, about = saved_model.read_about(saved)
     dense = EncoderConfig.from_json(about.pop("dense"))
     params, path = random_params(dense, 1), tmp_path / "teacher"
     del about["sparsity"]
-    tokenizer = checkpoint.load_tokenizer(saved)
-    checkpoint.save_model(path, params, dense, tokenizer=tokenizer, about=about)
+    tokenizer = saved_model.load_tokenizer(saved)
+    saved_model.save_model(path, params, dense, tokenizer=tokenizer, about=about)
     check = run(path, "stablehlo")["stablehlo"]
     assert "speedup" not in check and check["checked_against"] == "the saved model"
     assert check["scores"] == check["reference_scores"]
@@ -313,7 +329,7 @@ def test_a_teacher_is_exported(tmp_path, saved):
 
 def test_a_package_that_is_missing(copy, monkeypatch):
     there = tree(copy)
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, extra in (("onnx", "onnx"), ("transformers", "torch")):
         with pytest.raises(UserError, match=rf"pip install 'cofi-jax\[{extra}\]'"):
             run(copy, name)
@@ -339,7 +355,7 @@ def test_bad_input(flags, message, copy, capsys):
         (copy / "model.json").write_text(json.dumps(config))
     there = tree(copy)
     argv = ["export.py", f"--model={copy}", *flags.split()]
-    assert command.main(argv) == 2
+    assert export_lib.main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1
     assert re.match(f"error: .*{message}", err)
@@ -348,7 +364,7 @@ def test_bad_input(flags, message, copy, capsys):
 
 def test_command(copy, capsys):
     flags = "--formats=stablehlo --rows=20 --repeats=1 --batch_size=1 --seq_length=4"
-    assert command.main(["export.py", f"--model={copy}", *flags.split()]) == 0
+    assert export_lib.main(["export.py", f"--model={copy}", *flags.split()]) == 0
     out = capsys.readouterr().out
     assert "| stablehlo | 20 |" in out and "cpu" in out
 
@@ -410,7 +426,7 @@ def test_checks_of_other_kinds(other):
         assert check["scores"] == pytest.approx(check["reference_scores"], abs=1e-5)
     if kind == "roberta":
         return
-    task = tasks.TASKS[measure.saved_data(str(path)).task]
+    task = tasks.TASKS[saved_model.saved_data(str(path)).task]
     rows = parquet.read_table(path.parent / "validation.parquet").to_pylist()
     found = answer([tuple(row[column] for column in task.columns) for row in rows])
     found = [value for each in found for value in each.values()]

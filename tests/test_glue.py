@@ -18,12 +18,19 @@ import pytest
 from pyarrow import parquet
 from safetensors.numpy import load_file, save_file
 
-import eval as program  # the name of a built-in
 import train
-from cofi_jax import UserError, checkpoint, grammar, pretrained, report
+from cofi_jax import UserError
+from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.data import toy
+from cofi_jax.evaluation import evaluate
+from cofi_jax.run import stages as stages_lib
+from cofi_jax.training import log
 
 TINY_BERT = pathlib.Path(__file__).parent / "fixtures" / "tiny_bert"
+
+
 ROWS = {"train": 48, "validation": 23}
+
 
 CONFIG = """
 from cofi_jax.config import Config
@@ -53,6 +60,7 @@ def get_config():
     return config
 """
 
+
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:the load_module"),  # of ml_collections
@@ -66,7 +74,7 @@ def pairs(first, second, classes):
     """Columns like those of the hub's GLUE; the second text tells the class."""
 
     def rows(rng, split):
-        groups = (grammar.PRAISE, grammar.BLAME, grammar.NOUNS)
+        groups = (toy.PRAISE, toy.BLAME, toy.NOUNS)
         labels = [i % classes for i in range(ROWS[split])]
         return pa.table(
             {
@@ -81,14 +89,12 @@ def pairs(first, second, classes):
 
 
 def sentences(rng, split):
-    return [text for text, _ in grammar.generate(ROWS[split], seed=rng.random())]
+    return [text for text, _ in toy.generate(ROWS[split], seed=rng.random())]
 
 
 def values(rng, split):
     praise = [i % 5 for i in range(ROWS[split])]
-    words = [
-        rng.sample(grammar.PRAISE, k) + rng.sample(grammar.BLAME, 4 - k) for k in praise
-    ]
+    words = [rng.sample(toy.PRAISE, k) + rng.sample(toy.BLAME, 4 - k) for k in praise]
     noise = [rng.uniform(0, 1) for _ in praise]
     labels = [k + more for k, more in zip(praise, noise, strict=True)]  # in [0, 5]
     return pa.table(
@@ -105,7 +111,7 @@ def questions(rng, split):
     """Contexts of several windows; one training row's answer is not at its place."""
     rows = []
     for i in range(ROWS[split] // 2):
-        texts = [text for text, _ in grammar.generate(3, seed=rng.random())]
+        texts = [text for text, _ in toy.generate(3, seed=rng.random())]
         context = " . ".join(texts)
         answer = texts[1].split()[-1]
         start = len(texts[0]) + len(" . ") + len(texts[1]) - len(answer)
@@ -135,6 +141,8 @@ HUB = {
     "stsb": values,
     "squad": questions,
 }
+
+
 MNLI_SPLITS = ("validation_matched", "validation_mismatched")
 
 
@@ -150,19 +158,17 @@ def write_rows(top):
     # Half as many again for one of them: other columns in another order, and names.
     lines = ["label\tsentence2\tsentence1"]
     lines += [
-        f"equivalent\t{a} {b}\tfilm" for a in grammar.BLAME[:4] for b in "but ,".split()
+        f"equivalent\t{a} {b}\tfilm" for a in toy.BLAME[:4] for b in "but ,".split()
     ]
     lines += [
-        f"not_equivalent\t{a} {b}\tfilm"
-        for a in grammar.PRAISE[:8]
-        for b in ["so", "very"]
+        f"not_equivalent\t{a} {b}\tfilm" for a in toy.PRAISE[:8] for b in ["so", "very"]
     ]
     (top / "more.tsv").write_text("\n".join(lines) + "\n")
 
     rng = random.Random("own")
     (top / "reviews").mkdir()
     (top / "stars").mkdir()
-    groups = {"poor": grammar.BLAME, "great": grammar.PRAISE, "so, so": grammar.NOUNS}
+    groups = {"poor": toy.BLAME, "great": toy.PRAISE, "so, so": toy.NOUNS}
     for split, count in ROWS.items():
         lines = ["id,text,verdict"]
         for i in range(count):
@@ -181,8 +187,8 @@ def write_rows(top):
 def write_encoder(folder):
     """Of one layer: steps are quick to compile, which is what takes the time here."""
     shutil.copytree(TINY_BERT, folder)
-    words = [*grammar.SPECIAL, *grammar.OTHER, *grammar.NEGATIONS, *grammar.VERBS]
-    words += [*grammar.ADVERBS, *grammar.NOUNS, *grammar.PRAISE, *grammar.BLAME]
+    words = [*toy.SPECIAL, *toy.OTHER, *toy.NEGATIONS, *toy.VERBS]
+    words += [*toy.ADVERBS, *toy.NOUNS, *toy.PRAISE, *toy.BLAME]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 1}))
@@ -248,8 +254,12 @@ CASES = {
         ["pearson"],
     ),
 }
+
+
 # After the teacher these differ from the others in nothing that knows of the task.
 LIKE_OTHERS = ["qqp", "qnli", "stars"]
+
+
 every_case = pytest.mark.parametrize(
     "name",
     [
@@ -292,12 +302,12 @@ def stop(*_):
 
 @pytest.mark.parametrize("name", LIKE_OTHERS)
 def test_the_teacher_is_saved(name, top, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train.stages, "prepare", stop)
+    monkeypatch.setattr(stages_lib, "prepare", stop)
     assert train.main(command(top, tmp_path / "run", CASES[name].flags)) == 2
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "error: stop"
     path = str(tmp_path / "run" / "teacher")
-    (found,) = program.evaluate([path], batch_sizes=[1], repeats=1)["models"]
+    (found,) = evaluate.evaluate([path], batch_sizes=[1], repeats=1)["models"]
     scores = found["scores"]
     assert list(scores) == ["validation"]
     assert list(scores["validation"]) == CASES[name].metrics
@@ -335,7 +345,7 @@ def test_report_has_every_metric_of_every_split(name, finished):
 @every_case
 def test_every_loss_is_finite(name, finished):
     workdir, _ = finished(name)
-    lines = report.read_metrics(workdir / "metrics.jsonl")
+    lines = log.read_metrics(workdir / "metrics.jsonl")
     stages = {line["stage"] for line in lines}
     without = {"prepruning"} if name == "reviews" else set()
     assert stages == {"teacher", "prepruning", "prune", "finetune"} - without
@@ -346,7 +356,7 @@ def test_every_loss_is_finite(name, finished):
 @every_case
 def test_the_saved_model_scores_the_same(name, finished):
     workdir, result = finished(name)
-    found = program.evaluate([workdir / "pruned"], batch_sizes=[1], repeats=1)
+    found = evaluate.evaluate([workdir / "pruned"], batch_sizes=[1], repeats=1)
     (again,) = found["models"]
     assert again["scores"] == result["pruned"]["scores"]
     assert again["score"] == result["pruned"]["score"]
@@ -396,7 +406,7 @@ def test_saved_models_say_what_they_are_for(top, finished):
 
 
 def terms(workdir, stage):
-    lines = report.read_metrics(workdir / "metrics.jsonl")
+    lines = log.read_metrics(workdir / "metrics.jsonl")
     return {key for line in lines if line["stage"] == stage for key in line}
 
 
@@ -418,7 +428,7 @@ def test_units_that_are_not_pruned_stay(finished):
 
 def test_extra_rows_are_trained_on(finished):
     workdir, _ = finished("mrpc")
-    lines = report.read_metrics(workdir / "metrics.jsonl")
+    lines = log.read_metrics(workdir / "metrics.jsonl")
     steps = max(line["step"] for line in lines if line["stage"] == "teacher")
     assert steps == 20 * math.ceil((48 + 24) / 16)
 
@@ -430,36 +440,36 @@ def test_a_hugging_face_teacher_whose_classes_are_in_another_order(
     top, finished, tmp_path, capsys, monkeypatch
 ):
     workdir, _ = finished("mnli")
-    model, params, _ = checkpoint.load_model(workdir / "teacher")
+    model, params, _ = saved_model.load_model(workdir / "teacher")
     head = {name: leaf[..., [2, 0, 1]] for name, leaf in params["classifier"].items()}
-    pretrained.save_hugging_face(
+    huggingface.save_hugging_face(
         tmp_path / "hf",
         params | {"classifier": head},
         model.config,
-        tokenizer=checkpoint.load_tokenizer(workdir / "teacher"),
+        tokenizer=saved_model.load_tokenizer(workdir / "teacher"),
     )
 
-    monkeypatch.setattr(train.stages, "prepare", stop)
+    monkeypatch.setattr(stages_lib, "prepare", stop)
     order = "teacher.labels=('contradiction','entailment','neutral')"
     flags = ["data.task=mnli", f"teacher.path={tmp_path / 'hf'}", order]
     assert train.main(command(top, tmp_path / "run", flags)) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: stop"
-    _, again, _ = checkpoint.load_model(tmp_path / "run" / "teacher")
+    _, again, _ = saved_model.load_model(tmp_path / "run" / "teacher")
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 @pytest.mark.parametrize("name", ["stsb", "squad"])
 def test_values_and_spans_of_hugging_face(name, top, finished, tmp_path):
     workdir, result = finished(name)
-    model, params, _ = checkpoint.load_model(workdir / "teacher")
-    pretrained.save_hugging_face(
+    model, params, _ = saved_model.load_model(workdir / "teacher")
+    huggingface.save_hugging_face(
         tmp_path / "hf",
         params,
         model.config,
-        tokenizer=checkpoint.load_tokenizer(workdir / "teacher"),
+        tokenizer=saved_model.load_tokenizer(workdir / "teacher"),
     )
     options = {"task": name, "data_path": str(top), "batch_sizes": [1], "repeats": 1}
-    (found,) = program.evaluate([tmp_path / "hf"], **options)["models"]
+    (found,) = evaluate.evaluate([tmp_path / "hf"], **options)["models"]
     assert found["scores"]["validation"] == pytest.approx(
         result["teacher"]["scores"]["validation"], abs=1e-6
     )

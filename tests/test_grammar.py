@@ -3,17 +3,17 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from cofi_jax import grammar
+from cofi_jax.data import toy
 
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: grammar.demo_rows(split) for split in ("train", "validation")}
+    return {split: toy.demo_rows(split) for split in ("train", "validation")}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return grammar.demo_tokenizer()
+    return toy.demo_tokenizer()
 
 
 @pytest.mark.parametrize(
@@ -34,23 +34,23 @@ def tokenizer():
     ],
 )
 def test_label_by_hand(sentence, label):
-    assert grammar.label_of(sentence) == label
+    assert toy.label_of(sentence) == label
 
 
 def test_parser_agrees_with_generator():
-    assert all(grammar.label_of(s) == label for s, label in grammar.generate(5000, 3))
+    assert all(toy.label_of(s) == label for s, label in toy.generate(5000, 3))
 
 
 def test_same_seed_same_sentences():
-    first = grammar.generate(300, 1)
-    assert first == grammar.generate(300, 1)
-    assert first[:100] == grammar.generate(100, 1)
-    assert first != grammar.generate(300, 2)
+    first = toy.generate(300, 1)
+    assert first == toy.generate(300, 1)
+    assert first[:100] == toy.generate(100, 1)
+    assert first != toy.generate(300, 2)
 
 
 def test_splits_are_balanced_disjoint_and_without_repeats(splits):
     for split, columns in splits.items():
-        assert len(columns["sentence"]) == grammar.SIZES[split]
+        assert len(columns["sentence"]) == toy.SIZES[split]
         assert np.mean(columns["label"]) == 0.5
     everything = splits["train"]["sentence"] + splits["validation"]["sentence"]
     assert len(set(everything)) == len(everything)

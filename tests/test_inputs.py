@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from cofi_jax import checkpoint, grammar, inputs, tasks
-from cofi_jax.config import Config, UserError
+from cofi_jax.checkpoints import saved_model
+from cofi_jax.config import Config
+from cofi_jax.data import tasks, toy
+from cofi_jax.errors import UserError
+from cofi_jax.run import setup
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -16,11 +19,11 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.fixture(scope="module")
 def teacher(tiny, tmp_path_factory):
     """A saved model for the classes no, maybe, yes; and its parameters."""
-    tokenizer = grammar.demo_tokenizer()
+    tokenizer = toy.demo_tokenizer()
     sizes = dataclasses.replace(tiny, vocab_size=len(tokenizer))
     params, path = random_params(sizes, seed=0), tmp_path_factory.mktemp("x") / "saved"
     about = {"labels": ["no", "maybe", "yes"]}
-    checkpoint.save_model(path, params, sizes, tokenizer=tokenizer, about=about)
+    saved_model.save_model(path, params, sizes, tokenizer=tokenizer, about=about)
     return path, params
 
 
@@ -29,7 +32,7 @@ def load(path, *labels):
     config.teacher.path = str(path)
     config.data.task, config.data.columns = "own", ("text",)
     config.data.labels = labels
-    return inputs.load_teacher(config, tasks.find(config.data))
+    return setup.load_teacher(config, tasks.find(config.data))
 
 
 def test_classes_of_a_saved_teacher_come_in_the_tasks_order(teacher, tiny_batch):

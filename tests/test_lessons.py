@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from cofi_jax import data, lessons, loop, objective, training
-from cofi_jax.checkpoint import Checkpoints
-from cofi_jax.config import Distill, UserError
-from cofi_jax.model import Encoder
-from cofi_jax.report import MetricsLog
-from cofi_jax.training import Rate
+from cofi_jax.checkpoints.state import Checkpoints
+from cofi_jax.config import Distill
+from cofi_jax.data import batches
+from cofi_jax.errors import UserError
+from cofi_jax.models.bert import Encoder
+from cofi_jax.training import loop, objectives, step
+from cofi_jax.training import teacher as teacher_lib
+from cofi_jax.training.log import MetricsLog
+from cofi_jax.training.step import Rate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 BATCH, BUCKETS = 4, (4, 9)
 
@@ -30,7 +34,7 @@ def examples():
     ]
     ids = ids[:22]
     labels = rng.integers(0, 3, len(ids)).astype(np.int32)
-    return data.Examples(ids, [np.zeros_like(i) for i in ids], labels)
+    return batches.Examples(ids, [np.zeros_like(i) for i in ids], labels)
 
 
 def model_of(tiny, problem="classification", dtype="float32"):
@@ -51,7 +55,7 @@ def test_a_lesson_is_what_the_model_says(
     tiny, tiny_params, tiny_batch, distill, taught
 ):
     model = model_of(tiny)
-    lesson = lessons.make_teach(model, distill)(tiny_params, tiny_batch)
+    lesson = teacher_lib.make_teach(model, distill)(tiny_params, tiny_batch)
     output = model.apply({"params": tiny_params}, tiny_batch)
     assert ("logits" in lesson) == (distill.logits > 0)
     assert ("states" in lesson) == (distill.layers > 0)
@@ -75,7 +79,7 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
     asked = []
 
     def lessons_of(cache):
-        teaching = lessons.Lessons(
+        teaching = teacher_lib.Lessons(
             model, params, dataclasses.replace(distill, cache=cache)
         )
         teach = teaching._teach
@@ -112,7 +116,7 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
     for cache in ("none", "host", "device"):
         distill = Distill(num_layers=1, taught="random", cache=cache)
         log = MetricsLog(tmp_path / f"{cache}.jsonl")
-        state = training.create_state(
+        state = step.create_state(
             random_params(tiny, 2),
             seed=0,
             stage="prune",
@@ -120,14 +124,12 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
             freeze_embeddings=True,
             distill_projection=jnp.eye(16),
         )
-        teaching = lessons.Lessons(model, teacher, distill)
+        teaching = teacher_lib.Lessons(model, teacher, distill)
         with Checkpoints(tmp_path / cache) as saved:
             state, _ = loop.fit(
                 state,
                 stage="prune",
-                step=training.make_step(
-                    objective.distillation_objective(model, distill)
-                ),
+                step=step.make_step(objectives.distillation_objective(model, distill)),
                 context={},
                 examples=examples,
                 batch_size=BATCH,
@@ -153,7 +155,7 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
 
 
 def test_stages_share_what_is_kept_only_in_the_same_shapes(tiny, tiny_params, examples):
-    teaching = lessons.Lessons(model_of(tiny), tiny_params, Distill(cache="host"))
+    teaching = teacher_lib.Lessons(model_of(tiny), tiny_params, Distill(cache="host"))
     first = teaching.of(examples, BUCKETS, 4) and teaching._store
     assert teaching.of(examples, BUCKETS, 4) and teaching._store is first
     others = examples.take(np.random.default_rng(0).permutation(22))  # as many
@@ -168,21 +170,21 @@ def test_the_memory_is_said_before(tiny, examples, capsys, monkeypatch, cache):
     need = (tokens * 2 * 16 + 22 * 3) * 4  # two layers of width 16, three classes
     distill = Distill(num_layers=2, cache=cache)
     for free, enough in ((need, True), (need - 1, False)):
-        monkeypatch.setattr(lessons, "_free_memory", lambda where, free=free: free)
+        monkeypatch.setattr(teacher_lib, "_free_memory", lambda where, free=free: free)
         if enough:
-            lessons.check_memory(tiny, distill, [examples])
+            teacher_lib.check_memory(tiny, distill, [examples])
             assert f"22 rows of {tokens - 1} tokens" in capsys.readouterr().out
         else:
             with pytest.raises(UserError, match=f"distill.cache='{cache}'.* GB are"):
-                lessons.check_memory(tiny, distill, [examples])
+                teacher_lib.check_memory(tiny, distill, [examples])
 
 
 def test_nothing_is_said_where_nothing_is_kept(tiny, examples, capsys):
-    lessons.check_memory(tiny, Distill(), [examples])
-    lessons.check_memory(tiny, Distill(0.0, 0.0, cache="host"), [examples])
+    teacher_lib.check_memory(tiny, Distill(), [examples])
+    teacher_lib.check_memory(tiny, Distill(0.0, 0.0, cache="host"), [examples])
     assert not capsys.readouterr().out
 
 
 def test_free_memory_is_a_number():
-    assert lessons._free_memory("host") > 0
-    assert lessons._free_memory("device") > 0
+    assert teacher_lib._free_memory("host") > 0
+    assert teacher_lib._free_memory("device") > 0

@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from cofi_jax import data, loop, objective, report, training
-from cofi_jax.checkpoint import Checkpoints
-from cofi_jax.config import UserError
-from cofi_jax.model import Encoder, EncoderConfig
-from cofi_jax.training import Rate
+from cofi_jax.checkpoints.state import Checkpoints
+from cofi_jax.data import batches as batches_lib
+from cofi_jax.errors import UserError
+from cofi_jax.evaluation import predict as predict_lib
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.training import log as log_lib
+from cofi_jax.training import loop, objectives, step
+from cofi_jax.training.step import Rate
 
 BATCH, BUCKETS, STEPS = 6, (4, 9), 12
+
+
 CLOCKS = ("seconds", "examples_per_second")
+
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
@@ -30,7 +37,7 @@ def examples_of(lengths, seed=0):
     rng = np.random.default_rng(seed)
     ids = [rng.integers(1, 17, n).astype(np.int32) for n in lengths]
     labels = rng.integers(0, 3, len(lengths)).astype(np.int32)
-    return data.Examples(ids, [np.zeros_like(i) for i in ids], labels)
+    return batches_lib.Examples(ids, [np.zeros_like(i) for i in ids], labels)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +66,7 @@ def test_predict_all_restores_the_order(rows, batch_size):
         )
         return params * jnp.stack(columns, 1)
 
-    logits = loop.predict_all(
+    logits = predict_lib.predict_all(
         predict,
         jnp.float32(2),
         {"x": jnp.float32(3)},
@@ -87,7 +94,7 @@ def test_predict_all_pads_spans_to_the_last_bucket(rows, batch_size):
         return jnp.stack([real, params * real], -1)
 
     buckets = (4, 7, 9)  # no row needs the last one
-    logits = loop.predict_all(
+    logits = predict_lib.predict_all(
         predict, jnp.int32(3), {}, examples, batch_size=batch_size, buckets=buckets
     )
     assert {length for _, length in shapes} <= {4, 7}
@@ -140,16 +147,16 @@ class Training:
     def __init__(self, examples):
         self.config = EncoderConfig(17, 8, (2,), 4, (4,), 8, 3, 9, dropout=0.2)
         self.examples, self.traces = examples, 0
-        loss = objective.task_objective(Encoder(self.config))
+        loss = objectives.task_objective(Encoder(self.config))
 
         def counted(*args):
             self.traces += 1
             return loss(*args)
 
-        self.step = training.make_step(counted)
+        self.step = step.make_step(counted)
 
     def state(self):
-        return training.create_state(
+        return step.create_state(
             random_params(self.config, 0),
             seed=1,
             stage="teacher",
@@ -176,7 +183,7 @@ class Training:
 
             return wrapped
 
-        log = report.MetricsLog(workdir / "metrics.jsonl")
+        log = log_lib.MetricsLog(workdir / "metrics.jsonl")
         log.write = deadly("write", log.write)
         with Checkpoints(workdir / "checkpoints") as saved:
             saved.save = deadly("save", saved.save)
@@ -213,7 +220,7 @@ def uninterrupted(trained, tmp_path_factory):
 
 
 def lines_of(workdir):
-    lines = report.read_metrics(workdir / "metrics.jsonl")
+    lines = log_lib.read_metrics(workdir / "metrics.jsonl")
     return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
@@ -279,11 +286,11 @@ def test_seconds_add_up_over_restarts(trained, tmp_path):
     with pytest.raises(Killed):
         trained.run(tmp_path, ("step", 9))
     log = tmp_path / "metrics.jsonl"
-    lines = report.read_metrics(log)
+    lines = log_lib.read_metrics(log)
     for line in lines:
         if "seconds" in line and line["step"] == 8:
             line["seconds"] = 1000.0
-    log.write_text("".join(map(report._line, lines)))
+    log.write_text("".join(map(log_lib._line, lines)))
     _, seconds = trained.run(tmp_path)
     assert 1000 < seconds < 1100
 
@@ -308,7 +315,7 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
     """Step n adds 1 to theta; `evaluations` and `losses` are given in order."""
     losses = iter(losses or [{"loss": 1.0}] * len(evaluations))
     given, scores = list(evaluations), iter(evaluations)
-    state = training.create_state(
+    state = step.create_state(
         {"embeddings": np.zeros(1), "w": np.zeros(1)},
         seed=0,
         stage="toy",
@@ -334,7 +341,7 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
             total_steps=len(given),
             evaluate=lambda theta, frozen: next(scores),
             checkpoints=saved,
-            log=report.MetricsLog(tmp_path / "metrics.jsonl"),
+            log=log_lib.MetricsLog(tmp_path / "metrics.jsonl"),
             log_every=log_every,
             eval_every=1 if log_every == 1 else 100,
             checkpoint_every=checkpoint_every,

@@ -5,13 +5,22 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, rel_entr, softmax
 
-from cofi_jax import losses
+from cofi_jax.training import losses
 
 LN2 = float(np.log(2))
+
+
 PROBLEMS = ("classification", "regression", "span")
+
+
 B, C, T = 4, 3, 6
+
+
 LENGTHS = (6, 3, 1, 4)
+
+
 WEIGHT = np.array([1, 1, 0, 1], np.float32)
+
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -73,6 +82,8 @@ def distill_by_hand(problem, student, teacher, temperature):
 
 
 _task_loss = jax.jit(jax.value_and_grad(losses.task_loss, 1), static_argnums=0)
+
+
 _distill = jax.jit(jax.value_and_grad(losses.distill_logits, 1), static_argnums=0)
 
 

@@ -10,16 +10,22 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from cofi_jax import masks
-from cofi_jax.config import KINDS, UserError
-from cofi_jax.model import Encoder, EncoderConfig
-from cofi_jax.slicing import prune, spec_of
-from cofi_jax.sparsity import num_params
+from cofi_jax.errors import UserError
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning import masks, transforms
+from cofi_jax.pruning.cost import num_params
+from cofi_jax.pruning.slicing import prune, spec_of
 
 SUBSETS = [
     subset for size in range(1, 6) for subset in itertools.combinations(KINDS, size)
 ]
+
+
 CLOSING = 2 / 3 * math.log(0.1 / 1.1)  # P(z > 0) = 1/2 there
+
+
 LOW, HIGH = math.log(0.01), math.log(100)
 
 
@@ -97,7 +103,7 @@ def test_wrong_kinds_are_named(tiny, kinds, named):
         lambda: masks.init_log_alpha(tiny, jax.random.key(0), kinds),
     ]
     if not isinstance(kinds, str):
-        calls += [lambda: masks.only(*kinds), lambda: masks.without(*kinds)]
+        calls += [lambda: transforms.only(*kinds), lambda: transforms.without(*kinds)]
     for call in calls:
         with pytest.raises(UserError, match=f"kinds.*{named}"):
             call()
@@ -105,9 +111,9 @@ def test_wrong_kinds_are_named(tiny, kinds, named):
 
 def test_wrong_kinds_of_keep_at_least_are_named():
     with pytest.raises(UserError, match="'layer'"):
-        masks.keep_at_least(hidden=1, layer=2)
+        transforms.keep_at_least(hidden=1, layer=2)
     with pytest.raises(UserError, match=r"\(\)"):
-        masks.keep_at_least()
+        transforms.keep_at_least()
 
 
 def test_gates_start_open_and_inside_the_clamp():
@@ -261,22 +267,26 @@ def test_layer_gate_closes_exactly_below_one_half(kind):
 # Transforms
 
 TRANSFORMS = {
-    "only": masks.only("head", "mha", "hidden"),
-    "without": masks.without("hidden", "ffn"),
-    "harden": masks.harden(),
-    "drop_empty": masks.drop_empty(),
-    "keep_at_least": masks.keep_at_least(head=2, hidden=4, mha=1, intermediate=3),
-    "round_to_multiple": masks.round_to_multiple(head=2, intermediate=3, hidden=4),
-    "keep_layers": masks.keep_layers(2, 0),
-    "drop_layers": masks.drop_layers(0),
+    "only": transforms.only("head", "mha", "hidden"),
+    "without": transforms.without("hidden", "ffn"),
+    "harden": transforms.harden(),
+    "drop_empty": transforms.drop_empty(),
+    "keep_at_least": transforms.keep_at_least(head=2, hidden=4, mha=1, intermediate=3),
+    "round_to_multiple": transforms.round_to_multiple(head=2, intermediate=3, hidden=4),
+    "keep_layers": transforms.keep_layers(2, 0),
+    "drop_layers": transforms.drop_layers(0),
 }
+
+
 PAIRS = list(itertools.permutations(TRANSFORMS, 2))
+
+
 SEEDS = range(6)
 
 
 def test_chain_of_nothing_is_the_identity():
     gates = draw(0)
-    assert_equal(masks.chain()(gates), gates)
+    assert_equal(transforms.chain()(gates), gates)
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
@@ -284,15 +294,15 @@ def test_chain_applies_from_left_to_right(names):
     first, second = (TRANSFORMS[name] for name in names)
     for seed in SEEDS:
         gates = draw(seed)
-        assert_equal(masks.chain(first, second)(gates), second(first(gates)))
+        assert_equal(transforms.chain(first, second)(gates), second(first(gates)))
 
 
 def test_chain_is_associative():
     a, b, c = (TRANSFORMS[n] for n in ("keep_at_least", "drop_empty", "only"))
     gates = draw(3)
     expected = c(b(a(gates)))
-    assert_equal(masks.chain(a, masks.chain(b, c))(gates), expected)
-    assert_equal(masks.chain(masks.chain(a, b), c)(gates), expected)
+    assert_equal(transforms.chain(a, transforms.chain(b, c))(gates), expected)
+    assert_equal(transforms.chain(transforms.chain(a, b), c)(gates), expected)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -340,7 +350,10 @@ def test_transforms_take_any_subset_of_kinds(name, kinds):
 def test_only_and_without_are_complements():
     gates = draw(2)
     for kinds in SUBSETS:
-        kept, dropped = masks.only(*kinds)(gates), masks.without(*kinds)(gates)
+        kept, dropped = (
+            transforms.only(*kinds)(gates),
+            transforms.without(*kinds)(gates),
+        )
         assert set(kept) == set(kinds) and not set(kept) & set(dropped)
         assert_equal(kept | dropped, gates)
 
@@ -348,14 +361,14 @@ def test_only_and_without_are_complements():
 def test_harden_opens_what_is_open_and_nothing_else():
     for seed in SEEDS:
         gates = draw(seed)
-        for kind, value in masks.harden()(gates).items():
+        for kind, value in transforms.harden()(gates).items():
             np.testing.assert_array_equal(value, np.where(gates[kind] > 0, 1.0, 0.0))
 
 
 def test_drop_empty_closes_blocks_and_their_gates_and_nothing_else():
     for seed in SEEDS:
         gates = {kind: np.asarray(value) for kind, value in draw(seed).items()}
-        result = masks.drop_empty()(gates)
+        result = transforms.drop_empty()(gates)
         np.testing.assert_array_equal(result["hidden"], gates["hidden"])
         for block, inner in (("mha", "head"), ("ffn", "intermediate")):
             for layer in range(3):
@@ -383,7 +396,7 @@ def test_drop_empty_leaves_the_model_as_it_is(tiny, tiny_params, tiny_batch):
     changed = 0
     for seed in range(10):
         gates = draw_tiny(seed)
-        dropped = masks.drop_empty()(gates)
+        dropped = transforms.drop_empty()(gates)
         changed += any((gates[kind] != dropped[kind]).any() for kind in gates)
         jax.tree.map(np.testing.assert_array_equal, outputs(gates), outputs(dropped))
         assert spec_of(gates, tiny) == spec_of(dropped, tiny)
@@ -396,7 +409,7 @@ def test_drop_empty_leaves_the_model_as_it_is(tiny, tiny_params, tiny_batch):
 def test_keep_at_least_reaches_the_count_and_closes_nothing(kind, count):
     for seed in SEEDS:
         gates = {name: np.asarray(value) for name, value in draw(seed).items()}
-        result = masks.keep_at_least(**{kind: count})(gates)
+        result = transforms.keep_at_least(**{kind: count})(gates)
         for other in set(KINDS) - {kind}:
             np.testing.assert_array_equal(result[other], gates[other])
         # mha and ffn are counted over the layers, the others in each row.
@@ -420,7 +433,7 @@ def test_keep_at_least_reaches_the_count_and_closes_nothing(kind, count):
 def test_rounding_opens_as_few_gates_as_it_takes(kind, multiple):
     for seed in SEEDS:
         gates = {name: np.asarray(value) for name, value in draw(seed).items()}
-        result = masks.round_to_multiple(**{kind: multiple})(gates)
+        result = transforms.round_to_multiple(**{kind: multiple})(gates)
         for other in set(KINDS) - {kind}:
             np.testing.assert_array_equal(result[other], gates[other])
         rows = zip(np.atleast_2d(gates[kind]), np.atleast_2d(result[kind]), strict=True)
@@ -450,14 +463,14 @@ def test_rounding_opens_as_few_gates_as_it_takes(kind, multiple):
 )
 def test_wrong_multiples_are_named(multiples, named):
     with pytest.raises(UserError, match=named):
-        masks.round_to_multiple(**multiples)
+        transforms.round_to_multiple(**multiples)
 
 
 def test_rounding_heads_and_units_leaves_the_model_as_it_is(
     tiny, tiny_params, tiny_batch
 ):
     apply = jax.jit(Encoder(tiny).apply)
-    transform = masks.round_to_multiple(head=2, intermediate=4)
+    transform = transforms.round_to_multiple(head=2, intermediate=4)
     opened = 0
     for seed in range(12):
         gates = draw_tiny(seed)
@@ -493,7 +506,7 @@ def test_rounding_heads_and_units_leaves_the_model_as_it_is(
 
 def test_units_that_rounding_opened_can_be_trained(tiny, tiny_params, tiny_batch):
     gates = {"intermediate": jnp.ones((2, 6)).at[:, :3].set(0.0)}
-    rounded = masks.round_to_multiple(intermediate=2)(gates)
+    rounded = transforms.round_to_multiple(intermediate=2)(gates)
     sliced, spec = prune(tiny_params, rounded, tiny)
     assert spec.intermediate == ((0, 3, 4, 5),) * 2
 
@@ -513,7 +526,7 @@ def test_rounding_hidden_dimensions_changes_the_model_little(kept, tiny):
     )
     rng = np.random.default_rng(kept)
     gates = {"hidden": jnp.asarray(rng.permutation(96) < kept, jnp.float32)}
-    rounded = masks.round_to_multiple(hidden=32)(gates)
+    rounded = transforms.round_to_multiple(hidden=32)(gates)
     more = int((rounded["hidden"] > 0).sum()) - kept
     assert more == 64 - kept
     params = random_params(wide, seed=1)
@@ -532,7 +545,7 @@ def test_rounding_hidden_dimensions_gives_a_model_that_slices(
 ):
     apply = jax.jit(Encoder(tiny).apply)
     for seed in range(2):
-        gates = masks.round_to_multiple(hidden=8)(draw_tiny(seed))
+        gates = transforms.round_to_multiple(hidden=8)(draw_tiny(seed))
         sliced, spec = prune(tiny_params, gates, tiny)
         assert len(spec.hidden) in (8, 16)
         with jax.default_matmul_precision("highest"):
@@ -557,7 +570,7 @@ def test_dropped_layers_are_absent_and_nothing_else(kinds, dropped):
         gates = {kind: value for kind, value in draw(seed).items() if kind in kinds}
         if "hidden" in gates:
             gates["hidden"] = gates["hidden"].at[4].set(0.5)
-        result = masks.drop_layers(*dropped)(gates)
+        result = transforms.drop_layers(*dropped)(gates)
         before, after = spec_of(gates, DRAWN), spec_of(result, DRAWN)
         assert after.hidden == before.hidden
         for layer in range(3):
@@ -570,24 +583,26 @@ def test_dropped_layers_are_absent_and_nothing_else(kinds, dropped):
                 result[kind], np.where(result[kind] > 0, value, 0)
             )
         if left := set(range(3)) - set(dropped):
-            assert_equal(masks.keep_layers(*left)(gates), result)
+            assert_equal(transforms.keep_layers(*left)(gates), result)
 
 
 def test_keeping_all_layers_is_the_identity():
     gates = draw(0)
-    assert_equal(masks.keep_layers(0, 1, 2)(gates), gates)
-    assert_equal(masks.keep_layers(*np.arange(3))(gates), gates)
+    assert_equal(transforms.keep_layers(0, 1, 2)(gates), gates)
+    assert_equal(transforms.keep_layers(*np.arange(3))(gates), gates)
 
 
 @pytest.mark.parametrize("freed", ["mha", "ffn", "head", "intermediate"])
 def test_a_dropped_layer_stays_dropped_without_one_kind_of_its_gates(freed):
-    result = masks.chain(masks.drop_layers(1), masks.without(freed))(draw(5))
+    result = transforms.chain(transforms.drop_layers(1), transforms.without(freed))(
+        draw(5)
+    )
     result["hidden"] = jnp.ones(9)
     spec = spec_of(result, DRAWN)
     assert spec.heads[1] == spec.intermediate[1] == ()
 
 
-@pytest.mark.parametrize("transform", [masks.keep_layers, masks.drop_layers])
+@pytest.mark.parametrize("transform", [transforms.keep_layers, transforms.drop_layers])
 @pytest.mark.parametrize(
     "layers, named", [((), r"\(\)"), ((0, -1), "-1"), ((1.0,), "1.0"), (("1",), "'1'")]
 )
@@ -596,7 +611,7 @@ def test_wrong_layers_are_named(transform, layers, named):
         transform(*layers)
 
 
-@pytest.mark.parametrize("transform", [masks.keep_layers, masks.drop_layers])
+@pytest.mark.parametrize("transform", [transforms.keep_layers, transforms.drop_layers])
 def test_layers_that_the_masks_do_not_have_are_named(transform):
     with pytest.raises(UserError, match="layers=3: must be below 3"):
         transform(0, 3)(draw(0))

@@ -5,9 +5,11 @@ import types
 import numpy as np
 import pytest
 
-from cofi_jax import measure, tasks
-from cofi_jax.data import Examples
-from cofi_jax.squad import Questions
+from cofi_jax.checkpoints import load
+from cofi_jax.data import tasks
+from cofi_jax.data.batches import Examples
+from cofi_jax.data.squad import Questions
+from cofi_jax.evaluation import evaluate
 
 RNG = np.random.default_rng(0)
 
@@ -25,10 +27,10 @@ def classified(right, seed=0):
 
 
 def scored(task, logits, labels):
-    count, score = measure.scorer(task, logits, examples_of(labels))
+    count, score = evaluate.scorer(task, logits, examples_of(labels))
     values = {"validation": score(np.arange(count))}
-    draws = {"validation": measure.resampled(score, count)}
-    return measure.Scored(values, draws, {"validation": count})
+    draws = {"validation": evaluate.resampled(score, count)}
+    return evaluate.Scored(values, draws, {"validation": count})
 
 
 # 200 draws give a standard error to 1 / sqrt(400) = 5 %.
@@ -39,7 +41,7 @@ close = pytest.approx
 def test_standard_error_of_an_accuracy(rows, share):
     right = RNG.permutation(np.arange(rows) < share * rows)
     one = scored(tasks.TASKS["sst2"], *classified(right))
-    found = measure.compared(one, one)
+    found = evaluate.compared(one, one)
     assert found["score"] == found["scores"]["validation"]["accuracy"] == close(share)
     expected = np.sqrt(share * (1 - share) / rows)
     error = found["standard_errors"]["validation"]["accuracy"]
@@ -61,7 +63,7 @@ def test_standard_error_of_a_difference_is_paired(overlap):
     }[overlap]
     first = scored(tasks.TASKS["sst2"], *classified(dense))
     second = scored(tasks.TASKS["sst2"], *classified(pruned))
-    found = measure.compared(second, first)
+    found = evaluate.compared(second, first)
     assert found["differences"]["validation"]["accuracy"] == close(-0.1)
     b, c = np.mean(pruned & ~dense), np.mean(dense & ~pruned)
     expected = np.sqrt((b + c - (b - c) ** 2) / rows)
@@ -84,7 +86,7 @@ def test_standard_error_of_a_correlation():
     x, noise = RNG.standard_normal((2, rows))
     y = r * x + np.sqrt(1 - r**2) * noise
     one = scored(tasks.TASKS["stsb"], x[:, None], y)
-    found = measure.compared(one, one)
+    found = evaluate.compared(one, one)
     r = found["scores"]["validation"]["pearson"]
     error = found["standard_errors"]["validation"]["pearson"]
     assert error == close((1 - r**2) / np.sqrt(rows), rel=0.15)
@@ -98,10 +100,10 @@ def test_draws_belong_together_and_are_the_same_each_time():
         rows.append(chosen)
         return {"mean": float(chosen.mean())}
 
-    first, second = (measure.resampled(score, 50)["mean"] for _ in range(2))
+    first, second = (evaluate.resampled(score, 50)["mean"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
-    assert len(rows) == 2 * measure.RESAMPLES
-    assert len({chosen.tobytes() for chosen in rows}) == measure.RESAMPLES
+    assert len(rows) == 2 * evaluate.RESAMPLES
+    assert len({chosen.tobytes() for chosen in rows}) == evaluate.RESAMPLES
     assert all(chosen.min() >= 0 and chosen.max() < 50 for chosen in rows)
     assert np.unique(np.concatenate(rows)).size == 50
     # With replacement: a share 1 - 1/e of the rows is in each.
@@ -116,7 +118,7 @@ def test_scorer_is_the_score_of_those_rows(name):
     labels = RNG.integers(2, size=60)
     if task.problem == "regression":
         labels = labels + RNG.random(60)
-    count, score = measure.scorer(task, logits, examples_of(labels))
+    count, score = evaluate.scorer(task, logits, examples_of(labels))
     assert count == 60
     for rows in (np.arange(60), RNG.integers(60, size=60), np.array([3, 3, 7, 9])):
         there = examples_of(labels[rows])
@@ -135,7 +137,7 @@ def test_of_spans_questions_are_drawn_whatever_windows_they_have():
     questions = Questions(contexts, answers, of_row, offsets)
     logits = RNG.standard_normal((6, 4, 2))
     examples = types.SimpleNamespace(questions=questions)
-    count, score = measure.scorer(tasks.TASKS["squad"], logits, examples)
+    count, score = evaluate.scorer(tasks.TASKS["squad"], logits, examples)
     assert count == 3
     whole = tasks.scores(tasks.TASKS["squad"], logits, examples)
     assert score(np.arange(3)) == whole
@@ -160,7 +162,7 @@ def test_of_spans_questions_are_drawn_whatever_windows_they_have():
     ],
 )
 def test_names_are_short_and_differ(paths, expected):
-    assert measure.names(paths) == expected
+    assert evaluate.names(paths) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,4 +177,4 @@ def test_bytes_are_those_of_the_parameters(files, expected, tmp_path):
     for name, size in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * size)
-    assert measure.disk_bytes(types.SimpleNamespace(folder=tmp_path)) == expected
+    assert load.disk_bytes(types.SimpleNamespace(folder=tmp_path)) == expected

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cofi_jax.metrics import METRICS
+from cofi_jax.data.metrics import METRICS
 
 CORRELATIONS = ("pearson", "spearman")
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from cofi_jax.config import KINDS
-from cofi_jax.masks import mask_shapes
-from cofi_jax.model import Encoder, EncoderConfig, abstract_params, init_params
+from cofi_jax.models.bert import Encoder, abstract_params, init_params
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning.masks import mask_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

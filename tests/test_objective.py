@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import log_softmax, rel_entr, softmax
 
-from cofi_jax import lessons, objective, sparsity
-from cofi_jax import masks as masks_lib
 from cofi_jax.config import Distill
-from cofi_jax.masks import mask_shapes
-from cofi_jax.model import Encoder
+from cofi_jax.models.bert import Encoder
+from cofi_jax.pruning import constraint
+from cofi_jax.pruning import masks as masks_lib
+from cofi_jax.pruning.masks import mask_shapes
+from cofi_jax.training import losses, objectives
+from cofi_jax.training import teacher as teacher_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -42,12 +44,12 @@ def draw(*shape, seed=0):
     ],
 )
 def test_taught_layers(layers, count, expected):
-    assert objective.taught_layers(layers, count) == expected
+    assert losses.taught_layers(layers, count) == expected
 
 
 def test_taught_layers_rise_to_the_last():
     for layers, count in itertools.product(range(1, 30), range(1, 30)):
-        taught = objective.taught_layers(layers, count)
+        taught = losses.taught_layers(layers, count)
         assert len(taught) == min(layers, count)
         assert list(taught) == sorted(set(taught))
         assert taught[0] >= 0 and taught[-1] == layers - 1
@@ -55,7 +57,7 @@ def test_taught_layers_rise_to_the_last():
 
 def windows(layers, count):
     """Each taught layer and those below it, down to the one taught before."""
-    taught = objective.taught_layers(layers, count)
+    taught = losses.taught_layers(layers, count)
     starts = (0, *(layer + 1 for layer in taught))
     return [range(a, b + 1) for a, b in zip(starts, taught, strict=False)]
 
@@ -75,9 +77,7 @@ def test_drawn_layers_are_uniform_in_their_windows(layers, count, expected):
     assert [len(window) for window in windows(layers, count)] == expected
     many = 6000
     keys = jax.random.split(jax.random.key(layers), many)
-    drawn = jax.jit(jax.vmap(lambda key: objective.draw_layers(key, layers, count)))(
-        keys
-    )
+    drawn = jax.jit(jax.vmap(lambda key: losses.draw_layers(key, layers, count)))(keys)
     assert drawn.dtype == jnp.int32 and drawn.shape == (many, len(expected))
     for ids, window in zip(np.asarray(drawn).T, windows(layers, count), strict=True):
         found, counts = np.unique(ids, return_counts=True)
@@ -94,7 +94,7 @@ def test_drawn_layers_are_uniform_in_their_windows(layers, count, expected):
 
 def test_drawn_layers_are_a_function_of_the_key():
     def drawn(seed):
-        return objective.draw_layers(jax.random.key(seed), 12, 4).tolist()
+        return losses.draw_layers(jax.random.key(seed), 12, 4).tolist()
 
     assert [drawn(seed) for seed in range(5)] == [drawn(seed) for seed in range(5)]
     assert len({tuple(drawn(seed)) for seed in range(20)}) > 10
@@ -116,7 +116,7 @@ def ordered_by_hand(costs, alive):
     return matched[::-1]
 
 
-_match = jax.jit(objective.match_layers, static_argnames="ordered")
+_match = jax.jit(losses.match_layers, static_argnames="ordered")
 
 
 @st.composite
@@ -164,9 +164,9 @@ def test_match_layers_examples():
 
 def test_alive_layers_by_config_and_masks(tiny):
     """A layer lives while a block has its own gate and one inner gate open."""
-    assert objective.alive_layers(tiny, {}).tolist() == [True, True]
+    assert losses.alive_layers(tiny, {}).tolist() == [True, True]
     config = dataclasses.replace(tiny, heads=(3, 0, 0), intermediate=(0, 6, 0))
-    assert objective.alive_layers(config, {}).tolist() == [True, True, False]
+    assert losses.alive_layers(config, {}).tolist() == [True, True, False]
     shapes = mask_shapes(tiny)
     for mha, ffn, head, unit in itertools.product((0.0, 0.4), repeat=4):
         masks = {kind: np.full(shape, 0.4) for kind, shape in shapes.items()}
@@ -176,13 +176,15 @@ def test_alive_layers_by_config_and_masks(tiny):
             gates = {k: v for k, v in masks.items() if k not in left_out}
             attention = ("mha" not in gates or mha) and ("head" not in gates or head)
             feed = ("ffn" not in gates or ffn) and ("intermediate" not in gates or unit)
-            alive = objective.alive_layers(tiny, gates).tolist()
+            alive = losses.alive_layers(tiny, gates).tolist()
             assert alive == [True, bool(attention or feed)]
 
 
 # Layer distillation
 
 L, B, T, D, NARROW, K = 3, 2, 4, 5, 3, 2
+
+
 TAUGHT = (0, 2)
 
 
@@ -216,7 +218,7 @@ def layers_by_hand(student, teacher, projection, weight, alive, taught, match):
 
 
 _distill_layers = jax.jit(
-    jax.value_and_grad(objective.distill_layers, argnums=(0, 2)),
+    jax.value_and_grad(losses.distill_layers, argnums=(0, 2)),
     static_argnames="match",
 )
 
@@ -257,7 +259,7 @@ def test_distill_layers_by_hand(layers, alive, match):
 def test_distill_layers_sums_in_one_order(layers, match):
     """A scatter may add up in any order on a GPU, and a resumed run would differ."""
     arguments = *layers, np.ones(L, bool), jnp.array(TAUGHT)
-    gradient = jax.grad(objective.distill_layers, argnums=(0, 1, 2))
+    gradient = jax.grad(losses.distill_layers, argnums=(0, 1, 2))
     program = jax.make_jaxpr(lambda *a: gradient(*a, match=match))(*arguments)
     assert "scatter" not in str(program)
 
@@ -270,7 +272,11 @@ LABELS = {
     "regression": np.array([0.5, -1, 9], np.float32),
     "span": np.array([[1, 5], [2, 2], [0, 0]], np.int32),
 }
+
+
 OUTPUTS = {"classification": 3, "regression": 1, "span": 2}
+
+
 PROJECTION = draw(10, 16, seed=5) / 4
 
 
@@ -311,10 +317,10 @@ class World:
         return self.batch | {"lesson": lesson}
 
     def distillation(self, distill):
-        return objective.distillation_objective(Encoder(self.student), distill)
+        return objectives.distillation_objective(Encoder(self.student), distill)
 
     def pruning(self, distill):
-        return objective.pruning_objective(Encoder(self.student), distill)
+        return objectives.pruning_objective(Encoder(self.student), distill)
 
     def choices(self, logits):
         """What is chosen from, row after row; two choices of each span."""
@@ -394,7 +400,7 @@ def test_distillation_objective_by_hand(worlds, problem, match, which):
         loss, metrics = loss_of(theta, embeddings, {}, world.lesson(distill), key)
         taught = (1, 3)
         if which == "random":
-            taught = objective.draw_layers(jax.random.fold_in(key, 1), 4, 2).tolist()
+            taught = losses.draw_layers(jax.random.fold_in(key, 1), 4, 2).tolist()
             assert taught[0] in (0, 1) and taught[1] in (2, 3)
         alive = [True, False, True, True]
         layers, matched = world.layers_by_hand(output, taught, match, alive)
@@ -413,7 +419,7 @@ def test_a_term_of_weight_zero_is_not_computed(worlds, logits, layers):
     teacher, params = Encoder(world.teacher), world.teacher_params
     for match in ("closest", "fixed"):
         distill = Distill(logits, layers, match=match)
-        loss_of = objective.distillation_objective(teacher, distill)
+        loss_of = objectives.distillation_objective(teacher, distill)
         theta = {"params": params, "distill_projection": jnp.eye(16)}
         if not layers:
             del theta["distill_projection"]
@@ -450,7 +456,7 @@ def test_without_a_teacher_the_labels_teach(dense_worlds, problem):
     """No teacher, no context, no projection; the masks count."""
     world = dense_worlds[problem]
     model, none = Encoder(world.student), Distill(logits=0.0, layers=0.0)
-    loss_of = jax.jit(objective.distillation_objective(model, none))
+    loss_of = jax.jit(objectives.distillation_objective(model, none))
     theta, key = {"params": world.params}, jax.random.key(0)
     seen = []
     for masks in ({}, random_masks(world.student)):
@@ -460,7 +466,7 @@ def test_without_a_teacher_the_labels_teach(dense_worlds, problem):
         assert set(metrics) == {"loss_task"} and metrics["loss_task"] == loss
         seen.append(loss)
     assert abs(seen[0] - seen[1]) > 1e-3
-    trained, _ = jax.jit(objective.task_objective(model))(
+    trained, _ = jax.jit(objectives.task_objective(model))(
         theta, {}, {}, world.batch, key
     )
     np.testing.assert_allclose(trained, seen[0], rtol=1e-6)
@@ -511,12 +517,12 @@ def test_pruning_objective_by_hand(dense_worlds, problem, distill):
             taught = (1, 3)
             if distill.taught == "random":
                 rest = jax.random.fold_in(rest, 1)
-                taught = objective.draw_layers(rest, 4, 2).tolist()
-            alive = objective.alive_layers(world.student, masks).tolist()
+                taught = losses.draw_layers(rest, 4, 2).tolist()
+            alive = losses.alive_layers(world.student, masks).tolist()
             assert not alive[1]
             layers, _ = world.layers_by_hand(output, taught, distill.match, alive)
             expected = 0.3 * world.logits_by_hand(output.logits, 2.0) + 0.7 * layers
-        gap = sparsity.expected_sparsity(log_alpha, world.student) - 0.6
+        gap = constraint.expected_sparsity(log_alpha, world.student) - 0.6
         expected += 2 * gap + 3 * gap**2
         np.testing.assert_allclose(loss, expected, rtol=2e-4)
         assert ("loss_task" in metrics) == (not distill.logits)
@@ -529,9 +535,9 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
     params, other = random_params(config, 3), random_params(config, 4)
     model, distill = Encoder(config), Distill()
     key = jax.random.key(0)
-    batch |= {"lesson": lessons.make_teach(model, distill)(other, batch)}
+    batch |= {"lesson": teacher_lib.make_teach(model, distill)(other, batch)}
     theta = {"params": params, "distill_projection": jnp.eye(16)}
-    imitation, _ = objective.distillation_objective(model, distill)(
+    imitation, _ = objectives.distillation_objective(model, distill)(
         theta, {}, {}, batch, key
     )
     theta |= {
@@ -545,7 +551,7 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
         "warmup_steps": np.int32(8),
     }
     loss_of = jax.jit(
-        jax.value_and_grad(objective.pruning_objective(model, distill), has_aux=True)
+        jax.value_and_grad(objectives.pruning_objective(model, distill), has_aux=True)
     )
     for step, target in ((0, 0.0), (2, 0.15), (8, 0.6), (100, 0.6)):
         context["step"] = np.int32(step)
@@ -572,13 +578,13 @@ def test_pruning_objective_draws_gates_from_the_key(tiny, worlds):
         "multipliers": {"linear": 0.0, "quadratic": 0.0},
     }
     context = {"target_sparsity": 0.5, "warmup_steps": 0, "step": 0}
-    batch |= {"lesson": lessons.make_teach(model, Distill())(params, batch)}
-    loss_of = jax.jit(objective.pruning_objective(model, Distill()))
+    batch |= {"lesson": teacher_lib.make_teach(model, Distill())(params, batch)}
+    loss_of = jax.jit(objectives.pruning_objective(model, Distill()))
     first, again, other = (
         loss_of(theta, {}, context, batch, jax.random.key(seed)) for seed in (0, 0, 1)
     )
     assert first[0] == again[0] != other[0]
-    expected = sparsity.expected_sparsity(log_alpha, tiny)
+    expected = constraint.expected_sparsity(log_alpha, tiny)
     np.testing.assert_allclose(first[1]["expected_sparsity"], expected, rtol=1e-5)
 
 
@@ -587,7 +593,7 @@ def test_the_layer_term_in_bfloat16(worlds):
     world = worlds["classification"]
     model = Encoder(dataclasses.replace(world.student, dtype="bfloat16"))
     distill = Distill(num_layers=2)
-    loss_of = objective.distillation_objective(model, distill)
+    loss_of = objectives.distillation_objective(model, distill)
 
     def loss(theta):
         key = jax.random.key(0)

@@ -10,11 +10,18 @@ import pytest
 from test_report import make_metrics, make_report
 
 from cofi_jax import config as config_lib
-from cofi_jax import facts, markup, page
+from cofi_jax.report import html as html_lib
+from cofi_jax.report import pages, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
 VOID = {"meta", "link", "img", "br"}
+
+
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=y>&amp;$x^"
+
+
 CONFIG = config_lib.to_json(config_lib.Config())
 
 
@@ -84,7 +91,7 @@ def check(text):
 
 @pytest.fixture(scope="module")
 def one():
-    return check(page.run_page(make_report(), make_metrics(), CONFIG))
+    return check(pages.run_page(make_report(), make_metrics(), CONFIG))
 
 
 def test_a_page_holds_the_figures_that_matter(one):
@@ -130,7 +137,7 @@ def test_best_of_the_pruning_stage_is_one_that_counts():
         {"stage": "prune", "step": step, "score": score, "sparsity": sparsity}
         for step, score, sparsity in lines
     ]
-    found = check(page.run_page(make_report(), metrics, CONFIG))  # epsilon 0.01
+    found = check(pages.run_page(make_report(), metrics, CONFIG))  # epsilon 0.01
     (row,) = [row for row in found.rows if row[0] == "pruning"]
     assert row[-2:] == ["0.6000", "0.5000"]
     assert any("pruning 0.6000" in attrs["alt"] for attrs in found.all("img"))
@@ -192,7 +199,7 @@ def nothing_left(content):
     ],
 )
 def test_every_kind_of_report_has_a_page(change, row):
-    found = check(page.run_page(change(make_report()), [], "{}"))
+    found = check(pages.run_page(change(make_report()), [], "{}"))
     assert row in [cells[: len(row)] for cells in found.rows]
 
 
@@ -203,15 +210,15 @@ def test_hostile_text_is_only_text(recwarn):
     for model in ("teacher", "pruned"):
         content[model]["scores"] = {"validation": {HOSTILE: 0.5}}
     config = json.dumps({"model": {"path": HOSTILE}}, indent=2)
-    found = check(page.run_page(content, make_metrics(), config))
+    found = check(pages.run_page(content, make_metrics(), config))
     assert found.text.count(HOSTILE) >= 5 and config in found.text
-    found = check(page.compare_page([(HOSTILE, content), (HOSTILE + "b", content)]))
+    found = check(pages.compare_page([(HOSTILE, content), (HOSTILE + "b", content)]))
     assert not recwarn
     assert found.text.count(HOSTILE) >= 5
 
 
 def test_attributes_are_escaped():
-    found = Page(markup.table('a"b<c>&d', ["x"], [["<i>"]]))
+    found = Page(html_lib.table('a"b<c>&d', ["x"], [["<i>"]]))
     assert found.all("div")[0]["aria-label"] == 'a"b<c>&d'
     assert found.rows == [["x"], ["<i>"]]
 
@@ -227,9 +234,9 @@ def variant(seed=1, target=0.95, **changes):
 
 def test_comparison_has_a_row_for_each_run_and_charts_for_each_task():
     runs = [("a", variant()), ("b", variant(target=0.6)), ("c", variant(task="mrpc"))]
-    found = check(page.compare_page(runs))
+    found = check(pages.compare_page(runs))
     head, *rows = found.rows
-    assert tuple(head) == facts.RUNS and [row[0] for row in rows] == ["a", "b", "c"]
+    assert tuple(head) == tables.RUNS and [row[0] for row in rows] == ["a", "b", "c"]
     assert rows[0][1:8] == [
         *("sst2", "accuracy", "0.9243", "0.8100", "-0.1143", "95.0 %", "12.3x")
     ]
@@ -240,7 +247,7 @@ def test_comparison_has_a_row_for_each_run_and_charts_for_each_task():
 
 def test_seeds_are_averaged():
     runs = [("a", variant(seed)) for seed in (1, 2, 3)]
-    found = check(page.compare_page(runs))
+    found = check(pages.compare_page(runs))
     (row,) = [row for row in found.rows if "±" in " ".join(row)]
     # 0.81, 0.82 and 0.83
     assert row == [
@@ -253,13 +260,13 @@ def test_seeds_are_averaged():
 def test_speedups_of_different_devices_are_not_compared_in_silence():
     other = variant()
     other["benchmark"] = other["benchmark"] | {"device": "cpu"}
-    found = check(page.compare_page([("a", variant()), ("b", other)]))
+    found = check(pages.compare_page([("a", variant()), ("b", other)]))
     assert "not all timed in the same way" in found.text
 
 
 def test_many_configs_are_spread_over_several_heat_maps():
     runs = [(f"run{n}", variant(target=0.5 + n / 100)) for n in range(9)]
-    found = check(page.compare_page(runs))
+    found = check(pages.compare_page(runs))
     assert len(found.all("img")) == 2 + 2 * 3
 
 
@@ -273,7 +280,7 @@ def save(folder, content):
 
 
 def run(*arguments):
-    return page.main(["page.py", *map(str, arguments)])
+    return pages.main(["page.py", *map(str, arguments)])
 
 
 def test_command_writes_its_files_and_writes_them_again(tmp_path, capsys):
@@ -310,7 +317,7 @@ def test_command_writes_its_files_and_writes_them_again(tmp_path, capsys):
 def test_only_seeds_of_one_config_share_a_name(runs, names, tmp_path):
     for folder, *content in runs:
         save(tmp_path / folder, variant(*content))
-    found = [n for n, _ in page.load_runs([tmp_path / run[0] for run in runs])]
+    found = [n for n, _ in pages.load_runs([tmp_path / run[0] for run in runs])]
     assert all(b in (a, None) for a, b in zip(found, names, strict=True))
 
 
@@ -379,7 +386,7 @@ def test_mistakes_are_said_in_one_line(case, tmp_path, capsys):
 
 
 def test_process_exits_with_2_and_one_line(tmp_path):
-    command = [sys.executable, "-m", "cofi_jax.page", str(tmp_path), "--to", "x"]
+    command = [sys.executable, "-m", "cofi_jax.report", str(tmp_path), "--to", "x"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: RUN=") and done.stderr.count("\n") == 1

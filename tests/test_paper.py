@@ -2,8 +2,9 @@
 
 import pytest
 
-from cofi_jax import paper
-from cofi_jax.config import KINDS, Config
+from cofi_jax.config import Config
+from cofi_jax.models.spec import KINDS
+from cofi_jax.report import paper
 
 
 def figures(task, target, model="bert-base-uncased", kinds=KINDS, **distill):

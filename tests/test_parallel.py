@@ -17,10 +17,15 @@ import pytest
 from kill_and_resume import STAGES, differing, logged
 
 import train
-from cofi_jax import load_model, parallel, report
-from cofi_jax.config import Config, UserError
+from cofi_jax import load_model
+from cofi_jax.config import Config
+from cofi_jax.errors import UserError
+from cofi_jax.run import setup
+from cofi_jax.training import log
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
 TINY = """
 from configs import demo
 
@@ -44,6 +49,7 @@ def get_config():
     config.checkpoint_every = 10
     return config
 """
+
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -173,7 +179,7 @@ def test_only_the_first_process_speaks_and_writes(finished):
     assert any("accuracy" in line for line in said(f"{finished}.out", 0))
     other = said(f"{finished}.out", 1)
     assert other == ["waiting for all processes to start"]
-    lines = report.read_metrics(finished / "metrics.jsonl")
+    lines = log.read_metrics(finished / "metrics.jsonl")
     steps = [(line["stage"], line["step"]) for line in lines if "loss" in line]
     assert len(steps) == len(set(steps)) == len(set(logged(finished)))
     assert {"teacher", "pruned", "report.json"} <= {p.name for p in finished.iterdir()}
@@ -219,10 +225,10 @@ TOGETHER = """
 import jax
 import numpy as np
 
-from cofi_jax import parallel
-from cofi_jax.config import UserError
+from cofi_jax import distributed
+from cofi_jax.errors import UserError
 
-parallel.start()
+distributed.start()
 me = jax.process_index()
 
 
@@ -238,34 +244,34 @@ def reject(text):
 
 
 def check():
-    with parallel.together():
+    with distributed.together():
         if me == 1:
             reject("of the second")
 
 
 assert refused(check) == "of the second"
-assert parallel.first(lambda: [me, "a" * 3000]) == [0, "a" * 3000]
-assert refused(lambda: parallel.first(lambda: reject(f"of {me}"))) == "of 0"
-with parallel.together():
+assert distributed.first(lambda: [me, "a" * 3000]) == [0, "a" * 3000]
+assert refused(lambda: distributed.first(lambda: reject(f"of {me}"))) == "of 0"
+with distributed.together():
     pass
-parallel.check_same("this", lambda: 1)
+distributed.check_same("this", lambda: 1)
 legal = "--distributed=True: that must be the same in all processes"
-assert refused(lambda: parallel.check_same("that", lambda: me)) == legal
+assert refused(lambda: distributed.check_same("that", lambda: me)) == legal
 
 batch = {"x": np.arange(12).reshape(4, 3), "y": np.arange(4)}
 batch = jax.tree.map(np.float32, batch)
-there = parallel.shard(batch)
+there = distributed.shard(batch)
 mine = there["x"].addressable_shards
 assert [shard.data.shape for shard in mine] == [(2, 3)]
 np.testing.assert_array_equal(mine[0].data, batch["x"][2 * me : 2 * me + 2])
-jax.tree.map(np.testing.assert_array_equal, parallel.fetch(there), batch)
+jax.tree.map(np.testing.assert_array_equal, distributed.fetch(there), batch)
 state = {"key": jax.random.key(3), "x": batch["x"], "scalar": np.float32(2)}
-everywhere = parallel.replicate(state)
-assert parallel.digest(everywhere) == parallel.digest(state)
-again = parallel.replicate(everywhere)
+everywhere = distributed.replicate(state)
+assert distributed.digest(everywhere) == distributed.digest(state)
+again = distributed.replicate(everywhere)
 assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (again, everywhere))))
-assert parallel.digest(parallel.local(everywhere)) == parallel.digest(state)
-assert "processes disagree" in refused(lambda: parallel.replicate(np.array(me)))
+assert distributed.digest(distributed.local(everywhere)) == distributed.digest(state)
+assert "processes disagree" in refused(lambda: distributed.replicate(np.array(me)))
 """
 
 
@@ -280,14 +286,14 @@ def test_what_processes_tell_each_other(tmp_path):
 def test_one_that_dies_ends_the_other(victim, end, tmp_path):
     program = f"""
 import jax, os
-from cofi_jax import parallel
+from cofi_jax import distributed
 
-parallel.start()
-with parallel.one_voice():
-    parallel.first(lambda: 1)
+distributed.start()
+with distributed.one_voice():
+    distributed.first(lambda: 1)
     if jax.process_index() == {victim}:
         {end}
-    parallel.first(lambda: 2)
+    distributed.first(lambda: 2)
 """
     statuses = wait(start_two(*[["-c", program]] * 2, out=tmp_path / "out"))
     assert 0 not in statuses
@@ -304,7 +310,7 @@ def test_batches_that_cannot_be_dealt_out(stage, monkeypatch):
     config, field = Config(eval_batch_size=66), "eval_batch_size"
     for part in (config.teacher, config.prune, config.finetune):
         part.batch_size = 66
-    parallel.check_sizes(config)
+    setup.check_sizes(config)
     if stage:
         field = f"{stage}.batch_size"
         getattr(config, stage).batch_size = 32
@@ -312,18 +318,18 @@ def test_batches_that_cannot_be_dealt_out(stage, monkeypatch):
         config.eval_batch_size = 32
     legal = "=32: must be a multiple of 3, the number of devices$"
     with pytest.raises(UserError, match=field + legal):
-        parallel.check_sizes(config)
+        setup.check_sizes(config)
 
 
 def test_parts_of_batches_that_cannot_be_dealt_out(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     config = Config()
     config.prune.micro_batches = 8
-    parallel.check_sizes(config)
+    setup.check_sizes(config)
     config.prune.micro_batches = 16
     legal = "must be a multiple of 64, the number of devices times micro_batches"
     with pytest.raises(UserError, match=f"prune.batch_size=32: {legal}"):
-        parallel.check_sizes(config)
+        setup.check_sizes(config)
 
 
 def test_such_batches_leave_nothing_behind(config_file, tmp_path, monkeypatch, capsys):

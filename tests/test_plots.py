@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from test_report import make_metrics, make_report
 
-from cofi_jax import plots
+from cofi_jax.report import figures
 
 PANELS = {
-    "sparsity": (plots.sparsity_panel, make_metrics()),
-    "multipliers": (plots.multiplier_panel, make_metrics()),
-    "losses": (plots.loss_panel, make_metrics()),
-    "scores": (plots.score_panel, make_metrics(), make_report()),
-    "heads": (plots.width_panel, make_report(), "heads"),
-    "widths": (plots.width_panel, make_report(), "intermediate"),
+    "sparsity": (figures.sparsity_panel, make_metrics()),
+    "multipliers": (figures.multiplier_panel, make_metrics()),
+    "losses": (figures.loss_panel, make_metrics()),
+    "scores": (figures.score_panel, make_metrics(), make_report()),
+    "heads": (figures.width_panel, make_report(), "heads"),
+    "widths": (figures.width_panel, make_report(), "intermediate"),
 }
 
 
@@ -24,14 +24,14 @@ def legend(axes):
 
 @pytest.mark.parametrize("name", PANELS)
 def test_every_panel_names_its_axes_and_has_a_legend(name):
-    figure = plots.small(*PANELS[name])
+    figure = figures.small(*PANELS[name])
     (axes,) = figure.axes
     assert axes.get_xlabel() and axes.get_ylabel() and legend(axes)
     assert figure.get_figwidth() <= 4.8  # inches: legible on a phone
 
 
 def test_legend_stays_inside_of_the_figure():
-    figure = plots.small(*PANELS["scores"])
+    figure = figures.small(*PANELS["scores"])
     figure.draw_without_rendering()
     box = figure.axes[0].get_legend().get_window_extent()
     assert 0 <= box.x0 and box.x1 <= figure.bbox.width
@@ -49,7 +49,7 @@ def evaluations():
 
 
 def test_scores_of_all_stages_follow_one_another():
-    figure = plots.small(plots.score_panel, evaluations(), make_report(), 0.94)
+    figure = figures.small(figures.score_panel, evaluations(), make_report(), 0.94)
     (axes,) = figure.axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert curves["teacher"] == [[10, 0.7], [20, 0.8]]
@@ -66,7 +66,7 @@ def test_scores_of_all_stages_follow_one_another():
 
 
 def test_without_early_evaluations_none_are_explained():
-    (axes,) = plots.small(plots.score_panel, evaluations(), make_report()).axes
+    (axes,) = figures.small(figures.score_panel, evaluations(), make_report()).axes
     assert "sparsity too low" not in legend(axes)
 
 
@@ -80,7 +80,7 @@ def losses(count, **terms):
 
 
 def test_a_single_point_is_to_be_seen():
-    (axes,) = plots.small(plots.loss_panel, losses(1, loss=1.0), "finetune").axes
+    (axes,) = figures.small(figures.loss_panel, losses(1, loss=1.0), "finetune").axes
     assert axes.lines[0].get_marker() == "o"
     axes.figure.draw_without_rendering()
     texts = [text.get_text() for text in axes.get_xticklabels() if text.get_text()]
@@ -89,7 +89,7 @@ def test_a_single_point_is_to_be_seen():
 
 def test_losses_of_a_stage_are_its_own():
     metrics = make_metrics() + losses(4, loss=1.0, loss_layers=0.4, loss_logits=0.2)
-    (axes,) = plots.small(plots.loss_panel, metrics, "finetune").axes
+    (axes,) = figures.small(figures.loss_panel, metrics, "finetune").axes
     assert legend(axes) == ["total", "layers", "logits"]
     assert axes.get_xlabel() == "optimizer step of the fine-tuning stage"
     expected = [[line["step"], line["loss_layers"]] for line in metrics[-4:]]
@@ -98,16 +98,16 @@ def test_losses_of_a_stage_are_its_own():
 
 def test_a_single_term_is_drawn_once():
     metrics = [line | {"loss_task": line["loss"]} for line in losses(3, loss=1.0)]
-    (axes,) = plots.small(plots.loss_panel, metrics, "finetune").axes
+    (axes,) = figures.small(figures.loss_panel, metrics, "finetune").axes
     assert legend(axes) == ["task"]
     metrics[0]["loss_task"] += 0.1
-    (axes,) = plots.small(plots.loss_panel, metrics, "finetune").axes
+    (axes,) = figures.small(figures.loss_panel, metrics, "finetune").axes
     assert legend(axes) == ["total", "task"]
 
 
 def test_many_losses_are_running_means_over_what_was_logged():
     metrics = losses(1000, loss=1.0)
-    (axes,) = plots.small(plots.loss_panel, metrics, "finetune").axes
+    (axes,) = figures.small(figures.loss_panel, metrics, "finetune").axes
     values = np.array([line["loss"] for line in metrics])
     pale, strong = axes.lines
     np.testing.assert_array_equal(pale.get_ydata(), values)
@@ -119,10 +119,10 @@ def test_many_losses_are_running_means_over_what_was_logged():
 
 @pytest.mark.parametrize("top", [0.9, 7.0, 90.0, 1e5])
 def test_logarithmic_axes_have_plain_numbers(top):
-    figure = plots.new_figure(4, 3)
+    figure = figures.new_figure(4, 3)
     axes = figure.subplots()
     axes.plot([1, 2], [0.5, top])
-    plots.log_scale(axes, "y", "{:g}".format)
+    figures.log_scale(axes, "y", "{:g}".format)
     figure.draw_without_rendering()
     low, high = axes.get_ylim()
     shown = [
@@ -135,7 +135,7 @@ def test_logarithmic_axes_have_plain_numbers(top):
 
 
 def test_svg_is_complete_and_always_the_same():
-    first, second = (plots.svg(plots.small(*PANELS["scores"])) for _ in range(2))
+    first, second = (figures.svg(figures.small(*PANELS["scores"])) for _ in range(2))
     assert first == second
     tree = ElementTree.fromstring(first)
     for element in tree.iter():
@@ -146,9 +146,9 @@ def test_svg_is_complete_and_always_the_same():
 
 @pytest.mark.parametrize("text", ["$x^$", "a$b", "_hidden", r"\frac", "<b>&"])
 def test_any_text_can_be_shown(text):
-    figure = plots.new_figure(4, 3)
+    figure = figures.new_figure(4, 3)
     axes = figure.subplots()
-    axes.plot([1, 2], label=plots.plain(text))
-    plots.finish(axes, plots.plain(text), "y")
+    axes.plot([1, 2], label=figures.plain(text))
+    figures.finish(axes, figures.plain(text), "y")
     assert len(legend(axes)) == 1
-    plots.svg(figure)
+    figures.svg(figure)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cofi_jax.pointwise import ACTIVATIONS, Dropout, Norm, gelu
+from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm, gelu
 
 
 def kept(function, *inputs):

@@ -13,15 +13,25 @@ import pytest
 import record_parity
 from safetensors.numpy import load_file, save_file
 
-from cofi_jax import pretrained
-from cofi_jax.config import Model, UserError
-from cofi_jax.model import Encoder
+from cofi_jax.checkpoints import huggingface
+from cofi_jax.config import Model
+from cofi_jax.errors import UserError
+from cofi_jax.models.bert import Encoder
 
 TINY = record_parity.FIXTURES / "tiny_bert"
+
+
 ROBERTA = record_parity.FIXTURES / "tiny_roberta"
+
+
 SPAN = record_parity.FIXTURES / "tiny_span"
+
+
 TOLERANCE = 1e-4
+
+
 FIELD = "model.path"
+
 
 needs_encoder = pytest.mark.skipif(
     "COFI_JAX_ENCODER" not in os.environ,
@@ -33,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def load(folder, num_labels=3, problem="classification", model=None, seed=0):
-    return pretrained.load_encoder(
+    return huggingface.load_encoder(
         Path(folder),
         field=FIELD,
         num_labels=num_labels,
@@ -44,7 +54,7 @@ def load(folder, num_labels=3, problem="classification", model=None, seed=0):
 
 
 def load_trained(folder, problem="classification", labels=(), order=()):
-    return pretrained.load_classifier(
+    return huggingface.load_classifier(
         Path(folder),
         field=FIELD,
         problem=problem,
@@ -289,7 +299,7 @@ def test_robertas_pooler_is_its_classifiers_first_layer():
 @pytest.mark.parametrize(("pad", "longest"), [(1, 22), (4, 19)])
 def test_robertas_positions_start_after_its_padding_token(folder, pad, longest):
     configure(model_type="roberta", pad_token_id=pad)(folder)
-    config = pretrained.read_config(folder, FIELD, 3, Model())
+    config = huggingface.read_config(folder, FIELD, 3, Model())
     assert (config.position_offset, config.longest) == (pad + 1, longest)
 
 
@@ -604,19 +614,19 @@ def test_load_classifier_of_another_number_of_classes(problem, labels, task):
 def test_folder_without_a_tokenizer(folder):
     """Left alone, transformers makes up a tokenizer that knows no word."""
     with pytest.raises(UserError, match=f"{FIELD}=.*{folder.name}.*no tokenizer"):
-        pretrained.load_tokenizer(folder, FIELD)
+        huggingface.load_tokenizer(folder, FIELD)
 
 
 def test_folder_with_a_damaged_tokenizer(folder):
     (folder / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(UserError, match=f"{FIELD}=.*{folder.name}.*tokenizer"):
-        pretrained.load_tokenizer(folder, FIELD)
+        huggingface.load_tokenizer(folder, FIELD)
 
 
 def test_folder_with_a_vocabulary_alone(folder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = pretrained.load_tokenizer(folder, FIELD)
+    tokenizer = huggingface.load_tokenizer(folder, FIELD)
     assert tokenizer("good bad ugly")["input_ids"] == [2, 5, 6, 1, 3]
 
 
@@ -630,7 +640,7 @@ def roberta_tokenizer_files(folder):
 
 def test_folder_with_robertas_vocabulary_and_merges(folder):
     roberta_tokenizer_files(folder)
-    tokenizer = pretrained.load_tokenizer(folder, FIELD)
+    tokenizer = huggingface.load_tokenizer(folder, FIELD)
     assert tokenizer("godgo")["input_ids"] == [0, 9, 8, 2]
 
 
@@ -639,14 +649,14 @@ def test_folder_with_half_of_robertas_tokenizer(folder, lost):
     roberta_tokenizer_files(folder)
     (folder / lost).unlink()
     with pytest.raises(UserError, match="no tokenizer.*vocab.json and merges.txt"):
-        pretrained.load_tokenizer(folder, FIELD)
+        huggingface.load_tokenizer(folder, FIELD)
 
 
 def test_folder_with_a_damaged_sentencepiece_model(folder):
     configure(model_type="xlm-roberta")(folder)
     (folder / "sentencepiece.bpe.model").write_bytes(b"\x00broken")
     with pytest.raises(UserError, match="its tokenizer cannot be read") as caught:
-        pretrained.load_tokenizer(folder, FIELD)
+        huggingface.load_tokenizer(folder, FIELD)
     assert "\n" not in str(caught.value)
 
 
@@ -654,13 +664,13 @@ def test_folder_with_a_damaged_sentencepiece_model(folder):
 
 
 def test_resolve_takes_a_folder_as_it_is(folder):
-    assert pretrained.resolve(str(folder), FIELD) == folder
+    assert huggingface.resolve(str(folder), FIELD) == folder
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./none", "~/none", "a/b/c"])
 def test_resolve_says_when_there_is_no_such_folder(path):
     with pytest.raises(UserError, match=f"{FIELD}='{path}': no such folder"):
-        pretrained.resolve(path, FIELD)
+        huggingface.resolve(path, FIELD)
 
 
 def test_resolve_without_a_hub_says_how_to_do_without(monkeypatch, tmp_path):
@@ -669,7 +679,7 @@ def test_resolve_without_a_hub_says_how_to_do_without(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError) as caught:
-        pretrained.resolve("some-user/some-encoder", FIELD)
+        huggingface.resolve("some-user/some-encoder", FIELD)
     message = str(caught.value)
     assert message.startswith(f"{FIELD}='some-user/some-encoder': ")
     assert "--config.model.path=path/to/folder" in message
@@ -683,7 +693,7 @@ def test_resolve_whatever_the_hub_raises(monkeypatch, error):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(UserError, match=f"{error.__name__}.*path/to/folder"):
-        pretrained.resolve("bert-base-uncased", FIELD)
+        huggingface.resolve("bert-base-uncased", FIELD)
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
@@ -702,6 +712,6 @@ def test_resolve_downloads_torchs_file_only_where_there_is_no_other(
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert pretrained.resolve("some-user/some-encoder", FIELD) == tmp_path
+    assert huggingface.resolve("some-user/some-encoder", FIELD) == tmp_path
     others = {"tf_model.h5", "pytorch_model.bin"} - {weights}
     assert {path.name for path in tmp_path.iterdir()} == hub - others

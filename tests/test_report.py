@@ -1,11 +1,15 @@
 """Files survive a kill, tables hold the numbers, pictures show what is there."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from cofi_jax import plots, report
+from cofi_jax import files
+from cofi_jax.report import figures
+from cofi_jax.report import tables as tables_lib
+from cofi_jax.training import log as log_lib
 
 
 def make_report(heads=(2, 0, 1, 4), widths=(30, 64, 0, 1), num_heads=4, width=256):
@@ -68,34 +72,34 @@ def cells(markdown):
 
 def test_json_is_replaced_whole(tmp_path):
     path = tmp_path / "report.json"
-    report.write_json(path, {"a": 1})
-    report.write_json(path, {"a": [2, 3]})
+    files.write_json(path, {"a": 1})
+    files.write_json(path, {"a": [2, 3]})
     assert json.loads(path.read_text()) == {"a": [2, 3]}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
-    report.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        report.write_json(path, {"a": 2, "b": object()})
+        files.write_json(path, {"a": 2, "b": object()})
 
     def full_disk(_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(report.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError):
-        report.write_json(path, {"a": 3})
+        files.write_json(path, {"a": 3})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_log_reads_back_what_was_written(tmp_path):
-    log = report.MetricsLog(tmp_path / "metrics.jsonl")
-    assert report.read_metrics(log.path) == []
+    log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
+    assert log_lib.read_metrics(log.path) == []
     log.write(stage="prune", step=50, loss=np.float32(0.5), rows=np.int64(3))
     log.write(stage="prune", step=100, score=0.75)
-    assert report.read_metrics(log.path) == [
+    assert log_lib.read_metrics(log.path) == [
         {"stage": "prune", "step": 50, "loss": 0.5, "rows": 3},
         {"stage": "prune", "step": 100, "score": 0.75},
     ]
@@ -104,41 +108,41 @@ def test_log_reads_back_what_was_written(tmp_path):
 @pytest.mark.parametrize("tail", ['{"stage": "pr', '{"stage": "prune", "step"', "\0"])
 def test_broken_last_line_is_dropped_and_the_log_goes_on(tmp_path, tail):
     path = tmp_path / "metrics.jsonl"
-    report.MetricsLog(path).write(stage="prune", step=1)
+    log_lib.MetricsLog(path).write(stage="prune", step=1)
     with open(path, "a") as file:
         file.write(tail)
-    assert len(report.read_metrics(path)) == 1
-    report.MetricsLog(path).write(stage="prune", step=2)
-    assert [line["step"] for line in report.read_metrics(path)] == [1, 2]
+    assert len(log_lib.read_metrics(path)) == 1
+    log_lib.MetricsLog(path).write(stage="prune", step=2)
+    assert [line["step"] for line in log_lib.read_metrics(path)] == [1, 2]
 
 
 def test_last_line_that_lacks_only_its_end_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "prune", "step": 1}')
-    report.MetricsLog(path).write(stage="prune", step=2)
-    assert [line["step"] for line in report.read_metrics(path)] == [1, 2]
+    log_lib.MetricsLog(path).write(stage="prune", step=2)
+    assert [line["step"] for line in log_lib.read_metrics(path)] == [1, 2]
 
 
 def test_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "prune", "step": 1}\n{"sta\n{"stage": "x", "step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        report.read_metrics(path)
+        log_lib.read_metrics(path)
 
 
 def test_rewinding_drops_the_later_lines_of_that_stage_only(tmp_path):
-    log = report.MetricsLog(tmp_path / "metrics.jsonl")
+    log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
     for stage in ("teacher", "prune"):
         for step in (0, 50, 100, 150):
             log.write(stage=stage, step=step)
     log.write(stage="prune", step=100, score=0.5)
     log.rewind("prune", 100)
-    steps = [(line["stage"], line["step"]) for line in report.read_metrics(log.path)]
+    steps = [(line["stage"], line["step"]) for line in log_lib.read_metrics(log.path)]
     assert steps == [("teacher", s) for s in (0, 50, 100, 150)] + [
         ("prune", s) for s in (0, 50, 100, 100)
     ]
     log.rewind("prune", -1)
-    assert {line["stage"] for line in report.read_metrics(log.path)} == {"teacher"}
+    assert {line["stage"] for line in log_lib.read_metrics(log.path)} == {"teacher"}
 
 
 def test_resumed_log_equals_one_that_was_never_interrupted(tmp_path):
@@ -146,18 +150,18 @@ def test_resumed_log_equals_one_that_was_never_interrupted(tmp_path):
         for step in steps:
             log.write(stage="prune", step=step, loss=1 / step)
 
-    whole = report.MetricsLog(tmp_path / "whole.jsonl")
+    whole = log_lib.MetricsLog(tmp_path / "whole.jsonl")
     write(whole, range(1, 10))
-    killed = report.MetricsLog(tmp_path / "killed.jsonl")
+    killed = log_lib.MetricsLog(tmp_path / "killed.jsonl")
     write(killed, range(1, 8))
-    resumed = report.MetricsLog(killed.path)
+    resumed = log_lib.MetricsLog(killed.path)
     resumed.rewind("prune", 5)
     write(resumed, range(6, 10))
     assert killed.path.read_bytes() == whole.path.read_bytes()
 
 
 def test_table_holds_the_numbers():
-    rows = cells(report.table(make_report()))
+    rows = cells(tables_lib.table(make_report()))
     assert rows[:1] + rows[2:8] == [
         ["", "dense", "pruned", ""],
         ["accuracy", "0.9243", "0.9060", "-0.0183; 0.8933 before fine-tuning"],
@@ -195,7 +199,7 @@ def test_table_holds_every_metric():
         teacher={"validation": {"f1": 0.88, "exact_match": 0.81}},
         pruned={"validation": {"f1": 0.825, "exact_match": 0.823}},
     )
-    rows = cells(report.table(content | {"metric": "f1"}))
+    rows = cells(tables_lib.table(content | {"metric": "f1"}))
     assert rows[2:5] == [
         ["f1", "0.8800", "0.8250", "-0.0550; 0.8933 before fine-tuning"],
         ["exact_match", "0.8100", "0.8230", "+0.0130"],
@@ -208,7 +212,7 @@ def test_table_holds_every_split():
         teacher={"matched": {"accuracy": 0.84}, "mismatched": {"accuracy": 0.85}},
         pruned={"matched": {"accuracy": 0.80}, "mismatched": {"accuracy": 0.81}},
     )
-    rows = cells(report.table(content))
+    rows = cells(tables_lib.table(content))
     assert rows[2][:3] == ["accuracy", "0.8400", "0.8000"]
     assert rows[3] == ["accuracy, mismatched", "0.8500", "0.8100", "-0.0400"]
     assert rows[4][0] == "encoder parameters"
@@ -272,7 +276,7 @@ def evaluation(*models):
 
 
 def test_evaluation_of_one_model():
-    text = report.evaluation(evaluation(evaluated("pruned")))
+    text = tables_lib.evaluation(evaluation(evaluated("pruned")))
     rows = cells(text)
     assert rows[0] == ["", "pruned"]
     assert rows[2:12] == [
@@ -301,7 +305,7 @@ def test_evaluation_of_one_model():
 
 def test_evaluation_compares_with_the_first_model():
     pruned = evaluated("pruned", score=0.7, heads=(1,))
-    text = report.evaluation(evaluation(evaluated("teacher"), pruned))
+    text = tables_lib.evaluation(evaluation(evaluated("teacher"), pruned))
     rows = {row[0]: row[1:] for row in cells(text)}
     assert rows["accuracy, matched, difference"] == ["-", "-0.1000 ± 0.0021"]
     assert rows["accuracy, mismatched, difference"] == ["-", "-0.1000 ± 0.0022"]
@@ -316,7 +320,7 @@ def test_evaluation_compares_with_the_first_model():
 def test_evaluation_of_many_models_fits_a_terminal():
     names = [f"runs-{i}/{'pruned' if i else 'teacher'}" for i in range(9)]
     models = [evaluated(name, score=0.8 - i / 100) for i, name in enumerate(names)]
-    text = report.evaluation(evaluation(*models))
+    text = tables_lib.evaluation(evaluation(*models))
     assert max(map(len, text.splitlines())) <= 100
     blocks = [block for block in text.split("\n\n") if block.startswith("|")]
     *tables, grid = map(cells, blocks)
@@ -329,12 +333,12 @@ def test_evaluation_of_many_models_fits_a_terminal():
 
 
 def test_table_says_where_the_latency_was_measured():
-    text = report.table(make_report())
+    text = tables_lib.table(make_report())
     assert "NVIDIA H200, bfloat16, batches of 128 x 64 tokens" in text
 
 
 def test_table_lines_up_on_a_terminal():
-    first, second = report.table(make_report()).split("\n\n")[::2]
+    first, second = tables_lib.table(make_report()).split("\n\n")[::2]
     for grid in (first, second):
         assert len({len(line) for line in grid.splitlines()}) == 1
 
@@ -352,14 +356,14 @@ def test_table_lines_up_on_a_terminal():
     ],
 )
 def test_counts_are_readable(number, text):
-    assert report.count(number) == text
+    assert tables_lib.count(number) == text
 
 
 def test_markdown_is_complete():
     content = make_report()
-    text = report.markdown(content, '{\n  "seed": 57\n}\n')
+    text = tables_lib.markdown(content, '{\n  "seed": 57\n}\n')
     assert "12.3x as fast, with accuracy 0.9060 where the dense one has 0.9243" in text
-    assert report.table(content) in text
+    assert tables_lib.table(content) in text
     assert "(sparsity.png)" in text and "(structure.png)" in text
     assert "differ by at most 3.2e-06" in text and "the passes in 30 turns" in text
     assert "teacher 1.5 min, prune 65.1 min" in text and "jax 0.10.2" in text
@@ -376,7 +380,7 @@ def assert_png(path):
 
 def test_sparsity_picture_shows_the_pruning_stage(tmp_path):
     path = tmp_path / "sparsity.png"
-    top, middle, bottom = plots.plot_sparsity(make_metrics(), path).axes
+    top, middle, bottom = figures.plot_sparsity(make_metrics(), path).axes
     assert_png(path)
     labels = [axes.get_ylabel() for axes in (top, middle, bottom)]
     assert labels == ["sparsity", "multiplier", "loss"]
@@ -398,16 +402,16 @@ def test_sparsity_picture_shows_the_pruning_stage(tmp_path):
 
 def test_loss_below_zero_is_drawn_on_a_linear_scale(tmp_path):
     metrics = make_metrics()
-    figure = plots.plot_sparsity(metrics, tmp_path / "a.png")
+    figure = figures.plot_sparsity(metrics, tmp_path / "a.png")
     assert figure.axes[2].get_yscale() == "log"
     metrics[0]["loss"] = -1.0
-    figure = plots.plot_sparsity(metrics, tmp_path / "a.png")
+    figure = figures.plot_sparsity(metrics, tmp_path / "a.png")
     assert figure.axes[2].get_yscale() == "linear"
 
 
 def test_sparsity_picture_of_nothing_is_empty(tmp_path, recwarn):
     path = tmp_path / "sparsity.png"
-    figure = plots.plot_sparsity([], path)
+    figure = figures.plot_sparsity([], path)
     assert_png(path)
     assert not any(axes.lines for axes in figure.axes) and not recwarn
 
@@ -417,7 +421,7 @@ def test_structure_picture_shows_every_layer(tmp_path, layers):
     heads = [2, 0, 1, 4] * (layers // 4)
     widths = [30, 64, 0, 1] * (layers // 4)
     path = tmp_path / "structure.png"
-    figure = plots.plot_structure(make_report(heads, widths), path)
+    figure = figures.plot_structure(make_report(heads, widths), path)
     assert_png(path)
     assert figure.get_suptitle() == "What is left: hidden width 61 of 64"
     left, right = figure.axes
@@ -436,5 +440,5 @@ def test_structure_picture_shows_every_layer(tmp_path, layers):
 def test_layer_without_a_block_to_begin_with_can_be_drawn(tmp_path):
     content = make_report()
     content["dense"]["heads"][1] = 0
-    figure = plots.plot_structure(content, tmp_path / "structure.png")
+    figure = figures.plot_structure(content, tmp_path / "structure.png")
     assert figure.axes[0].texts[1].get_text() == "absent"

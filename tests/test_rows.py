@@ -7,9 +7,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from cofi_jax import config, grammar, rows
+from cofi_jax import config, errors
+from cofi_jax.data import sources, toy
 
 SENTENCES = ["the film was good", 'a "quoted, word', "2001", "NA", "2020-01-01"]
+
+
 LABELS = [1, 0, 1, 0, 1]
 
 
@@ -38,12 +41,12 @@ def write_labels(folder, split="train", *labels):
 
 
 def labels_of(setting, split="train", column="label"):
-    return rows.load(setting, (split,))[1][split][column]
+    return sources.load(setting, (split,))[1][split][column]
 
 
 def complaint(setting, *splits):
-    with pytest.raises(config.UserError) as caught:
-        rows.load(setting, splits or ("train",))
+    with pytest.raises(errors.UserError) as caught:
+        sources.load(setting, splits or ("train",))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -74,7 +77,7 @@ def test_all_formats_give_the_same_columns(tmp_path):
         (folder / f"train.{suffix}").write_text(text)
         folders.append(folder.parent)
     for folder in folders:
-        task, found = rows.load(settings(folder), ("train",))
+        task, found = sources.load(settings(folder), ("train",))
         assert task.labels == ("negative", "positive")
         assert list(found) == ["train"]
         assert set(found["train"]) == {"sentence", "label"}
@@ -86,16 +89,16 @@ def test_all_formats_give_the_same_columns(tmp_path):
 def test_json_of_one_object_a_line(tmp_path):
     text = '{"sentence": "a\\u2028b", "label": 1}\n{"sentence": "c", "label": 0}'
     write(tmp_path, text, "validation.json")
-    _, found = rows.load(settings(tmp_path), ("validation",))
+    _, found = sources.load(settings(tmp_path), ("validation",))
     assert found["validation"]["sentence"] == ["a\u2028b", "c"]
 
 
 def test_demo_is_generated():
-    task, found = rows.load(config.Data(task="demo"), ("train", "validation"))
+    task, found = sources.load(config.Data(task="demo"), ("train", "validation"))
     assert task.labels == ("blame", "praise")
     assert list(found) == ["train", "validation"]
     for split, columns in found.items():
-        expected = grammar.demo_rows(split)
+        expected = toy.demo_rows(split)
         assert columns["sentence"] == expected["sentence"]
         assert columns["label"].tolist() == expected["label"]
 
@@ -142,7 +145,7 @@ def hub(monkeypatch):
 def test_hub_name_is_passed_on(hub, data, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     splits = ("train", "validation")
-    _, found = rows.load(data, splits)
+    _, found = sources.load(data, splits)
     assert hub == [(expected, {"split": split}) for split in splits]
     for split in splits:
         if data.task == "squad":
@@ -155,7 +158,7 @@ def test_hub_name_is_passed_on(hub, data, expected, monkeypatch, tmp_path):
 
 
 def test_a_folder_goes_before_the_hub(hub, tmp_path):
-    rows.load(settings(write_labels(tmp_path, "train", 0, 1)), ("train",))
+    sources.load(settings(write_labels(tmp_path, "train", 0, 1)), ("train",))
     assert hub == []
 
 
@@ -168,7 +171,7 @@ def test_both_validation_splits_are_read(tmp_path):
     message = complaint(data, *splits)
     assert "validation_mismatched.parquet" in message and "0 found" in message
     write(tmp_path, "hypothesis,premise,label\nh,q,0\n", "validation_mismatched.csv")
-    _, found = rows.load(data, splits)
+    _, found = sources.load(data, splits)
     assert tuple(found) == splits
     assert [found[split]["label"].tolist() for split in splits] == [[2], [1], [0]]
     assert [found[split]["premise"] for split in splits] == [["p"], ["p"], ["q"]]
@@ -215,7 +218,7 @@ def test_three_classes_by_name(tmp_path):
 def test_classes_are_read_off_the_training_rows(tmp_path, labels, names, numbers):
     write_labels(tmp_path, "train", *labels)
     write_labels(tmp_path, "validation", *labels[:1])
-    task, found = rows.load(own(tmp_path), ("train", "validation"))
+    task, found = sources.load(own(tmp_path), ("train", "validation"))
     assert task.labels == names and task.num_outputs == len(names)
     assert found["train"]["label"].tolist() == numbers
     assert found["validation"]["label"].tolist() == numbers[:1]
@@ -224,7 +227,7 @@ def test_classes_are_read_off_the_training_rows(tmp_path, labels, names, numbers
 
 def test_classes_in_a_given_order(tmp_path):
     write_labels(tmp_path, "train", "dog", "cat", "dog")
-    task, found = rows.load(own(tmp_path, labels=("dog", "cat", "eel")), ("train",))
+    task, found = sources.load(own(tmp_path, labels=("dog", "cat", "eel")), ("train",))
     assert task.labels == ("dog", "cat", "eel")
     assert found["train"]["label"].tolist() == [0, 1, 0]
     write_labels(tmp_path, "train", 2, 0)  # or their numbers
@@ -242,7 +245,7 @@ def test_given_classes_need_no_training_rows(tmp_path):
 def test_another_label_column_and_a_pair(tmp_path):
     write(tmp_path, "first,second,answer\nthe film,was good,yes\na,b,no\n")
     data = own(tmp_path, columns=("second", "first"), label_column="answer")
-    task, found = rows.load(data, ("train",))
+    task, found = sources.load(data, ("train",))
     assert task.labels == ("no", "yes")
     assert found["train"]["first"] == ["the film", "a"]
     assert found["train"]["second"] == ["was good", "b"]
@@ -303,7 +306,9 @@ def test_labels_that_are_no_classes(tmp_path, labels):
 
 
 def test_a_thousand_classes(tmp_path):
-    task, _ = rows.load(own(write_labels(tmp_path, "train", *range(1000))), ("train",))
+    task, _ = sources.load(
+        own(write_labels(tmp_path, "train", *range(1000))), ("train",)
+    )
     assert task.num_outputs == 1000
 
 
@@ -330,7 +335,7 @@ def test_a_missing_class_is_not_the_class_none(tmp_path):
 def test_classes_are_read_alike_in_every_file(tmp_path):
     write(tmp_path, "sentence,label\na,1.0\nb,x\nc,007\n")
     write(tmp_path, "sentence,label\na,1.0\nb,007\n", "validation.csv")
-    task, found = rows.load(own(tmp_path), ("train", "validation"))
+    task, found = sources.load(own(tmp_path), ("train", "validation"))
     assert task.labels == ("007", "1", "x")
     assert found["validation"]["label"].tolist() == [1, 0]
 
@@ -397,7 +402,7 @@ def test_label_of_another_type(tmp_path, labels, shown):
 )
 def test_values(tmp_path, labels):
     write_labels(tmp_path, "train", *labels)
-    task, found = rows.load(own(tmp_path, problem="regression"), ("train",))
+    task, found = sources.load(own(tmp_path, problem="regression"), ("train",))
     assert task.labels == () and task.num_outputs == 1
     assert found["train"]["label"].dtype == np.float32
     assert found["train"]["label"].tolist() == np.float32(labels).tolist()
@@ -499,7 +504,7 @@ def test_extra_rows_follow_those_of_training(tmp_path):
     write(tmp_path, "sentence,label\nv,1\n", "validation.csv")
     write(tmp_path, "label\tsentence\n0\tc\n1\td\n0\te\n", "more.tsv")
     data = settings(tmp_path, extra_file=str(tmp_path / "more.tsv"))
-    _, found = rows.load(data, ("train", "validation"))
+    _, found = sources.load(data, ("train", "validation"))
     assert found["train"]["sentence"] == list("abcde")
     assert found["train"]["label"].tolist() == [1, 0, 0, 1, 0]
     assert found["train"]["label"].dtype == np.int32
@@ -516,8 +521,8 @@ def test_extra_rows_are_not_read_without_training(tmp_path):
 def test_extra_rows_to_generated_ones(tmp_path):
     write(tmp_path, "sentence,label\nthe film was good,praise\n", "x.csv")
     data = config.Data(task="demo", extra_file=str(tmp_path / "x.csv"))
-    train = rows.load(data, ("train",))[1]["train"]
-    assert len(train["sentence"]) == len(train["label"]) == 1 + grammar.SIZES["train"]
+    train = sources.load(data, ("train",))[1]["train"]
+    assert len(train["sentence"]) == len(train["label"]) == 1 + toy.SIZES["train"]
     assert train["sentence"][-1] == "the film was good" and train["label"][-1] == 1
 
 
@@ -535,7 +540,7 @@ def test_extra_rows_have_classes_alike(tmp_path, labels, more, names, numbers):
     write_labels(tmp_path, "train", *labels)
     write_labels(tmp_path, "more", *more)
     data = own(tmp_path, extra_file=str(tmp_path / "more.parquet"))
-    task, found = rows.load(data, ("train",))
+    task, found = sources.load(data, ("train",))
     assert task.labels == names
     assert found["train"]["label"].tolist() == numbers
 

@@ -14,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import erf
 
-from cofi_jax import masks as masks_lib
-from cofi_jax.config import KINDS
-from cofi_jax.model import Encoder, abstract_params
-from cofi_jax.slicing import PrunedSpec, expand, fold, prune, spec_of, take
+from cofi_jax.models.bert import Encoder, abstract_params
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning import masks as masks_lib
+from cofi_jax.pruning import transforms
+from cofi_jax.pruning.slicing import PrunedSpec, expand, fold, prune, spec_of, take
 
 SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(KINDS, n)]
+
+
 # Each set of kinds is one compilation of the masked model.
 DRAWN_SUBSETS = [
     KINDS,
@@ -28,6 +31,8 @@ DRAWN_SUBSETS = [
     ("mha", "ffn", "hidden"),
     ("intermediate", "hidden"),
 ]
+
+
 FULL = {"head": 3, "intermediate": 6, "hidden": 16}  # of the fixture `tiny`
 
 
@@ -263,7 +268,7 @@ def test_folding_makes_the_gates_hard(seed, run_masked, tiny, tiny_params, tiny_
     gates = random_gates(seed)
     variables = {
         "params": fold(tiny_params, gates, tiny),
-        "masks": masks_lib.harden()(gates),
+        "masks": transforms.harden()(gates),
     }
     shapes = jax.tree.map(np.shape, variables["params"])
     assert shapes == jax.tree.map(np.shape, tiny_params)

@@ -9,19 +9,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cofi_jax import masks as masks_lib
-from cofi_jax import sparsity
-from cofi_jax.config import KINDS, UserError
-from cofi_jax.model import Encoder, EncoderConfig, abstract_params
-from cofi_jax.slicing import prune
+from cofi_jax.errors import UserError
+from cofi_jax.models.bert import Encoder, abstract_params
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning import constraint, cost, masks, transforms
+from cofi_jax.pruning.slicing import prune
 
 LOW, HIGH = math.log(0.01), math.log(100)
+
+
 CLOSING = 2 / 3 * math.log(0.1 / 1.1)
+
+
 SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(KINDS, n)]
+
+
 BERT_BASE = EncoderConfig(30522, 768, (12,) * 12, 64, (3072,) * 12, 768, 2)
+
+
 BERT_SIZE = 12 * (4 * 768 * 768 + 4 * 768 + 2 * 768 * 3072 + 3072 + 768)
+
+
 # Each gate of this one can be enumerated: 3 + 2 * (2 + 1 + 2 + 1) = 15.
 TOY = EncoderConfig(3, 3, (2, 2), 2, (2, 2), 3, 2)
+
+
 SMALL = EncoderConfig(3, 10, (4,) * 3, 5, (24,) * 3, 3, 2)
 
 
@@ -54,7 +67,7 @@ def open_(gates):
 def draw(rng, config, kinds=KINDS):
     """Soft gates; whole blocks are empty often, one hidden dimension stays open."""
     gates = {}
-    for kind, shape in masks_lib.mask_shapes(config, kinds).items():
+    for kind, shape in masks.mask_shapes(config, kinds).items():
         chance = rng.choice([0.0, 0.5, 1.0], (shape[0], *[1] * (len(shape) - 1)))
         values = rng.uniform(0.01, 1, shape) * (rng.random(shape) < chance)
         gates[kind] = values.astype(np.float32)
@@ -84,19 +97,19 @@ def test_count_is_that_of_the_really_sliced_parameters(kinds, tiny, tiny_params)
         gates = draw(rng, tiny, kinds)
         sliced, spec = prune(tiny_params, gates, tiny)
         number = elements(sliced)
-        assert sparsity.num_params(gates, tiny) == number
-        assert sparsity.num_params({}, spec.config(tiny)) == number
-        assert sparsity.exact_sparsity(gates, tiny) == pytest.approx(1 - number / dense)
+        assert cost.num_params(gates, tiny) == number
+        assert cost.num_params({}, spec.config(tiny)) == number
+        assert cost.exact_sparsity(gates, tiny) == pytest.approx(1 - number / dense)
         assert count(open_(gates), tiny) == number
 
 
 def test_bert_base_by_hand():
     layer_norms = 12 * 2 * 2 * 768
     assert BERT_SIZE == 85_017_600 == 85_054_464 - layer_norms
-    assert sparsity.num_params({}, BERT_BASE) == BERT_SIZE
-    ones = {k: np.ones(s) for k, s in masks_lib.mask_shapes(BERT_BASE).items()}
-    assert sparsity.num_params(ones, BERT_BASE) == BERT_SIZE
-    assert sparsity.exact_sparsity(ones, BERT_BASE) == 0
+    assert cost.num_params({}, BERT_BASE) == BERT_SIZE
+    ones = {k: np.ones(s) for k, s in masks.mask_shapes(BERT_BASE).items()}
+    assert cost.num_params(ones, BERT_BASE) == BERT_SIZE
+    assert cost.exact_sparsity(ones, BERT_BASE) == 0
 
     gates = dict(ones)
     gates["head"] = np.eye(12)  # one head in each layer
@@ -105,21 +118,21 @@ def test_bert_base_by_hand():
     gates["hidden"] = np.arange(768) < 760
     attention = 4 * 760 * 64 + 3 * 64 + 760
     feed_forward = 2 * 760 * 3072 + 3072 + 760
-    assert sparsity.num_params(gates, BERT_BASE) == 5 * attention + feed_forward
+    assert cost.num_params(gates, BERT_BASE) == 5 * attention + feed_forward
 
 
 @pytest.mark.parametrize("value", [1e-30, 0.3, 1.0])
 def test_exact_count_sees_only_what_is_open(value):
     gates = draw(np.random.default_rng(0), TOY)
     scaled = {kind: (gate > 0) * value for kind, gate in gates.items()}
-    assert sparsity.num_params(scaled, TOY) == count(open_(gates), TOY)
+    assert cost.num_params(scaled, TOY) == count(open_(gates), TOY)
 
 
 def test_count_of_hard_gates_in_large_models_is_exact():
     rng = np.random.default_rng(4)
     for _ in range(5):
         gates = draw(rng, BERT_BASE)
-        assert sparsity.num_params(gates, BERT_BASE) == count(open_(gates), BERT_BASE)
+        assert cost.num_params(gates, BERT_BASE) == count(open_(gates), BERT_BASE)
 
 
 # The expected size
@@ -134,7 +147,7 @@ STATES = np.array(list(itertools.product([False, True], repeat=15)))
 
 def split(flat, kinds=KINDS):
     """The 15 columns of `flat` as gates of TOY, the kinds' leading axes first."""
-    shapes, gates, start = masks_lib.mask_shapes(TOY), {}, 0
+    shapes, gates, start = masks.mask_shapes(TOY), {}, 0
     for kind in KINDS:
         stop = start + math.prod(shapes[kind])
         if kind in kinds:
@@ -167,7 +180,7 @@ def test_expected_sparsity_is_the_mean_over_all_states(kinds):
         flat = np.random.default_rng(seed).uniform(LOW, HIGH, 15)
         log_alpha = as_float32(split(flat, kinds))
         expected = enumerated_sparsity(flat, kinds)
-        result = sparsity.expected_sparsity(log_alpha, TOY)
+        result = constraint.expected_sparsity(log_alpha, TOY)
         assert float(result) == pytest.approx(expected, abs=1e-6)
 
 
@@ -190,17 +203,17 @@ SPREAD = {
 )
 def test_mean_size_of_samples_is_the_expected_size(spread, kinds):
     rng = np.random.default_rng(0)
-    shapes = masks_lib.mask_shapes(SMALL, kinds)
+    shapes = masks.mask_shapes(SMALL, kinds)
     log_alpha = as_float32({k: SPREAD[spread](rng, k, s) for k, s in shapes.items()})
     draws = 20_000
     keys = jax.random.split(jax.random.key(8), draws)
-    gates = open_(jax.vmap(masks_lib.sample, in_axes=(None, 0))(log_alpha, keys))
+    gates = open_(jax.vmap(masks.sample, in_axes=(None, 0))(log_alpha, keys))
     if spread == "blocks close often" and "head" in kinds:
         assert (~gates["head"].any(-1)).mean() > 0.1
 
     sizes = count(gates, SMALL)
     full = count({}, SMALL)
-    expected = (1 - float(sparsity.expected_sparsity(log_alpha, SMALL))) * full
+    expected = (1 - float(constraint.expected_sparsity(log_alpha, SMALL))) * full
     assert sizes.mean() == pytest.approx(expected, rel=0.01)
     error = 4.5 * sizes.std() / math.sqrt(draws)
     assert sizes.mean() == pytest.approx(expected, abs=error + 1e-5 * full)
@@ -213,22 +226,22 @@ def test_expected_sparsity_of_bert_base_by_hand(log_alpha):
     attention = 12 * p * (4 * 64 * hidden + 3 * 64) + some_head * hidden
     feed_forward = 3072 * p * (2 * hidden + 1) + some_unit * hidden
     size = 12 * p * (attention + feed_forward)
-    shapes = masks_lib.mask_shapes(BERT_BASE)
+    shapes = masks.mask_shapes(BERT_BASE)
     gates = {kind: jnp.full(shape, log_alpha) for kind, shape in shapes.items()}
-    result = jax.jit(lambda g: sparsity.expected_sparsity(g, BERT_BASE))(gates)
+    result = jax.jit(lambda g: constraint.expected_sparsity(g, BERT_BASE))(gates)
     assert float(result) == pytest.approx(1 - size / BERT_SIZE, abs=2e-6)
 
 
 def test_cost_is_linear_in_each_gate():
     rng = np.random.default_rng(5)
-    shapes = masks_lib.mask_shapes(TOY)
+    shapes = masks.mask_shapes(TOY)
     gates = {kind: rng.random(shape) for kind, shape in shapes.items()}
     for kind, shape in shapes.items():
         for index in np.ndindex(shape):
             costs = []
             for value in (0.0, 0.25, 1.0):
                 gates[kind][index], old = value, gates[kind][index]
-                costs.append(sparsity.cost(gates, TOY))
+                costs.append(cost.cost(gates, TOY))
                 gates[kind][index] = old
             assert costs[1] == pytest.approx(0.75 * costs[0] + 0.25 * costs[2])
             assert costs[0] < costs[2]
@@ -246,7 +259,9 @@ def central_differences(function, x, step=1e-4):
 def test_gradient_of_expected_sparsity_is_that_of_the_enumeration(kinds):
     flat = np.random.default_rng(6).uniform(LOW, HIGH, 15)
     expected = central_differences(lambda x: enumerated_sparsity(x, kinds), flat)
-    gradient = jax.grad(sparsity.expected_sparsity)(as_float32(split(flat, kinds)), TOY)
+    gradient = jax.grad(constraint.expected_sparsity)(
+        as_float32(split(flat, kinds)), TOY
+    )
     for kind, value in split(expected, kinds).items():
         # Differences of step h are off by O(h^2), float32 by its epsilon.
         np.testing.assert_allclose(gradient[kind], value, atol=3e-7, err_msg=kind)
@@ -255,9 +270,9 @@ def test_gradient_of_expected_sparsity_is_that_of_the_enumeration(kinds):
 
 @pytest.mark.parametrize("gates_are", [LOW, HIGH])
 def test_gradient_is_finite_at_both_ends_of_the_clamp(gates_are):
-    shapes = masks_lib.mask_shapes(BERT_BASE)
+    shapes = masks.mask_shapes(BERT_BASE)
     gates = {kind: jnp.full(shape, gates_are) for kind, shape in shapes.items()}
-    function = jax.jit(jax.grad(lambda g: sparsity.expected_sparsity(g, BERT_BASE)))
+    function = jax.jit(jax.grad(lambda g: constraint.expected_sparsity(g, BERT_BASE)))
     for value in function(gates).values():
         assert np.isfinite(value).all() and (np.asarray(value) < 0).all()
 
@@ -272,8 +287,8 @@ def test_gradients_of_the_lagrangian(linear, quadratic):
         return x[15] * gap + x[16] * gap * gap
 
     def ours(log_alpha, multipliers):
-        expected = sparsity.expected_sparsity(log_alpha, TOY)
-        return sparsity.lagrangian(expected, target, multipliers)
+        expected = constraint.expected_sparsity(log_alpha, TOY)
+        return constraint.lagrangian(expected, target, multipliers)
 
     point = np.concatenate([flat, [linear, quadratic]])
     expected = central_differences(by_hand, point)
@@ -310,7 +325,7 @@ def test_gradients_of_the_lagrangian(linear, quadratic):
 )
 def test_target_rises_linearly(step, warmup, expected):
     arguments = jnp.int32(step), jnp.float32(0.8), jnp.int32(warmup)
-    for function in (sparsity.target_at, jax.jit(sparsity.target_at)):
+    for function in (constraint.target_at, jax.jit(constraint.target_at)):
         assert float(function(*arguments)) == pytest.approx(expected, rel=1e-6)
 
 
@@ -319,16 +334,16 @@ def test_highest_sparsity_of_bert_base():
     attention = 12 * (4 * 768 * 768 + 4 * 768)
     bias_stays = 12 * 768 * (1 - (1 - floor) ** 12)
     left = floor * (attention - 12 * 768) + bias_stays
-    heads = sparsity.max_sparsity(BERT_BASE, ("head",))
+    heads = constraint.max_sparsity(BERT_BASE, ("head",))
     assert heads == pytest.approx((attention - left) / BERT_SIZE, abs=1e-6)
     assert 0.31 < heads < attention / BERT_SIZE < 0.334
 
-    layers = sparsity.max_sparsity(BERT_BASE, ("mha", "ffn"))
+    layers = constraint.max_sparsity(BERT_BASE, ("mha", "ffn"))
     assert layers == pytest.approx(1 - floor, abs=1e-6)
-    everything = sparsity.max_sparsity(BERT_BASE)
+    everything = constraint.max_sparsity(BERT_BASE)
     assert everything == pytest.approx(0.99989, abs=1e-5)
     for kinds in (("head", "mha"), ("intermediate", "ffn"), KINDS[:4]):
-        assert heads < sparsity.max_sparsity(BERT_BASE, kinds) < everything
+        assert heads < constraint.max_sparsity(BERT_BASE, kinds) < everything
 
 
 # Masks that meet the target
@@ -337,7 +352,7 @@ def test_highest_sparsity_of_bert_base():
 def trained(rng, config, kinds=KINDS):
     """Log-alphas as training leaves them: most at an end of the clamp."""
     log_alpha = {}
-    for kind, shape in masks_lib.mask_shapes(config, kinds).items():
+    for kind, shape in masks.mask_shapes(config, kinds).items():
         open_share = rng.uniform(0.8, 1.0) if kind == "hidden" else rng.uniform(0.2, 1)
         ends = np.where(rng.random(shape) < open_share, HIGH, LOW)
         between = rng.uniform(LOW, HIGH, shape)
@@ -355,16 +370,16 @@ def removed(gates, config):
 def test_target_is_met_in_bert_base(seed):
     rng = np.random.default_rng(seed)
     log_alpha = trained(rng, BERT_BASE)
-    reached = removed(masks_lib.evaluation_masks(log_alpha), BERT_BASE)
+    reached = removed(masks.evaluation_masks(log_alpha), BERT_BASE)
     target = float(np.clip(reached + rng.uniform(-0.02, 0.02), 0.05, 0.97))
-    gates = sparsity.target_masks(log_alpha, BERT_BASE, target)
+    gates = constraint.target_masks(log_alpha, BERT_BASE, target)
     assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
 
 
 @pytest.mark.parametrize("target", [0.0, 0.5, 0.9, 0.95])
 def test_target_is_met_from_gates_that_were_never_trained(target):
-    log_alpha = masks_lib.init_log_alpha(BERT_BASE, jax.random.key(0))
-    gates = sparsity.target_masks(log_alpha, BERT_BASE, target)
+    log_alpha = masks.init_log_alpha(BERT_BASE, jax.random.key(0))
+    gates = constraint.target_masks(log_alpha, BERT_BASE, target)
     assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
     assert (np.asarray(gates["hidden"]) > 0).any()
 
@@ -375,14 +390,12 @@ def test_coarse_kinds_are_pruned_by_the_smallest_offset_that_will_do(kinds, seed
     rng = np.random.default_rng(seed)
     log_alpha = trained(rng, SMALL, kinds)
     target = rng.uniform(0.02, 0.3)
-    gates = sparsity.target_masks(log_alpha, SMALL, target)
+    gates = constraint.target_masks(log_alpha, SMALL, target)
     sparsities = [
-        removed(
-            masks_lib.evaluation_masks({k: v + o for k, v in log_alpha.items()}), SMALL
-        )
+        removed(masks.evaluation_masks({k: v + o for k, v in log_alpha.items()}), SMALL)
         for o in np.linspace(-12, 12, 161)
     ]
-    start = removed(masks_lib.evaluation_masks(log_alpha), SMALL)
+    start = removed(masks.evaluation_masks(log_alpha), SMALL)
     if abs(start - target) > 1e-3:
         result = removed(gates, SMALL)
         assert result >= target
@@ -396,10 +409,10 @@ def test_target_is_never_undershot_and_open_gates_keep_their_values(seed):
     rng = np.random.default_rng(seed)
     kinds = SUBSETS[seed]
     log_alpha = trained(rng, SMALL, kinds)
-    before = masks_lib.evaluation_masks(log_alpha)
+    before = masks.evaluation_masks(log_alpha)
     highest = removed({k: np.zeros_like(v) for k, v in log_alpha.items()}, SMALL)
     target = rng.uniform(0.1, 0.9) * highest
-    gates = sparsity.target_masks(log_alpha, SMALL, target)
+    gates = constraint.target_masks(log_alpha, SMALL, target)
     assert set(gates) == set(kinds)
     assert removed(gates, SMALL) >= target - 1e-3
     # A gate that stays open keeps the value that training saw.
@@ -414,29 +427,29 @@ def test_overshoot_never_ends_in_an_empty_encoder():
     middle = {"mha": -3.0, "ffn": -3.0}
     log_alpha = {
         kind: jnp.asarray(rng.normal(middle.get(kind, 2.0), 0.5, shape), jnp.float32)
-        for kind, shape in masks_lib.mask_shapes(BERT_BASE).items()
+        for kind, shape in masks.mask_shapes(BERT_BASE).items()
     }
     for target in (0.95, 0.6):
-        gates = sparsity.target_masks(log_alpha, BERT_BASE, target)
+        gates = constraint.target_masks(log_alpha, BERT_BASE, target)
         assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
 
 
 @pytest.mark.parametrize("gap", [-9e-4, 0.0, 9e-4])
 def test_masks_within_the_tolerance_are_left_alone(gap):
     log_alpha = trained(np.random.default_rng(1), SMALL)
-    before = masks_lib.evaluation_masks(log_alpha)
+    before = masks.evaluation_masks(log_alpha)
     target = removed(before, SMALL) + gap
-    after = sparsity.target_masks(log_alpha, SMALL, target)
+    after = constraint.target_masks(log_alpha, SMALL, target)
     jax.tree.map(np.testing.assert_array_equal, after, before)
 
 
 def test_tolerance_is_an_argument():
     log_alpha = trained(np.random.default_rng(1), BERT_BASE)
-    before = masks_lib.evaluation_masks(log_alpha)
+    before = masks.evaluation_masks(log_alpha)
     target = removed(before, BERT_BASE) + 0.004
-    same = sparsity.target_masks(log_alpha, BERT_BASE, target, tolerance=0.005)
+    same = constraint.target_masks(log_alpha, BERT_BASE, target, tolerance=0.005)
     jax.tree.map(np.testing.assert_array_equal, same, before)
-    closer = sparsity.target_masks(log_alpha, BERT_BASE, target, tolerance=1e-4)
+    closer = constraint.target_masks(log_alpha, BERT_BASE, target, tolerance=1e-4)
     assert 0 <= removed(closer, BERT_BASE) - target <= 1e-4
 
 
@@ -470,12 +483,12 @@ def test_multiply_adds_are_those_of_the_traced_model(config, problem):
         inputs = dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ids)
         traced = jax.make_jaxpr(Encoder(config).apply)({"params": params}, inputs)
         expected = products(traced.jaxpr)
-        assert batch * sparsity.multiply_adds(config, length) == expected > 0
+        assert batch * cost.multiply_adds(config, length) == expected > 0
 
 
 def test_multiply_adds_of_bert_base():
     """22.4 GFLOPs for 128 tokens, as it is often said of its encoder."""
-    count = sparsity.multiply_adds(BERT_BASE, 128)
+    count = cost.multiply_adds(BERT_BASE, 128)
     attention = 12 * (4 * 128 * 768 * 768 + 2 * 128 * 128 * 768)
     assert count == attention + 12 * 2 * 128 * 768 * 3072 + 768 * 768 + 768 * 2
     assert 2 * count == pytest.approx(22.35e9, rel=1e-3)
@@ -491,7 +504,7 @@ def levels(seed, config, kinds=KINDS):
         kind: rng.choice(
             [0, 0.25, 0.7, 0.9, 1], shape, p=[0.1, 0.1, 0.1, 0.2, 0.5]
         ).astype(np.float32)
-        for kind, shape in masks_lib.mask_shapes(config, kinds).items()
+        for kind, shape in masks.mask_shapes(config, kinds).items()
     }
 
 
@@ -522,7 +535,7 @@ def test_the_fewest_of_the_least_open_gates_close(kinds):
     # Some that can be met exactly, the ends among them.
     exact = {steps[0], steps[len(steps) // 2], steps[-1]} - {1.0}
     for target in {0.0, *between, *exact}:
-        result = sparsity.meet_target(SMALL, target)(gates)
+        result = constraint.meet_target(SMALL, target)(gates)
         expected = next(
             step for step in one_by_one(gates, SMALL) if removed(step, SMALL) >= target
         )
@@ -530,12 +543,12 @@ def test_the_fewest_of_the_least_open_gates_close(kinds):
         for kind, gate in result.items():
             assert gate.dtype == jnp.float32
             np.testing.assert_array_equal(gate, expected[kind], err_msg=kind)
-        assert sparsity.exact_sparsity(result, SMALL) >= target
+        assert cost.exact_sparsity(result, SMALL) >= target
 
 
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.77])
 def test_meeting_the_target_under_jit_again_and_from_the_host(target):
-    transform = sparsity.meet_target(SMALL, target)
+    transform = constraint.meet_target(SMALL, target)
     jitted = jax.jit(transform)
     for seed in range(3):
         gates = levels(seed, SMALL)
@@ -549,20 +562,20 @@ def test_meeting_the_target_under_jit_again_and_from_the_host(target):
 def test_masks_that_meet_the_target_are_left_alone():
     for seed in range(2):
         gates = levels(seed, BERT_BASE)
-        reached = sparsity.exact_sparsity(gates, BERT_BASE)
+        reached = cost.exact_sparsity(gates, BERT_BASE)
         for target in (reached, reached - 0.1, 0.0):
-            result = sparsity.meet_target(BERT_BASE, target)(gates)
+            result = constraint.meet_target(BERT_BASE, target)(gates)
             jax.tree.map(np.testing.assert_array_equal, result, gates)
         # One bias more: float32 would not notice.
-        result = sparsity.meet_target(BERT_BASE, reached + 1 / BERT_SIZE)(gates)
-        assert sparsity.exact_sparsity(result, BERT_BASE) > reached
+        result = constraint.meet_target(BERT_BASE, reached + 1 / BERT_SIZE)(gates)
+        assert cost.exact_sparsity(result, BERT_BASE) > reached
         changed = sum((np.asarray(result[k]) != gates[k]).sum() for k in KINDS)
         assert changed >= 1
 
 
 def test_hard_masks_are_thinned_evenly():
-    ones = {k: np.ones(s) for k, s in masks_lib.mask_shapes(BERT_BASE).items()}
-    result = sparsity.meet_target(BERT_BASE, 0.5)(ones)
+    ones = {k: np.ones(s) for k, s in masks.mask_shapes(BERT_BASE).items()}
+    result = constraint.meet_target(BERT_BASE, 0.5)(ones)
     widths = (np.asarray(result["intermediate"]) > 0).sum(-1)
     assert widths.max() - widths.min() <= 1
     unit = 2 * 768 + 1
@@ -576,47 +589,47 @@ def test_one_hidden_dimension_stays(kinds):
     gates = levels(1, SMALL, kinds)
     lowest = {kind: np.zeros_like(gate) for kind, gate in gates.items()}
     lowest["hidden"][0] = 1
-    highest = sparsity.exact_sparsity(lowest, SMALL)
-    result = sparsity.meet_target(SMALL, highest)(gates)
+    highest = cost.exact_sparsity(lowest, SMALL)
+    result = constraint.meet_target(SMALL, highest)(gates)
     (kept,) = np.flatnonzero(result["hidden"])
     assert gates["hidden"][kept] == gates["hidden"].max()
     with pytest.raises(UserError, match=f"target=.*hidden.*at most {highest:.3f}"):
-        sparsity.meet_target(SMALL, highest + 1e-6)(gates)
+        constraint.meet_target(SMALL, highest + 1e-6)(gates)
 
 
 @pytest.mark.parametrize("target", [-0.1, 1.0, 95, math.nan])
 def test_wrong_targets_are_named(target):
     with pytest.raises(UserError, match=f"target={target}"):
-        sparsity.meet_target(SMALL, target)
+        constraint.meet_target(SMALL, target)
 
 
 def test_masks_of_no_kind_meet_no_target_but_none():
-    assert sparsity.meet_target(SMALL, 0.0)({}) == {}
+    assert constraint.meet_target(SMALL, 0.0)({}) == {}
     with pytest.raises(UserError, match="target=0.1"):
-        sparsity.meet_target(SMALL, 0.1)({})
+        constraint.meet_target(SMALL, 0.1)({})
 
 
 def test_models_of_billions_of_weights():
     """More than int32 counts: here to the precision of float32."""
     huge = EncoderConfig(3, 4096, (32,) * 48, 128, (16384,) * 48, 3, 2)
-    assert sparsity.num_params({}, huge) > 2**33
+    assert cost.num_params({}, huge) > 2**33
     gates = levels(0, huge, ("head", "mha"))
-    target = sparsity.exact_sparsity(gates, huge) + 0.1
-    result = jax.jit(sparsity.meet_target(huge, target))(gates)
-    block = (32 * (4 * 4096 * 128 + 3 * 128) + 4096) / sparsity.num_params({}, huge)
-    assert -1e-6 < sparsity.exact_sparsity(result, huge) - target < block + 1e-6
+    target = cost.exact_sparsity(gates, huge) + 0.1
+    result = jax.jit(constraint.meet_target(huge, target))(gates)
+    block = (32 * (4 * 4096 * 128 + 3 * 128) + 4096) / cost.num_params({}, huge)
+    assert -1e-6 < cost.exact_sparsity(result, huge) - target < block + 1e-6
 
 
 def test_composed_with_rounding_the_target_is_nearly_met():
     gates = levels(3, BERT_BASE)
-    transform = masks_lib.chain(
-        sparsity.meet_target(BERT_BASE, 0.9),
-        masks_lib.drop_empty(),
-        masks_lib.round_to_multiple(intermediate=64, head=2),
+    transform = transforms.chain(
+        constraint.meet_target(BERT_BASE, 0.9),
+        transforms.drop_empty(),
+        transforms.round_to_multiple(intermediate=64, head=2),
     )
     result = jax.jit(transform)(gates)
     widths = (np.asarray(result["intermediate"]) > 0).sum(-1)
     assert (widths % 64 == 0).all()
     # At most 63 units and one head more in each of 12 layers.
     more = 12 * (63 * (2 * 768 + 1) + 4 * 768 * 64 + 3 * 64) / BERT_SIZE
-    assert 0.9 - more <= sparsity.exact_sparsity(result, BERT_BASE) < 0.91
+    assert 0.9 - more <= cost.exact_sparsity(result, BERT_BASE) < 0.91

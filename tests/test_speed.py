@@ -1,6 +1,7 @@
-"""`python -m cofi_jax.benchmark`: what is run and counted; none asserts a speed."""
+"""`python -m cofi_jax.benchmarks`: what is run and counted; none asserts a speed."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import subprocess
@@ -12,32 +13,35 @@ import pytest
 from conftest import random_params
 from jax.extend.core import jaxprs_in_params
 
-from cofi_jax import (
-    benchmark,
-    data,
-    floor,
-    inference_speed,
-    lessons,
+from cofi_jax.benchmarks import __main__ as benchmarks
+from cofi_jax.benchmarks import (
+    baselines,
+    inference,
     memory,
-    objective,
-    rivals,
-    sparsity,
+    roofline,
     startup,
-    step_speed,
-    structures,
-    timing,
     workload,
 )
-from cofi_jax.config import Distill, UserError
-from cofi_jax.model import Encoder, EncoderConfig
+from cofi_jax.benchmarks import step as step_lib
+from cofi_jax.config import Distill
+from cofi_jax.data import batches
+from cofi_jax.errors import UserError
+from cofi_jax.evaluation import timing
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning import constraint, cost
+from cofi_jax.training import objectives
+from cofi_jax.training import teacher as teacher_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 SIZES = ["--layers=2", "--hidden=12", "--heads=3", "--intermediate=20"]
 
 
 @pytest.fixture(scope="module")
 def dense():
-    config = structures.dense(
+    config = workload.dense(
         layers=4, hidden=12, heads=3, intermediate=20, vocab_size=31, longest=8
     )
     return dataclasses.replace(config, dropout=0.0)
@@ -45,7 +49,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def subject(dense):
-    small = structures.like_the_paper(dense)
+    small = workload.like_the_paper(dense)
     params = random_params(dense, seed=0), random_params(small, seed=1)
     return workload.Subject(dense, small, *params, None)
 
@@ -69,7 +73,7 @@ def products(function, *args):
 
 def taught(subject, batch):
     """The batch with its lesson, and the operations of that."""
-    teach = lessons.make_teach(Encoder(subject.dense), Distill())
+    teach = teacher_lib.make_teach(Encoder(subject.dense), Distill())
     counted = products(teach, subject.dense_params, batch)
     return batch | {"lesson": teach(subject.dense_params, batch)}, counted
 
@@ -77,20 +81,20 @@ def taught(subject, batch):
 @pytest.mark.parametrize("kind", ["masked", "late masked", "plain", "finetune"])
 def test_a_steps_operations_are_those_of_its_products(subject, kind):
     rows = workload.random_rows(3, 5, 31)
-    batch = step_speed.batches(rows, [(5, np.arange(3))])[0]
+    batch = step_lib.batches(rows, [(5, np.arange(3))])[0]
     batch, by_the_teacher = taught(subject, batch)
-    step, state, context = step_speed.prepared(subject, Distill(), kind)
+    step, state, context = step_lib.prepared(subject, Distill(), kind)
     student = subject.sliced if kind == "finetune" else subject.dense
     how = {"masked": "masked" in kind}
-    counted = floor.step_flops(student, subject.dense, [5] * 3, Distill(), **how)
-    alone = floor.step_flops(
+    counted = roofline.step_flops(student, subject.dense, [5] * 3, Distill(), **how)
+    alone = roofline.step_flops(
         student, subject.dense, [5] * 3, Distill(), **how, taught=True
     )
     assert counted - alone == by_the_teacher
     if "masked" in kind:  # what the sparsity itself is summed up with
 
         def removed(log_alpha):
-            return sparsity.expected_sparsity(log_alpha, subject.dense)
+            return constraint.expected_sparsity(log_alpha, subject.dense)
 
         log_alpha = state.theta["log_alpha"]
         alone += products(jax.value_and_grad(removed), log_alpha)
@@ -102,16 +106,16 @@ def test_operations_of_a_student_without_attention_in_its_first_layer(subject):
     sizes = dataclasses.replace(subject.sliced, heads=(0, 0, 2, 0))
     params = random_params(sizes, seed=2)
     other = subject._replace(sliced=sizes, sliced_params=params)
-    batch = step_speed.batches(workload.random_rows(2, 7, 31), [(7, np.arange(2))])[0]
+    batch = step_lib.batches(workload.random_rows(2, 7, 31), [(7, np.arange(2))])[0]
     batch, by_the_teacher = taught(other, batch)
-    step, state, context = step_speed.prepared(other, Distill(), "finetune")
-    counted = floor.step_flops(sizes, subject.dense, [7, 7], Distill())
+    step, state, context = step_lib.prepared(other, Distill(), "finetune")
+    counted = roofline.step_flops(sizes, subject.dense, [7, 7], Distill())
     assert counted == products(step, state, context, batch) + by_the_teacher
 
 
 def test_operations_are_summed_over_the_rows_own_lengths(dense):
     def count(*lengths):
-        return floor.step_flops(dense, dense, lengths, Distill())
+        return roofline.step_flops(dense, dense, lengths, Distill())
 
     assert count(3, 5, 5) == count(3) + 2 * count(5)
 
@@ -123,58 +127,60 @@ def test_a_pass_moves_its_parameters_and_the_states_between_blocks(dense):
     held = sum(x.size for x in jax.tree.leaves([params, tables["norm"]]))
     rows = (2 * 6 + 6 + 1) * 12  # a word each, the positions, a type
     states = 2 * 6 * 12 * (1 + 2 * 4)  # out of the embeddings; in and out of blocks
-    moved = floor.pass_bytes(config, batch_size=2, seq_length=6)
+    moved = roofline.pass_bytes(config, batch_size=2, seq_length=6)
     assert moved == 4 * (held + rows + states)
     half = dataclasses.replace(config, dtype="bfloat16")
-    assert floor.pass_bytes(half, batch_size=2, seq_length=6) == moved / 2
+    assert roofline.pass_bytes(half, batch_size=2, seq_length=6) == moved / 2
 
 
 def test_the_floor_is_the_slower_of_work_and_traffic(dense):
     cell = {"batch_size": 2, "seq_length": 6}
-    work = 2 * 2 * sparsity.multiply_adds(dense, 6)
-    moved = floor.pass_bytes(dense, **cell)
+    work = 2 * 2 * cost.multiply_adds(dense, 6)
+    moved = roofline.pass_bytes(dense, **cell)
     for slow in (1e-3, 1e3):
         rates = {"flops_per_second": 1.0, "bytes_per_second": slow}
-        found = floor.pass_seconds(dense, **cell, rates=rates)
+        found = roofline.pass_seconds(dense, **cell, rates=rates)
         assert found == max(work, moved / slow)
 
 
 def base(**widths):
     sizes = dict(layers=12, hidden=768, heads=12, intermediate=3072)
-    return structures.dense(**sizes | widths, vocab_size=30522, longest=512)
+    return workload.dense(**sizes | widths, vocab_size=30522, longest=512)
 
 
 def test_a_model_like_the_papers():
-    found = structures.like_the_paper(base())
+    found = workload.like_the_paper(base())
     assert found.hidden_size == 760
     assert (
         sum(h > 0 for h in found.heads) == sum(f > 0 for f in found.intermediate) == 3
     )
     assert {h for h in found.heads if h} <= {2, 3, 4, 5}
     assert all(100 <= f <= 700 for f in found.intermediate if f)
-    removed = structures.described(found, base())["sparsity"]
+    removed = workload.described(found, base())["sparsity"]
     assert 0.94 < removed < 0.96
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 24])
 def test_other_depths_keep_a_block_of_each_kind(layers):
     dense = base(layers=layers, hidden=24, heads=2, intermediate=6)
-    found = structures.like_the_paper(dense)
+    found = workload.like_the_paper(dense)
     assert len(found.heads) == layers and any(found.heads) and any(found.intermediate)
 
 
 def test_rounded_widths_are_multiples_or_the_dense_ones():
     sliced = dataclasses.replace(
-        structures.like_the_paper(base()), intermediate=(0, 1, 64, 65) + (3070,) * 8
+        workload.like_the_paper(base()), intermediate=(0, 1, 64, 65) + (3070,) * 8
     )
-    found = structures.rounded(sliced, base(intermediate=3071), 64)
+    found = workload.rounded(sliced, base(intermediate=3071), 64)
     assert found.hidden_size == 760 and found.heads == sliced.heads
     assert found.intermediate == (0, 64, 64, 128) + (3071,) * 8
 
 
 def test_sampled_batches_come_as_often_as_in_an_epoch():
     lengths = np.repeat([3, 9, 30], [400, 200, 40])
-    plan = data.epoch_plan(lengths, batch_size=8, buckets=(4, 16, 32), seed=0, epoch=0)
+    plan = batches.epoch_plan(
+        lengths, batch_size=8, buckets=(4, 16, 32), seed=0, epoch=0
+    )
     found = workload.sampled_plan(plan, 16, batch_size=8)
     often = {length: sum(n == length for n, _ in found) for length in (4, 16, 32)}
     assert often == {4: 10, 16: 5, 32: 1}
@@ -203,14 +209,14 @@ def test_pytorch_does_the_same_work(dense, weights):
     student, teacher = (random_params(dense, seed) for seed in (0, 1))
     shift = np.random.default_rng(2).standard_normal((12, 12)) / 9
     projection = (np.eye(12) + shift).astype(np.float32)
-    batch = data.make_batch(
+    batch = batches.make_batch(
         rows_of_lengths(2, 6, 4), np.arange(3), length=8, batch_size=3
     )
     frozen = {"embeddings": student["embeddings"]}
     trained = {k: v for k, v in student.items() if k != "embeddings"}
     theta = {"params": trained, "distill_projection": projection}
-    lesson = lessons.make_teach(Encoder(dense), distill)(teacher, batch)
-    loss = objective.distillation_objective(Encoder(dense), distill)
+    lesson = teacher_lib.make_teach(Encoder(dense), distill)(teacher, batch)
+    loss = objectives.distillation_objective(Encoder(dense), distill)
 
     def ours(theta):
         key = jax.random.key(0)
@@ -219,8 +225,8 @@ def test_pytorch_does_the_same_work(dense, weights):
     expected, gradients = jax.jit(jax.value_and_grad(ours))(theta)
     leaves = jax.tree.leaves(gradients)
     norm = np.sqrt(sum(float(np.square(leaf).sum()) for leaf in leaves))
-    step = rivals.pytorch_step(student, teacher, projection, dense, distill)
-    found = [float(x) for x in step(rivals.tensors(batch))]
+    step = baselines.pytorch_step(student, teacher, projection, dense, distill)
+    found = [float(x) for x in step(baselines.tensors(batch))]
     np.testing.assert_allclose(found, [float(expected), norm], rtol=1e-5)
 
 
@@ -229,9 +235,11 @@ def test_pytorch_learns(dense):
     pytest.importorskip("torch")
     params = [random_params(dense, seed) for seed in (0, 1)]
     eye = np.eye(12, dtype=np.float32)
-    step = rivals.pytorch_step(*params, eye, dense, Distill())
-    batch = data.make_batch(rows_of_lengths(5, 5), np.arange(2), length=5, batch_size=2)
-    losses = [float(step(rivals.tensors(batch))[0]) for _ in range(20)]
+    step = baselines.pytorch_step(*params, eye, dense, Distill())
+    batch = batches.make_batch(
+        rows_of_lengths(5, 5), np.arange(2), length=5, batch_size=2
+    )
+    losses = [float(step(baselines.tensors(batch))[0]) for _ in range(20)]
     assert losses[-1] < losses[0]
 
 
@@ -239,7 +247,7 @@ def rows_of_lengths(*lengths):
     rng = np.random.default_rng(0)
     ids = [rng.integers(31, size=n, dtype=np.int32) for n in lengths]
     types = [rng.integers(2, size=n, dtype=np.int32) for n in lengths]
-    return data.Examples(ids, types, np.zeros(len(ids), np.int32))
+    return batches.Examples(ids, types, np.zeros(len(ids), np.int32))
 
 
 def turns(*milliseconds):
@@ -247,7 +255,7 @@ def turns(*milliseconds):
 
 
 def test_figures_of_a_step():
-    found = step_speed.described(
+    found = step_lib.described(
         turns(200, 100, 400),
         turns(100, 100, 100),
         examples=8,
@@ -265,7 +273,7 @@ def test_figures_of_a_step():
 
 
 def test_figures_of_a_pass():
-    found = inference_speed.described(
+    found = inference.described(
         turns(2, 4, 6), turns(8, 8, 6), turns(1, 1, 2), 32, floor_ms=0.5
     )
     assert found["latency_ms"] == 4 and found["times_the_floor"] == 8
@@ -326,12 +334,12 @@ def test_memory_is_the_median_of_the_processes(monkeypatch):
 
 @pytest.fixture
 def small_rates(monkeypatch):
-    monkeypatch.setattr(floor, "_SIDE", {"cpu": 16})
-    monkeypatch.setattr(floor, "_NUMBERS", {"cpu": 64})
+    monkeypatch.setattr(roofline, "_SIDE", {"cpu": 16})
+    monkeypatch.setattr(roofline, "_NUMBERS", {"cpu": 64})
 
 
 def run(*arguments):
-    return benchmark.main(["benchmark", *arguments])
+    return benchmarks.main(["benchmark", *arguments])
 
 
 def test_step_writes_all_its_figures(small_rates, tmp_path, capsys):
@@ -343,7 +351,7 @@ def test_step_writes_all_its_figures(small_rates, tmp_path, capsys):
     assert result["batches"] == {"4": 2} and result["examples"] == 6
     names = ["masked", "late masked", "plain", "finetune"]
     names += ["masked, kept lessons", "finetune, kept lessons"]
-    if not rivals.missing("torch"):
+    if not baselines.missing("torch"):
         names += ["pytorch, random batches", "pytorch, our batches"]
     assert list(result["contestants"]) == names
     assert all(name in text for name in names)
@@ -377,10 +385,10 @@ def test_a_runtime_that_computes_something_else_is_found_out():
         ("dense", "cofi_jax"): lambda: np.zeros((1, 2)),
         ("dense", "pytorch"): lambda: np.full((1, 2), 0.01),
     }
-    found = inference_speed._differences(calls, "bfloat16")
+    found = inference._differences(calls, "bfloat16")
     assert found == {"dense, pytorch": pytest.approx(0.01)}
     with pytest.raises(RuntimeError, match="pytorch differs from ours by 0.0"):
-        inference_speed._differences(calls, "float32")
+        inference._differences(calls, "float32")
 
 
 @pytest.mark.parametrize(
@@ -424,8 +432,8 @@ def test_pytorch_is_missed_only_where_it_is_asked_for(monkeypatch, capsys, dense
     def find_spec(name):
         return None if name == "torch" else name
 
-    monkeypatch.setattr(rivals.importlib.util, "find_spec", find_spec)
-    assert rivals.unfit(dense) == "torch not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    assert baselines.unfit(dense) == "torch not installed"
     for flag in ("--torch_dtype=bfloat16", "--torch_compile"):
         assert run("step", *SIZES, flag) == 2
         assert "needs PyTorch: pip install torch" in capsys.readouterr().err
@@ -442,7 +450,7 @@ def test_lack_of_memory_is_said_whoever_lacks_it():
 
 
 def test_the_module_runs_without_a_warning():
-    command = [sys.executable, "-W", "error", "-m", "cofi_jax.benchmark", "--help"]
+    command = [sys.executable, "-W", "error", "-m", "cofi_jax.benchmarks", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "startup" in done.stdout
@@ -471,7 +479,7 @@ def test_startup_of_the_demo(tmp_path):
 
 
 def test_positions_of_a_random_model_suffice():
-    found = structures.dense(
+    found = workload.dense(
         layers=1, hidden=2, heads=1, intermediate=1, vocab_size=3, longest=700
     )
     assert isinstance(found, EncoderConfig) and found.longest == 700

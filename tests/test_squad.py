@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from cofi_jax import config, squad
+from cofi_jax import errors
+from cofi_jax.data import squad
 
 WORDS = ["Paris", "the", "naïve", "co-op", "24–10", "U.S.", "x", "日本", "of", "a"]
 
@@ -59,6 +60,8 @@ TOKENIZERS = {
     "bytes": byte_pairs(trim_offsets=True),
     "untrimmed bytes": byte_pairs(trim_offsets=False),
 }
+
+
 every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
@@ -311,7 +314,7 @@ def test_no_room_for_the_context(kind):
     rows = rows_of("a b c", gold("b", start=2))
     found = windows_of(rows, kind, max_length=special + 1)
     assert len(found.input_ids) >= 3 and found.skipped == 0
-    with pytest.raises(config.UserError, match=f"max_length={special}: must be above"):
+    with pytest.raises(errors.UserError, match=f"max_length={special}: must be above"):
         windows_of(rows, kind, max_length=special)
 
 
@@ -319,7 +322,7 @@ def test_needs_a_fast_tokenizer():
     class Slow:
         name_or_path, is_fast = "some/model", False
 
-    with pytest.raises(config.UserError, match="model.path='some/model': .* fast"):
+    with pytest.raises(errors.UserError, match="model.path='some/model': .* fast"):
         squad.windows(rows_of("a"), Slow(), max_length=9, training=False)
 
 

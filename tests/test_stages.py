@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from cofi_jax import masks, sparsity
-from cofi_jax.model import EncoderConfig
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning import constraint, cost, masks, transforms
 
 CONFIG = EncoderConfig(
     vocab_size=17,
@@ -35,32 +35,32 @@ def widths(gates):
 @pytest.mark.parametrize("seed", range(3))
 def test_rounded_widths_meet_the_target(seed, target):
     log_alpha = learned(seed)
-    plain = sparsity.target_masks(log_alpha, CONFIG, target)
+    plain = constraint.target_masks(log_alpha, CONFIG, target)
     assert (widths(plain) % 32).any()
-    gates = sparsity.final_masks(
-        log_alpha, CONFIG, target, masks.round_to_multiple(intermediate=32)
+    gates = constraint.final_masks(
+        log_alpha, CONFIG, target, transforms.round_to_multiple(intermediate=32)
     )
     assert not (widths(gates) % 32).any()
-    assert sparsity.exact_sparsity(gates, CONFIG) >= target - 1e-3
+    assert cost.exact_sparsity(gates, CONFIG) >= target - 1e-3
 
 
 def test_what_cannot_be_rounded_stays_as_it_is():
     """Every unit would be opened again, and no target be met."""
     log_alpha = learned(0)
-    plain = sparsity.target_masks(log_alpha, CONFIG, 0.9)
+    plain = constraint.target_masks(log_alpha, CONFIG, 0.9)
 
     def open_all(gates):
         return jax.tree.map(np.ones_like, gates)
 
-    gates = sparsity.final_masks(log_alpha, CONFIG, 0.9, open_all)
+    gates = constraint.final_masks(log_alpha, CONFIG, 0.9, open_all)
     jax.tree.map(np.testing.assert_array_equal, gates, plain)
 
 
 def test_a_cpu_likes_all_widths_and_a_gpu_multiples_of_64():
-    gates = sparsity.target_masks(learned(1), CONFIG, 0.8)
-    same = masks.round_to_device("cpu")(gates)
+    gates = constraint.target_masks(learned(1), CONFIG, 0.8)
+    same = transforms.round_to_device("cpu")(gates)
     jax.tree.map(np.testing.assert_array_equal, same, gates)
-    rounded = masks.round_to_device("gpu")(gates)
+    rounded = transforms.round_to_device("gpu")(gates)
     assert (widths(gates) % 64).any() and not (widths(rounded) % 64).any()
     assert (widths(rounded) >= widths(gates)).all()
     assert ((widths(rounded) == 0) == (widths(gates) == 0)).all()

@@ -8,12 +8,14 @@ import sys
 import jax
 import pytest
 
-import sweep
-import train
-from cofi_jax import grammar
 from cofi_jax.config import Config
+from cofi_jax.data import toy
+from cofi_jax.report import pages
+from cofi_jax.run import run as run_lib
+from cofi_jax.run import stages, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
+
 
 # Of ml_collections.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
@@ -172,8 +174,8 @@ def tiny(tmp_path_factory, quick_compile):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(TINY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(grammar.SIZES, "train", 100)
-        patch.setitem(grammar.SIZES, "validation", 20)
+        patch.setitem(toy.SIZES, "train", 100)
+        patch.setitem(toy.SIZES, "validation", 20)
         yield path
 
 
@@ -187,7 +189,7 @@ def test_killed_sweep_goes_on_and_failed_members_are_said(tiny, tmp_path, capsys
     flags = ["--seeds=1,2", f"--workdir={top}", "--config.eval_batch_size", "20"]
     whole = ["sweep.py", *configs, f"--config={tiny}:lost", *flags]
 
-    prepare, calls = train.stages.prepare, []
+    prepare, calls = stages.prepare, []
 
     def killed(*arguments):
         calls.append(arguments)
@@ -196,7 +198,7 @@ def test_killed_sweep_goes_on_and_failed_members_are_said(tiny, tmp_path, capsys
         return prepare(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.stages, "prepare", killed)
+        patch.setattr(stages, "prepare", killed)
         with pytest.raises(KeyboardInterrupt):
             sweep.main(whole)
     rows, _ = table(json.loads((top / "sweep.json").read_text()))
@@ -251,7 +253,7 @@ def test_members_share_what_was_compiled(tiny, tmp_path, monkeypatch):
         seen.append(jax.config.jax_compilation_cache_dir)
         return report(0.5)
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(run_lib, "run", run)
     monkeypatch.chdir(tmp_path)
     before = jax.config.jax_compilation_cache_dir
     command = ["sweep.py", f"--config={tiny}:plain", "--seeds=1,2", "--workdir=top"]
@@ -267,7 +269,7 @@ def test_members_share_what_was_compiled(tiny, tmp_path, monkeypatch):
 def test_pictures_of_others_stop_a_sweep_before_its_first_member(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(train, "run", None)
+    monkeypatch.setattr(run_lib, "run", None)
     (tmp_path / "tradeoff.png").write_text("mine")
     command = ["sweep.py", f"--config={tiny}:plain", f"--workdir={tmp_path}"]
     assert sweep.main(command) == 2
@@ -283,9 +285,9 @@ def test_a_page_that_fails_does_not_end_a_sweep(
     def compare_page(runs):
         raise error
 
-    monkeypatch.setattr(train, "run", lambda *_: report(0.5))
-    monkeypatch.setattr(sweep.page, "compare_page", compare_page)
-    monkeypatch.setattr(sweep.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(run_lib, "run", lambda *_: report(0.5))
+    monkeypatch.setattr(pages, "compare_page", compare_page)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     command = ["sweep.py", f"--config={tiny}:plain", f"--workdir={tmp_path / 'top'}"]
     assert sweep.main(command) == 0
     out, err = capsys.readouterr()
@@ -296,7 +298,7 @@ def test_a_page_that_fails_does_not_end_a_sweep(
 # What a user gets wrong: one line, exit status 2, nothing written
 
 BAD = {
-    "no config": (["--seeds=1"], ["--config", "usage: python sweep.py"]),
+    "no config": (["--seeds=1"], ["--config", "usage: python -m cofi_jax.sweep"]),
     "no workdir": (["--config={tiny}:plain", None], ["--workdir", "usage"]),
     "no such file": (["--config={tiny}:plain", "--config=no.py"], ["'no.py'"]),
     "argument": (["--config=configs/paper.py:sst2,0.9,foo"], ["ablation='foo'"]),
@@ -354,7 +356,7 @@ def test_folders_that_are_something_else(tiny, tmp_path, capsys):
 
 
 def test_process_exits_with_2_and_one_line(tmp_path):
-    command = [sys.executable, "sweep.py", "--config", "configs/demo.py"]
+    command = [sys.executable, "-m", "cofi_jax.sweep", "--config", "configs/demo.py"]
     command += ["--workdir", str(tmp_path / "top"), "--seeds", "-1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
@@ -368,12 +370,12 @@ def test_a_member_that_breaks_does_not_end_the_sweep(tmp_path, monkeypatch, caps
             raise RuntimeError("out of memory\nat all")
         return report(0.8)
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(run_lib, "run", run)
     found = [
         sweep.Member("demo", Config(seed=seed), tmp_path / f"demo-seed{seed}")
         for seed in (1, 2)
     ]
-    monkeypatch.setattr(sweep.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     content, written = sweep.run(found, tmp_path)
     assert written == ["table.md", "sweep.json", "compare.html"]
     assert [m["state"] for m in content["members"]] == ["failed", "finished"]

@@ -5,7 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from cofi_jax import config, metrics, squad, tasks
+from cofi_jax import config, errors
+from cofi_jax.data import metrics as metrics_lib
+from cofi_jax.data import squad, tasks
 
 ONE_QUESTION = squad.Questions(
     contexts=["a bc d"],
@@ -24,7 +26,7 @@ def labelled(*labels, dtype=np.int32):
 
 
 def complaint(data):
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
         tasks.find(data)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -64,7 +66,7 @@ def test_every_task_can_be_scored(name):
         logits = np.array([[0.5], [3.0], [4.5]])
         examples = labelled(0.5, 3.0, 4.5, dtype=np.float32)
     else:
-        assert set(task.metrics) <= set(metrics.METRICS)
+        assert set(task.metrics) <= set(metrics_lib.METRICS)
         logits = np.eye(len(task.labels))
         examples = labelled(*range(len(task.labels)))
     scores = tasks.scores(task, logits, examples)

@@ -11,16 +11,24 @@ import pytest
 from conftest import random_params
 from transformers import AutoConfig, BertConfig
 
-from cofi_jax import to_onnx
-from cofi_jax.config import UserError
-from cofi_jax.model import Encoder, EncoderConfig
-from cofi_jax.pointwise import ACTIVATIONS
+from cofi_jax.errors import UserError
+from cofi_jax.export import to_onnx
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.layers import ACTIVATIONS
 
 onnx = pytest.importorskip("onnx")
+
+
 ort = pytest.importorskip("onnxruntime")
+
+
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+
 LONGEST = 12
+
+
 # Heads and feed-forward units of each layer.
 STRUCTURES = {
     "dense": [(3, 16), (3, 16)],

@@ -11,14 +11,17 @@ import pytest
 from safetensors.numpy import load_file
 from scipy.special import erf
 
-from cofi_jax import to_stock
-from cofi_jax.config import UserError
-from cofi_jax.model import Encoder, EncoderConfig
-from cofi_jax.pointwise import ACTIVATIONS
-from cofi_jax.torch_config import to_fields
-from cofi_jax.torch_names import to_hugging_face, to_torch
+from cofi_jax.checkpoints.hf_config import to_fields
+from cofi_jax.checkpoints.hf_names import to_hugging_face, to_torch
+from cofi_jax.errors import UserError
+from cofi_jax.export import to_stock_bert
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.layers import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 torch = pytest.importorskip("torch")
 
 
@@ -116,13 +119,19 @@ def batch_of(config, seed=0):
 
 
 TANH = math.sqrt(2 / math.pi)
+
+
 FUNCTIONS = {
     "gelu": lambda x: x * (1 + erf(x / math.sqrt(2))) / 2,
     "gelu_new": lambda x: x * (1 + np.tanh(TANH * (x + 0.044715 * x**3))) / 2,
     "relu": lambda x: np.maximum(x, 0),
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
+
+
 FUNCTIONS["gelu_pytorch_tanh"] = FUNCTIONS["gelu_new"]
+
+
 FUNCTIONS["swish"] = FUNCTIONS["silu"]
 
 
@@ -188,7 +197,7 @@ def difference(config, seed=0):
     """Between a model and its plain BERT, both in float64."""
     params, batch = random_params(config, seed, "float64"), batch_of(config, seed)
     expected = numpy_logits(params, config, batch)
-    model = torch_model(*to_stock.to_stock(params, config, "float64"))
+    model = torch_model(*to_stock_bert.to_stock(params, config, "float64"))
     got = torch_logits(model, batch)
     assert got.shape == expected.shape
     assert expected.std() > 0.01
@@ -198,7 +207,7 @@ def difference(config, seed=0):
 @pytest.fixture
 def no_excess(monkeypatch):
     """The one allowance that is made, taken back as far as float64 goes."""
-    monkeypatch.setattr(to_stock, "_EXCESS", 2.0**-46)
+    monkeypatch.setattr(to_stock_bert, "_EXCESS", 2.0**-46)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -209,7 +218,7 @@ def test_computes_the_same(no_excess, seed):
 def test_the_random_models_are_of_all_kinds():
     kinds = {"fits": 0, "wider": 0, "odd": 0, "absent": 0}
     for config in map(random_sizes, range(60)):
-        added = to_stock.stock_config(config).hidden_size - config.hidden_size
+        added = to_stock_bert.stock_config(config).hidden_size - config.hidden_size
         kinds["wider" if added else "fits"] += 1
         kinds["odd"] += added % 2
         kinds["absent"] += config.heads.count(0) + config.intermediate.count(0)
@@ -256,7 +265,7 @@ def test_the_excess_is_what_is_promised():
     rng = np.random.default_rng(0)
     for width, added in itertools.product((6, 13), (2, 3, 8)):
         node = {"scale": rng.standard_normal(width), "bias": rng.standard_normal(width)}
-        wide, lift = to_stock._wide(node, added, True)
+        wide, lift = to_stock_bert._wide(node, added, True)
         centred = node["scale"] - node["scale"].mean()
         y = rng.standard_normal((5, width)) + 3
         y[0] = centred * 7  # the worst
@@ -298,8 +307,8 @@ def test_activations_hold_the_identity(activation):
 )
 def test_a_folder_is_loaded_by_transformers_alone(tmp_path, config):
     params, batch = random_params(config), batch_of(config)
-    to_stock.write(tmp_path, jax.tree.map(jax.numpy.asarray, params), config, ())
-    got = to_stock.load(tmp_path)(jax.tree.map(jax.numpy.asarray, batch))
+    to_stock_bert.write(tmp_path, jax.tree.map(jax.numpy.asarray, params), config, ())
+    got = to_stock_bert.load(tmp_path)(jax.tree.map(jax.numpy.asarray, batch))
     with jax.default_matmul_precision("highest"):
         expected = jax.jit(Encoder(config).apply)({"params": params}, batch).logits
     assert got.dtype == np.float32
@@ -322,7 +331,7 @@ def test_a_dense_model_stays_what_it_is():
     for problem in ("classification", "span"):
         config = sizes((4, 4), (20, 20), problem=problem)
         params = random_params(config)
-        ours, fields = to_hugging_face(*to_stock.to_stock(params, config))
+        ours, fields = to_hugging_face(*to_stock_bert.to_stock(params, config))
         theirs, described = to_hugging_face(params, config)
         assert fields == described
         assert ours.keys() == theirs.keys()
@@ -350,7 +359,7 @@ def test_a_dense_model_stays_what_it_is():
 )
 def test_the_width_is_the_least_that_fits(hidden, heads, size, pooler, found):
     config = sizes((heads, 1), (9, 0), hidden, head_size=size)
-    stock = to_stock.stock_config(dataclasses.replace(config, pooler_size=pooler))
+    stock = to_stock_bert.stock_config(dataclasses.replace(config, pooler_size=pooler))
     assert (stock.hidden_size, stock.head_size) == found
     assert stock.heads == (stock.hidden_size // stock.head_size,) * 2
     assert stock.intermediate == ((9,) * 2 if hidden == found[0] else (13,) * 2)
@@ -366,34 +375,36 @@ def test_the_price_is_that_of_the_matrices():
             for path, array in jax.tree_util.tree_leaves_with_path(layers)
             if path[-1].key == "kernel"
         )
-        model = torch_model(*to_stock.to_stock(params, config, "float64"))
+        model = torch_model(*to_stock_bert.to_stock(params, config, "float64"))
         plain = sum(p.numel() for p in model.bert.encoder.parameters() if p.ndim == 2)
         if sliced:
-            assert to_stock.price(config) == pytest.approx(plain / sliced, rel=1e-12)
+            assert to_stock_bert.price(config) == pytest.approx(
+                plain / sliced, rel=1e-12
+            )
 
 
 def test_prices():
     dense = sizes((4, 4), (20, 20))
-    assert to_stock.price(dense) == 1
-    assert to_stock.price(sizes((0, 0), (0, 0))) == math.inf
+    assert to_stock_bert.price(dense) == 1
+    assert to_stock_bert.price(sizes((0, 0), (0, 0))) == math.inf
     # Four layers of 384, twelve heads' worth of width and four units each.
     config = sizes((0, 2, 0, 5, 5, 4), (0,) * 6, 258, 384, head_size=32)
     plain = 4 * (4 * 384 * 384 + 2 * 384 * 4)
-    assert to_stock.price(config) == plain / (4 * 258 * 32 * 16)
+    assert to_stock_bert.price(config) == plain / (4 * 258 * 32 * 16)
 
 
 def test_half_empty_layers_merge():
     config = sizes((2, 0, 0, 2, 0), (0, 4, 0, 0, 4))
-    assert len(to_stock.stock_config(config).heads) == 2
+    assert len(to_stock_bert.stock_config(config).heads) == 2
 
 
 def test_names_of_the_classes(tmp_path):
     config = sizes((2, 0), (3, 0), 14)
     params = random_params(config)
     with pytest.raises(UserError, match="has 3 classes, labels has 2") as caught:
-        to_stock.write(tmp_path, params, config, ("no", "yes"))
+        to_stock_bert.write(tmp_path, params, config, ("no", "yes"))
     assert "\n" not in str(caught.value)
     assert not any(tmp_path.iterdir())
-    to_stock.write(tmp_path, params, config, ("no", "maybe", "yes"))
+    to_stock_bert.write(tmp_path, params, config, ("no", "maybe", "yes"))
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}

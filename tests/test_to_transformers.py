@@ -15,16 +15,23 @@ import safetensors
 from conftest import random_params
 from safetensors.numpy import load_file, save_file
 
-from cofi_jax import to_transformers, torch_config, torch_names
-from cofi_jax.config import UserError
-from cofi_jax.grammar import demo_tokenizer
-from cofi_jax.model import Encoder, EncoderConfig
+from cofi_jax.checkpoints import hf_config, hf_names
+from cofi_jax.data.toy import demo_tokenizer
+from cofi_jax.errors import UserError
+from cofi_jax.export import to_transformers
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
 
 torch = pytest.importorskip("torch")
 
+
 TOLERANCE = 1e-5
+
+
 # An empty layer, either block alone, both; one head, one unit.
 HEADS, UNITS = (3, 0, 0, 1, 2), (17, 5, 0, 0, 1)
+
+
 TENSOR = "bert.encoder.layer.{}.{}"
 
 
@@ -189,11 +196,11 @@ def dense_pair(folder, problem, **fields):
         dropout=0.0,
     )
     params = exported(folder, config)
-    described = torch_config.to_fields(config) | fields
+    described = hf_config.to_fields(config) | fields
     name = described["architectures"][0]
     described = transformers.BertConfig(**described, attn_implementation="eager")
     stock = getattr(transformers, name)(described)
-    tensors = torch_names.to_torch(params, config, "bert.")
+    tensors = hf_names.to_torch(params, config, "bert.")
     stock.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
     options = {"attn_implementation": "eager"} | fields
     return auto(folder, name.removeprefix("BertFor"), **options), stock, config
@@ -276,7 +283,11 @@ def at(layer, value):
 
 
 QUERY = TENSOR.format(0, "attention.self.query.weight")
+
+
 DOWN = TENSOR.format(4, "output.dense.bias")
+
+
 ABSENT = TENSOR.format(1, "attention.output.LayerNorm.weight")
 
 

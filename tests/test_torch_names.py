@@ -11,14 +11,22 @@ import record_parity
 from conftest import random_params
 from safetensors.numpy import load_file, save_file
 
-from cofi_jax import pretrained, slicing, torch_config
-from cofi_jax.config import Model, UserError
-from cofi_jax.model import Encoder, EncoderConfig
+from cofi_jax.checkpoints import hf_config, hf_names, huggingface
+from cofi_jax.config import Model
+from cofi_jax.errors import UserError
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning import slicing
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+
 LABELS = ("entailment", "neutral", "contradiction")
+
+
 FIELD = "teacher.path"
+
+
 KINDS = [
     ("bert", "classification"),
     ("bert", "span"),
@@ -67,7 +75,7 @@ def logits_of(config, params, batch, masks=None):
 
 
 def load(folder, problem="classification", labels=(), order=(), field=FIELD):
-    return pretrained.load_classifier(
+    return huggingface.load_classifier(
         folder,
         field=field,
         problem=problem,
@@ -269,7 +277,7 @@ def test_sliced_checkpoint_as_a_torch_file(tmp_path):
 def test_sliced_checkpoint_is_no_encoder_to_start_from(tmp_path):
     write_sliced(tmp_path, "bert", "classification", 3)
     with pytest.raises(UserError, match="'hidden': 44.*a pruned model; give a dense"):
-        pretrained.load_encoder(
+        huggingface.load_encoder(
             tmp_path,
             field=FIELD,
             num_labels=3,
@@ -392,7 +400,7 @@ def test_an_order_of_other_classes(classifier, order, field):
 
 def save(folder, config, seed=0, labels=()):
     params = random_params(config, seed)
-    pretrained.save_hugging_face(folder, params, config, labels=labels)
+    huggingface.save_hugging_face(folder, params, config, labels=labels)
     return params
 
 
@@ -421,7 +429,7 @@ def test_ours_to_theirs_to_ours_is_the_identity(tmp_path, family, problem):
 def test_theirs_to_ours_to_theirs_is_the_identity(fixture, problem):
     folder = record_parity.FIXTURES / fixture
     config, params = load(folder, problem)
-    tensors, fields = pretrained.to_hugging_face(params, config)
+    tensors, fields = hf_names.to_hugging_face(params, config)
     theirs = load_file(folder / "model.safetensors")
     assert tensors.keys() == theirs.keys()
     for name, array in tensors.items():
@@ -528,7 +536,7 @@ def test_classes_without_a_name(tmp_path):
 def test_parameters_of_another_model(tmp_path):
     params = random_params(sizes("bert", "classification", hidden=24), 0)
     with pytest.raises(UserError, match="^params=.*must have the structure"):
-        pretrained.save_hugging_face(tmp_path / "model", params, DENSE)
+        huggingface.save_hugging_face(tmp_path / "model", params, DENSE)
     assert not any(tmp_path.iterdir())
 
 
@@ -539,35 +547,35 @@ def test_a_folder_appears_only_once_it_is_complete(tmp_path):
 
     folder, params = tmp_path / "model", random_params(DENSE, 0)
     with pytest.raises(RuntimeError, match="disk full"):
-        pretrained.save_hugging_face(folder, params, DENSE, tokenizer=Broken())
+        huggingface.save_hugging_face(folder, params, DENSE, tokenizer=Broken())
     assert not folder.exists()
-    pretrained.save_hugging_face(folder, params, DENSE)
+    huggingface.save_hugging_face(folder, params, DENSE)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_tokenizer_comes_along(tmp_path):
-    from cofi_jax.grammar import demo_tokenizer
+    from cofi_jax.data.toy import demo_tokenizer
 
     tokenizer = demo_tokenizer()
     config = dataclasses.replace(DENSE, vocab_size=len(tokenizer))
     folder = tmp_path / "deep" / "model"
-    pretrained.save_hugging_face(
+    huggingface.save_hugging_face(
         folder, random_params(config, 0), config, tokenizer=tokenizer
     )
-    again = pretrained.load_tokenizer(folder, FIELD)
+    again = huggingface.load_tokenizer(folder, FIELD)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_classes_that_differ_in_case_alone():
     fields = {"id2label": {"0": "us", "1": "US"}}
-    assert torch_config.class_rows(fields, ("US", "us"), (), "model") == [1, 0]
-    assert torch_config.class_rows({}, ("US", "us"), ("us", "US"), "model") == [1, 0]
+    assert hf_config.class_rows(fields, ("US", "us"), (), "model") == [1, 0]
+    assert hf_config.class_rows({}, ("US", "us"), ("us", "US"), "model") == [1, 0]
 
 
 def test_classes_of_other_names_are_not_guessed():
     labels = ("entailment", "not_entailment")
     fields = {"id2label": {"0": "not entailment", "1": "entailment"}}
-    with pytest.raises(torch_config.Misfit, match="not entailment.*teacher.labels"):
-        torch_config.class_rows(fields, labels, (), "teacher.path")
+    with pytest.raises(hf_config.Misfit, match="not entailment.*teacher.labels"):
+        hf_config.class_rows(fields, labels, (), "teacher.path")
     for nameless in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}):
-        assert torch_config.class_rows(nameless, labels, (), "model") is None
+        assert hf_config.class_rows(nameless, labels, (), "model") is None

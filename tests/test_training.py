@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 from conftest import random_params
 
-from cofi_jax import hard_concrete, lessons, masks, objective, training
 from cofi_jax.config import Distill
-from cofi_jax.masks import init_log_alpha
-from cofi_jax.model import Encoder
-from cofi_jax.training import Rate
+from cofi_jax.evaluation import predict as predict_lib
+from cofi_jax.models.bert import Encoder
+from cofi_jax.pruning import hard_concrete, masks
+from cofi_jax.pruning.masks import init_log_alpha
+from cofi_jax.training import objectives
+from cofi_jax.training import step as step_lib
+from cofi_jax.training import teacher as teacher_lib
+from cofi_jax.training.step import Rate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 # Learning rates
 
@@ -73,7 +78,7 @@ class NumpyAdam:
 
 def toy_state(**rates):
     rates = {"weights": 0.1, "gates": 0.2, "multipliers": 0.3} | rates
-    return training.create_state(
+    return step_lib.create_state(
         {
             "embeddings": {"word": np.array([5.0, 6.0], np.float32)},
             "layer": np.array([1.0, 2.0], np.float32),
@@ -100,7 +105,7 @@ def toy_gradients(rng, scale):
 
 def test_four_steps_of_numpy_adam():
     """Clipping sees the weights alone: not gates, not multipliers, nothing frozen."""
-    step, state = training.make_step(chosen_gradients), toy_state()
+    step, state = step_lib.make_step(chosen_gradients), toy_state()
     adam = {k: NumpyAdam() for k in ("layer", "projection", "ffn", "l1", "l2")}
     layer, projection, ffn = np.array([1.0, 2.0]), np.eye(2), np.array([0.5, -0.5])
     l1 = l2 = 0.0
@@ -133,7 +138,7 @@ def test_four_steps_of_numpy_adam():
 
 def test_first_step_goes_one_rate_down_and_multipliers_up():
     gradients = toy_gradients(np.random.default_rng(1), 0.1)
-    state, _ = training.make_step(chosen_gradients)(toy_state(), {}, gradients)
+    state, _ = step_lib.make_step(chosen_gradients)(toy_state(), {}, gradients)
     signs = jax.tree.map(np.sign, gradients)
     np.testing.assert_allclose(
         state.theta["params"]["layer"],
@@ -149,7 +154,7 @@ def test_first_step_goes_one_rate_down_and_multipliers_up():
 
 
 def test_log_alpha_is_clamped():
-    step, state = training.make_step(chosen_gradients), toy_state(gates=3.0)
+    step, state = step_lib.make_step(chosen_gradients), toy_state(gates=3.0)
     gradients = toy_gradients(np.random.default_rng(0), 1.0)
     gradients["log_alpha"]["ffn"] = np.array([1.0, -1.0])
     for _ in range(3):
@@ -163,12 +168,12 @@ def test_log_alpha_is_clamped():
 def test_embeddings_are_trained_where_they_are_not_frozen(tiny_params):
     rates = {"weights": Rate.create(1e-3, "constant", 1)}
     for frozen in (True, False):
-        state = training.create_state(
+        state = step_lib.create_state(
             tiny_params, seed=0, stage="x", rates=rates, freeze_embeddings=frozen
         )
         assert ("embeddings" in state.frozen) == frozen
         assert ("embeddings" in state.theta["params"]) != frozen
-        whole = objective.whole_params(state.theta, state.frozen)
+        whole = objectives.whole_params(state.theta, state.frozen)
         jax.tree.map(np.testing.assert_array_equal, whole, tiny_params)
     assert "embeddings" in tiny_params  # the caller's dict is left alone
 
@@ -186,21 +191,21 @@ class Pruning:
         self.teacher = jax.device_put(random_params(config, seed=3))
         model = Encoder(config)
         distill = Distill(num_layers=2)
-        loss = objective.pruning_objective(model, distill)
+        loss = objectives.pruning_objective(model, distill)
 
         def counted(*args):
             self.traces += 1
             return loss(*args)
 
-        self.step = training.make_step(counted)
+        self.step = step_lib.make_step(counted)
         rows = {"labels": np.zeros(3, np.int32), "weight": np.ones(3, np.float32)}
         self.batch = jax.device_put(batch | rows)
-        teach = lessons.make_teach(model, distill)
+        teach = teacher_lib.make_teach(model, distill)
         self.batch["lesson"] = teach(self.teacher, self.batch)
 
     def state(self, *, seed=0, stage="prune", rates=(1e-3, 0.1, 0.1)):
         names = ("weights", "gates", "multipliers")
-        return training.create_state(
+        return step_lib.create_state(
             self.teacher,
             seed=seed,
             stage=stage,
@@ -315,7 +320,7 @@ def test_donation_leaves_what_others_hold(pruning):
     log_alpha = init_log_alpha(pruning.config, jax.random.key(0))
     projection = jnp.eye(16)
     context = pruning.context()
-    state = training.create_state(
+    state = step_lib.create_state(
         pruning.teacher,
         seed=0,
         stage="prune",
@@ -385,7 +390,7 @@ def test_expected_sparsity_reaches_the_target(pruning):
 
 def test_predict_is_the_model_in_evaluation(tiny, tiny_params, tiny_batch):
     model = Encoder(tiny)
-    predict = training.make_predict(model)
+    predict = predict_lib.make_predict(model)
     gates = {"ffn": jnp.array([0.0, 0.5])}
     for given in ({}, gates):
         expected = model.apply({"params": tiny_params, "masks": given}, tiny_batch)
@@ -399,7 +404,7 @@ def test_predictions_of_spans_are_zero_at_padding(tiny, tiny_batch):
     model, params = Encoder(sizes), random_params(sizes, 5)
     real = tiny_batch["attention_mask"] > 0
     for given in ({}, {"ffn": jnp.array([0.0, 0.5])}):
-        logits = training.make_predict(model)(params, given, tiny_batch)
+        logits = predict_lib.make_predict(model)(params, given, tiny_batch)
         assert logits.shape == (*real.shape, 2)
         np.testing.assert_array_equal(logits[~real], 0)
         expected = model.apply({"params": params, "masks": given}, tiny_batch).logits
@@ -425,14 +430,14 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
         "labels": np.zeros((6, 2) if problem == "span" else 6, np.int32),
         "weight": np.array([1, 1, 1, 1, 1, 0], np.float32),
     }
-    teach = lessons.make_teach(model, distill)
+    teach = teacher_lib.make_teach(model, distill)
     batch["lesson"] = teach(random_params(config, 4), batch)
     names = ("weights", "gates", "multipliers")
     context = {"target_sparsity": np.float32(0.5), "warmup_steps": np.int32(1)}
     games = {
-        "task": (objective.task_objective(model), {}),
+        "task": (objectives.task_objective(model), {}),
         "prune": (
-            objective.pruning_objective(model, distill),
+            objectives.pruning_objective(model, distill),
             {
                 "distill_projection": jnp.eye(16),
                 "log_alpha": init_log_alpha(config, jax.random.key(0)),
@@ -445,7 +450,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
     for stage, (game, theta) in games.items():
         found = []
         for parts in (1, 3):
-            state = training.create_state(
+            state = step_lib.create_state(
                 random_params(config, 3),
                 seed=0,
                 stage=stage,
@@ -453,7 +458,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
                 freeze_embeddings=False,
                 **theta,
             )
-            step = training.make_step(game, parts)
+            step = step_lib.make_step(game, parts)
             state = state.replace(step=jnp.int32(5))  # past the target's warm-up
             state, metrics = step(state, context, batch)
             # Adam's moments after a step are those of the gradient, which is compared
@@ -478,12 +483,12 @@ def test_parts_have_noise_of_their_own(pruning):
 
     def loss(theta, frozen, context, batch, key):
         gates = masks.sample(theta["log_alpha"], jax.random.split(key)[0])
-        game = objective.pruning_objective(model, Distill(num_layers=2))
+        game = objectives.pruning_objective(model, Distill(num_layers=2))
         value, metrics = game(theta, frozen, context, batch, key)
         jax.debug.callback(lambda *x: seen.append(x), gates["head"], value)
         return value, metrics
 
-    training.make_step(loss, 2)(pruning.state(), pruning.context(), batch)
+    step_lib.make_step(loss, 2)(pruning.state(), pruning.context(), batch)
     jax.effects_barrier()
     (gates, first), (others, second) = seen
     np.testing.assert_array_equal(gates, others)

@@ -1,0 +1,1 @@
+"""How fast things are, beside others; nothing imports this."""

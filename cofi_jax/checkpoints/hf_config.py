@@ -1,0 +1,172 @@
+"""The config.json of a Hugging Face folder, to our sizes and back."""
+
+from collections.abc import Sequence
+
+from cofi_jax.config import Model
+from cofi_jax.errors import reject
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.layers import ACTIVATIONS
+
+# Hugging Face's classes of a family, by model_type, and the prefix of their tensors.
+FAMILIES = {
+    "bert": ("Bert", "bert."),
+    "roberta": ("Roberta", "roberta."),
+    "xlm-roberta": ("XLMRoberta", "roberta."),
+    "camembert": ("Camembert", "roberta."),
+}
+
+
+class Misfit(ValueError):
+    """What is wrong with a folder or a model, in one line."""
+
+
+def from_fields(
+    fields: dict, num_labels: int, model: Model, problem: str
+) -> EncoderConfig:
+    """The sizes that the fields of a config.json tell; dropout and dtype are `model`'s.
+
+    Raises:
+      Misfit: where one is missing or not legal, or the architecture is another.
+    """
+    legal = {
+        "model_type": (None, tuple(FAMILIES)),
+        "hidden_act": ("gelu", tuple(ACTIVATIONS)),
+        "position_embedding_type": ("absolute", ("absolute",)),
+        "is_decoder": (False, (False,)),
+    }
+    for name, (default, values) in legal.items():
+        if (value := fields.get(name, default)) not in values:
+            values = " or ".join(map(repr, values))
+            raise Misfit(
+                f"unsupported architecture: {name} is {value!r}, must be {values}"
+            )
+
+    def size(name, default=None, least=1):
+        if name not in fields and default is None:
+            raise Misfit(f"config.json lacks {name!r}")
+        value = fields.get(name, default)
+        if type(value) is not int or value < least:
+            raise Misfit(f"config.json: {name} is {value!r}, must be {least} or more")
+        return value
+
+    hidden, heads = size("hidden_size"), size("num_attention_heads")
+    if hidden % heads:
+        raise Misfit(f"num_attention_heads is {heads}, must divide hidden_size")
+    epsilon = fields.get("layer_norm_eps", 1e-12)
+    if type(epsilon) is not float:
+        raise Misfit(f"config.json: layer_norm_eps is {epsilon!r}, must be a float")
+    layers, family = size("num_hidden_layers"), fields["model_type"]
+    # RoBERTa's rows up to that of the padding token are never those of a token.
+    offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
+    return EncoderConfig(
+        vocab_size=size("vocab_size"),
+        hidden_size=hidden,
+        heads=(heads,) * layers,
+        head_size=hidden // heads,
+        intermediate=(size("intermediate_size"),) * layers,
+        pooler_size=0 if problem == "span" else hidden,
+        num_labels=num_labels,
+        max_positions=size("max_position_embeddings", least=offset + 1),
+        type_vocab_size=size("type_vocab_size"),
+        layer_norm_eps=epsilon,
+        dropout=model.dropout,
+        dtype=model.dtype,
+        problem=problem,
+        activation=fields.get("hidden_act", "gelu"),
+        model_type=family,
+        position_offset=offset,
+    )
+
+
+def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
+    """The fields of a config.json for a dense model, with the names of its classes.
+
+    Raises:
+      Misfit: where transformers has no such model, sliced ones among them.
+    """
+    hidden, units = config.hidden_size, set(config.intermediate)
+    attention = {heads * config.head_size for heads in config.heads}
+    pooler = config.problem == "span" or config.pooler_size == hidden
+    if attention != {hidden} or len(units) != 1 or 0 in units or not pooler:
+        raise Misfit("must be a dense model's; transformers cannot hold a sliced one")
+    labels = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
+    if len(labels) != config.num_labels:
+        raise Misfit(f"has {config.num_labels} classes, labels has {len(labels)}")
+    name, _ = FAMILIES[config.model_type]
+    head = "QuestionAnswering" if config.problem == "span" else "SequenceClassification"
+    problems = {
+        "classification": "single_label_classification",
+        "regression": "regression",
+    }
+    return {
+        "architectures": [f"{name}For{head}"],
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": len(config.heads),
+        "num_attention_heads": config.heads[0],
+        "intermediate_size": config.intermediate[0],
+        "hidden_act": config.activation,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "max_position_embeddings": config.max_positions,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": max(config.position_offset - 1, 0),
+        "position_embedding_type": "absolute",
+        "id2label": {str(row): label for row, label in enumerate(labels)},
+        "label2id": {label: row for row, label in enumerate(labels)},
+        "problem_type": problems.get(config.problem),
+    }
+
+
+def class_rows(
+    fields: dict, labels: Sequence[str], label_order: Sequence[str], field: str
+) -> list[int] | None:
+    """The model's row of each of `labels`; None where nothing tells its order.
+
+    Args:
+      fields: of config.json; the names in it count, unless they are LABEL_0, ...
+      labels: the task's classes in its order.
+      label_order: the same in the order of the model, () for that of `fields`.
+        Upper and lower case count only where classes differ in nothing else.
+      field: the config field that named the folder, for messages.
+
+    Raises:
+      UserError: where `label_order` is no permutation of `labels`.
+      Misfit: where there is none and the names in `fields` are not `labels`.
+    """
+    named = _class_names(fields)
+    order = list(label_order) or named
+    rows = _rows(order, labels) or _rows(_lower(order), _lower(labels))
+    where = f"{field.removesuffix('.path')}.labels"
+    if label_order and not rows:
+        legal = f"must be a permutation of {tuple(labels)}, in the order of the model"
+        raise reject(where, tuple(label_order), legal)
+    if rows or not labels:
+        return rows
+    real = not all(name.startswith("LABEL_") for name in named)
+    if real and len(set(named)) == len(labels):
+        raise Misfit(
+            f"names its classes {', '.join(named[:5])}; give the task's own names, "
+            f"{', '.join(labels[:5])}, in the order of the model: {where}"
+        )
+    return None
+
+
+def _rows(order, labels):
+    """Where each label stands in `order`; [] unless that is a permutation."""
+    fits = len(set(order)) == len(order) and sorted(order) == sorted(labels)
+    return [order.index(name) for name in labels] if fits else []
+
+
+def _lower(names):
+    return [name.lower() for name in names]
+
+
+def _class_names(fields):
+    try:
+        names = {int(row): str(name) for row, name in fields["id2label"].items()}
+        return [names[row] for row in range(len(names))]
+    except (AttributeError, KeyError, TypeError, ValueError):  # none that make sense
+        return []

@@ -1,0 +1,141 @@
+"""Models of any kind, saved ones and Hugging Face's, opened the same way."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cofi_jax import config as config_lib
+from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.checkpoints.saved_model import saved_data
+from cofi_jax.config import DTYPES, Data
+from cofi_jax.data import tasks
+from cofi_jax.errors import reject
+from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning import cost
+
+_DESCRIBES_TASK = ("task", "columns", "label_column", "problem", "labels")
+
+
+class Loaded(NamedTuple):
+    """A model, the task it was made for, and the dense sizes it was cut from."""
+
+    path: str
+    folder: pathlib.Path
+    model: Encoder
+    params: dict
+    tokenizer: Any
+    data: Data
+    dense: EncoderConfig
+
+
+def load(
+    paths: Sequence[str],
+    *,
+    task: str = "",
+    labels: Sequence[str] = (),
+    dtype: str = "",
+) -> list[Loaded]:
+    """Saved models, and Hugging Face folders or names, all of one task.
+
+    Args:
+      paths: one or more.
+      task: of the Hugging Face models; that of the first saved model if not given.
+      labels: their classes in their order; () for the task's.
+      dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given.
+
+    Raises:
+      UserError: for what is neither, and for tasks that do not fit.
+    """
+    if dtype not in ("", *DTYPES):
+        raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+    known = [saved_data(p) if saved_model.is_model(p) else None for p in paths]
+    for flag, value in (("task", task), ("labels", tuple(labels))):
+        if value and all(known):
+            legal = "is for Hugging Face models; a saved model knows its own"
+            raise reject(flag, value, legal)
+    data = next(filter(None, known), None)
+    if task and not (data and data.task == task):
+        data = Data(task=task)
+    for path, own in zip(paths, known, strict=True):
+        for field in _DESCRIBES_TASK if data else ():
+            mine, wanted = (getattr(d or data, field) for d in (own, known[0]))
+            if mine != wanted:
+                legal = f"its data.{field} is {mine!r}, that of {paths[0]} {wanted!r}"
+                raise reject("model", path, f"{legal}; all must be of one task")
+    return [
+        _load_saved(path, own, dtype) if own else _load_other(path, data, labels, dtype)
+        for path, own in zip(paths, known, strict=True)
+    ]
+
+
+def _load_saved(path, data, dtype):
+    model, params, spec = saved_model.load_model(path, dtype=dtype)
+    dense = model.config
+    if spec:
+        dense = EncoderConfig.from_json(saved_model.read_about(path)[2]["dense"])
+    tokenizer = saved_model.load_tokenizer(path)
+    folder = pathlib.Path(path).expanduser()
+    return Loaded(path, folder, model, params, tokenizer, data, dense)
+
+
+def _load_other(path, data, labels, dtype):
+    folder = pathlib.Path(path).expanduser()
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    described = (folder / "config.json").exists()
+    if (folder.is_dir() or local and not data) and not described:
+        saved_model.read_about(path)  # says what it found instead
+    if not data:
+        legal = f"must name the task that {path} was made for: {', '.join(tasks.TASKS)}"
+        raise reject("task", "", legal)
+    row = tasks.find(data)
+    folder = huggingface.resolve(path, "model")
+    settings = config_lib.Model(dtype=dtype or "float32")
+    config, params = huggingface.load_classifier(
+        folder,
+        field="model",
+        problem=row.problem,
+        labels=row.labels,
+        label_order=tuple(labels),
+        model=settings,
+    )
+    params = jax.tree.map(lambda x: jnp.asarray(x, settings.dtype), params)
+    sizes = row.num_outputs, settings, row.problem
+    dense = huggingface.read_config(folder, "model", *sizes)
+    tokenizer = huggingface.load_tokenizer(folder, "model")
+    huggingface.check_tokenizer(tokenizer, config, field="model", path=path)
+    length = min(row.max_length, config.longest)
+    data = dataclasses.replace(data, max_length=length)
+    return Loaded(path, folder, Encoder(config), params, tokenizer, data, dense)
+
+
+def disk_bytes(loaded: Loaded) -> int:
+    """The size of the files that hold the parameters."""
+    if saved_model.is_model(loaded.folder):
+        files = [*(loaded.folder / "params").rglob("*")]
+    else:
+        files = [*loaded.folder.glob("model.safetensors")]
+        files = files or [*loaded.folder.glob("pytorch_model.bin")]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def sizes(loaded: Loaded, seq_lengths: Sequence[int]) -> dict[str, Any]:
+    """Parameters, sparsity, bytes, multiply-adds and widths of a model."""
+    config = loaded.model.config
+    encoder = cost.num_params({}, config)
+    return {
+        "params": {
+            "encoder": encoder,
+            "total": sum(x.size for x in jax.tree.leaves(loaded.params)),
+        },
+        "sparsity": 1 - encoder / cost.num_params({}, loaded.dense),
+        "bytes": disk_bytes(loaded),
+        "multiply_adds": {
+            str(length): cost.multiply_adds(config, length) for length in seq_lengths
+        },
+        "kept": config.widths(),
+    }

@@ -1,0 +1,202 @@
+"""Saved models: parameters, sizes, tokenizer and model card in one folder."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from cofi_jax import config as config_lib
+from cofi_jax import distributed
+from cofi_jax.checkpoints import huggingface
+from cofi_jax.checkpoints.state import _alone
+from cofi_jax.config import DTYPES, Data
+from cofi_jax.data import tasks
+from cofi_jax.errors import reject
+from cofi_jax.models.bert import Encoder, abstract_params
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning.slicing import PrunedSpec
+
+_FORMAT = 1
+
+
+_FILES = ("model.json", "params", "tokenizer")
+
+
+def save_model(
+    path: str | Path,
+    params: dict,
+    config: EncoderConfig,
+    spec: PrunedSpec | None = None,
+    *,
+    tokenizer: Any,
+    about: dict,
+    readme: str = "",
+) -> None:
+    """Writes a model that loads without knowing how it was trained.
+
+    Args:
+      path: a folder that does not exist yet; it appears once it is complete.
+      params: the parameters.
+      config: their sizes (of the sliced model where it is one).
+      spec: what was kept of the dense model; None for a dense one.
+      tokenizer: the Hugging Face tokenizer.
+      about: JSON-able: `task`, `labels`, `data` (the fields of `config.Data`), of a
+        sliced one `dense` (the sizes it was cut from) and `sparsity`; for the model
+        card `base_model` (a name on the hub), `scores` by split or the `report`.
+      readme: the text of the model card, see `report.model_card`.
+
+    Raises:
+      UserError: where `path` exists, or the parameters do not fit the sizes.
+    """
+    path = Path(path).absolute()
+    if distributed.first(path.exists):
+        raise reject("path", str(path), "exists; nothing is written over")
+    try:
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(config))
+    except AssertionError as error:
+        legal = "must have the structure, shapes and float32 that config initialises"
+        raise reject("params", "...", legal) from error
+    partial = path.with_name(f".{path.name}.partial")
+
+    def begin():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    distributed.first(begin)
+    checksum = {"crc32": distributed.digest(params)}
+    ocp.save(
+        partial / "params", distributed.replicate(params), custom_metadata=checksum
+    )
+    described = {
+        "format": _FORMAT,
+        "config": dataclasses.asdict(config),
+        "spec": spec and dataclasses.asdict(spec),
+        "about": about,
+    }
+
+    def finish():
+        tokenizer.save_pretrained(partial / "tokenizer")
+        (partial / "model.json").write_text(json.dumps(described, indent=1) + "\n")
+        (partial / "README.md").write_text(readme)
+        os.replace(partial, path)
+
+    distributed.first(finish)
+
+
+def is_model(path: str | Path) -> bool:
+    """Whether `path` is a folder that `save_model` wrote."""
+    return (Path(path).expanduser() / "model.json").is_file()
+
+
+def read_about(
+    path: str | Path, *, field: str = "model"
+) -> tuple[EncoderConfig, PrunedSpec | None, dict]:
+    """Sizes, spec and description of a saved model, without its parameters.
+
+    Args:
+      path: a folder that `save_model` wrote.
+      field: what messages call the path.
+
+    Raises:
+      UserError: where there is no such model, or a newer version wrote it.
+    """
+    path = Path(path).expanduser()
+    if not is_model(path):
+        found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
+        raise reject(field, str(path), f"must be a folder with {_FILES}; found {found}")
+    try:
+        described = json.loads((path / "model.json").read_text())
+        version = described["format"]
+        if version > _FORMAT:
+            raise reject(
+                field,
+                str(path),
+                f"written in format {version} by a newer cofi-jax; this one reads "
+                f"up to {_FORMAT}",
+            )
+        config = EncoderConfig.from_json(described["config"])
+        spec = described["spec"] and PrunedSpec.from_json(described["spec"])
+        about = dict(described["about"])
+        if "dense" in about:
+            EncoderConfig.from_json(about["dense"])
+        return config, spec, about
+    except (KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
+        raise reject(field, str(path), f"model.json is damaged ({error!r})") from error
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "",
+    sharding: jax.sharding.Sharding | None = None,
+    field: str = "model",
+) -> tuple[Encoder, dict, PrunedSpec | None]:
+    """A saved model: the module, its parameters and what it kept of the dense one.
+
+    Args:
+      path: a folder that `save_model` wrote.
+      dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given
+        (parameters float32).
+      sharding: where every parameter lies, on however many devices; the first device
+        if not given.
+      field: what messages call the path.
+
+    Raises:
+      UserError: where there is no such model, it is damaged or too new.
+    """
+    path = Path(path).expanduser().absolute()
+    config, spec, _ = read_about(path, field=field)
+    if dtype not in ("", *DTYPES):
+        raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        params = _load_params(path / "params", config, sharding)
+    except Exception as error:  # whatever the storage library makes of the damage
+        reason = f"params are damaged ({type(error).__name__})"
+        raise reject(field, str(path), reason) from error
+    if dtype:
+        config = dataclasses.replace(config, dtype=dtype)
+        params = jax.tree.map(lambda array: array.astype(dtype), params)
+    return Encoder(config), params, spec
+
+
+def _load_params(path, config, sharding):
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract_params(config),
+    )
+    with _alone():
+        params = ocp.load(path, abstract)
+        digest = ocp.metadata(path).custom_metadata["crc32"]
+    if distributed.digest(params) != digest:
+        raise ValueError("checksum mismatch")
+    return params
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a saved model.
+
+    Raises:
+      UserError: where it is missing or damaged.
+    """
+    return huggingface.load_tokenizer(Path(path).expanduser() / "tokenizer", "model")
+
+
+def saved_data(path: str) -> Data:
+    """The data that a saved model was made for; a UserError where it says none."""
+    _, spec, about = read_about(path)
+    wanted = {"data"} | ({"dense"} if spec else set())
+    if missing := sorted(wanted - about.keys()):
+        legal = f"saved without {', '.join(missing)} in `about`, needed here"
+        raise reject("model", path, legal)
+    data = config_lib.section(Data, about["data"], field="model", path=path)
+    if not tasks.find(data).num_outputs:
+        raise reject("model", path, "saved without the names of its classes")
+    return data

@@ -1,0 +1,1 @@
+"""Tasks, their rows, batches of them, and scores."""

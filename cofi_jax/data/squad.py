@@ -1,0 +1,247 @@
+"""Extractive question answering: rows of SQuAD to windows, logits back to answers.
+
+    windows(rows) -> logits of each token as a start and as an end -> score
+
+A context too long for the model is cut into overlapping windows, all of them with the
+question in front. The answer is a span of the context: the best one of all windows.
+"""
+
+import collections
+import dataclasses
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cofi_jax import errors
+
+LONGEST_QUESTION = 64  # tokens, as in BERT's own recipe for SQuAD
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Questions:
+    """What turns the logits of N windows into answers to Q questions.
+
+    A token stands in its context from one character up to another; -1 and -1 are those
+    of the question and the special tokens.
+    """
+
+    contexts: list[str]  # Q
+    answers: list[list[str]]  # Q lists of gold texts; to match one of them suffices
+    of_row: np.ndarray  # (N,) int32: the question of each window
+    offsets: list[np.ndarray]  # N (T_n, 2) int32: where each token stands, or -1
+
+
+class Windows(NamedTuple):
+    """N tokenised windows, not padded; those of one question stand together."""
+
+    input_ids: list[np.ndarray]  # N int32 arrays of T_n
+    token_type_ids: list[np.ndarray]  # of the same lengths
+    labels: np.ndarray  # (N, 2) int32: first and last token of the answer, or 0 and 0
+    questions: Questions
+    skipped: int  # rows left out
+
+
+def windows(
+    rows: Mapping[str, Any],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    stride: int = 128,
+    training: bool,
+) -> Windows:
+    """Tokenises questions and contexts, and finds the answers' tokens.
+
+    The windows are those of Hugging Face's recipe (the question first, stripped on its
+    left; `truncation="only_second"`), but cut here, so that no length is refused: of a
+    question the first 64 tokens are kept, as in BERT's recipe, or as many as fit in
+    half of a short window.
+
+    A label is the first and the last token that share a character with the first gold
+    answer. It is (0, 0) where a window does not hold all of these.
+
+    Args:
+      rows: columns `question` and `context` of text and `answers`, each of which is
+        `{"text": [...], "answer_start": [...]}`, the latter counted in characters.
+      tokenizer: a fast one of Hugging Face's transformers, of any template.
+      max_length: tokens of a window at most, special ones included.
+      stride: tokens of the context that a window repeats from the one before it; at
+        most half of those it has room for.
+      training: leave out, and count as skipped, a row without an answer or whose first
+        one is not at its place in the context. Else each row is a question.
+
+    Raises:
+      UserError: the tokenizer is not a fast one; no token of a context would fit.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        legal = "must come with a fast tokenizer (tokenizer.json) for this task"
+        raise errors.reject("model.path", tokenizer.name_or_path, legal)
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length <= special:
+        legal = f"must be above {special}, the special tokens of a question"
+        raise errors.reject("data.max_length", max_length, legal)
+    longest_question = min(LONGEST_QUESTION, (max_length - special) // 2)
+    asked, contexts, golds = (rows[c][:] for c in ("question", "context", "answers"))
+    ids, types, labels, of_row, offsets = [], [], [], [], []
+    kept = []  # rows
+    for row, tokens in enumerate(_tokenise(tokenizer, asked, contexts)):
+        start, stop = _characters(contexts[row], golds[row])
+        begins, ends = tokens.offsets.T
+        answer = np.flatnonzero((begins < stop) & (ends > start))
+        if training and not len(answer):
+            continue
+        context = np.flatnonzero(tokens.part == 1)
+        always = tokens.part != 1
+        always[np.flatnonzero(tokens.part == 0)[longest_question:]] = False
+        room = max_length - always.sum()
+        for first in _first_tokens(len(context), room, stride):
+            here = always.copy()
+            here[context[first : first + room]] = True
+            label = [0, 0]
+            if len(answer) and here[answer].all():
+                label = [here[:i].sum() for i in answer[[0, -1]]]
+            ids.append(tokens.ids[here])
+            types.append(tokens.types[here])
+            labels.append(label)
+            of_row.append(len(kept))
+            offsets.append(tokens.offsets[here])
+        kept.append(row)
+    questions = Questions(
+        [contexts[row] for row in kept],
+        [list(golds[row]["text"]) for row in kept],
+        np.array(of_row, np.int32),
+        offsets,
+    )
+    labels = np.array(labels, np.int32).reshape(-1, 2)
+    return Windows(ids, types, labels, questions, len(contexts) - len(kept))
+
+
+class _Tokens(NamedTuple):
+    """A question and its context, not cut."""
+
+    ids: np.ndarray  # (T,) int32
+    types: np.ndarray  # (T,) int32
+    offsets: np.ndarray  # (T, 2) int32, as in Questions
+    part: np.ndarray  # (T,) 0 for the question, 1 for the context, nan for neither
+
+
+def _tokenise(
+    tokenizer: Any, questions: list[str], contexts: list[str]
+) -> Iterator[_Tokens]:
+    for first in range(0, len(contexts), 1000):  # not all at once: lists are large
+        encoded = tokenizer(
+            [question.lstrip() for question in questions[first : first + 1000]],
+            contexts[first : first + 1000],
+            truncation=False,
+            padding=False,
+            return_token_type_ids=True,
+            return_offsets_mapping=True,
+            verbose=False,  # longer than the model's longest: cut later
+        )
+        for i, ids in enumerate(encoded["input_ids"]):
+            part = np.array(encoded.sequence_ids(i), np.float32)
+            types = np.array(encoded["token_type_ids"][i], np.int32)
+            offsets = np.array(encoded["offset_mapping"][i], np.int32).reshape(-1, 2)
+            offsets[part != 1] = -1
+            yield _Tokens(np.array(ids, np.int32), types, offsets, part)
+
+
+def _characters(context: str, gold: Mapping[str, Sequence]) -> tuple[int, int]:
+    """From where to where the first answer stands; (0, 0) if it is not there."""
+    if not len(gold["text"]) or not len(gold["answer_start"]):
+        return 0, 0
+    text, start = gold["text"][0], gold["answer_start"][0]
+    if start < 0 or context[start : start + len(text)] != text or not text.strip():
+        return 0, 0
+    start += len(text) - len(text.lstrip())  # a space may belong to the next word
+    return start, start + len(text.strip())
+
+
+def _first_tokens(tokens: int, room: int, stride: int) -> range:
+    """Where in a context its windows begin; the last one reaches its end."""
+    step = room - min(stride, room // 2)
+    return range(0, max(tokens - room, 0) + step, step)
+
+
+def best_answers(
+    logits: np.ndarray, questions: Questions, *, n_best: int = 20, max_tokens: int = 30
+) -> list[str]:
+    """Reads the most likely answer to each question off its windows.
+
+    In each window the tokens of the context with the `n_best` largest start logits are
+    paired with those with the `n_best` largest end logits, where the end is not before
+    the start and the answer at most `max_tokens` tokens long. Of all these pairs that
+    with the largest sum wins, the first one found if several have it.
+
+    Args:
+      logits: (N, T, 2), start and end; what is beyond a window's own tokens is padding.
+      questions: Q questions with N windows.
+      n_best: as `max_tokens`, by default that of Hugging Face's recipe.
+      max_tokens: the longest answer.
+
+    Returns:
+      Q texts, cut from the contexts; "" where there is no such pair.
+    """
+    asked = len(questions.contexts)
+    best, texts = np.full(asked, -np.inf), [""] * asked
+    for first in range(0, len(logits), 1024):  # windows at a time: memory
+        chunk = np.array(logits[first : first + 1024], np.float64)
+        offsets = questions.offsets[first : first + 1024]
+        for scores, characters in zip(chunk, offsets, strict=True):
+            scores[len(characters) :] = -np.inf
+            scores[: len(characters)][characters[:, 0] < 0] = -np.inf
+        tokens = np.argsort(-chunk, axis=1, kind="stable")[:, :n_best]  # (B, n, 2)
+        top = np.take_along_axis(chunk, tokens, axis=1)
+        sums = top[:, :, None, 0] + top[:, None, :, 1]  # (B, n, n): start, end
+        length = tokens[:, None, :, 1] - tokens[:, :, None, 0] + 1
+        sums[(length < 1) | (length > max_tokens)] = -np.inf
+        for i, characters in enumerate(offsets):
+            question = questions.of_row[first + i]
+            start, end = np.unravel_index(np.argmax(sums[i]), sums[i].shape)
+            if sums[i, start, end] > best[question]:
+                best[question] = sums[i, start, end]
+                begin = characters[tokens[i, start, 0], 0]
+                stop = characters[tokens[i, end, 1], 1]
+                texts[question] = questions.contexts[question][begin:stop]
+    return texts
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the gold texts, up to `normalise`; else 0."""
+    return float(normalise(prediction) in map(normalise, answers))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """The F1 of the words shared with the gold text that shares most, in [0, 1].
+
+    Words count as often as they occur; no shared word gives 0, even if both texts are
+    empty once they are normalised. This and `exact_match` are the rule of the official
+    script of SQuAD v1.1 (Rajpurkar et al., 2016, https://arxiv.org/abs/1606.05250).
+    """
+    words = collections.Counter(normalise(prediction).split())
+
+    def against(answer):
+        gold = collections.Counter(normalise(answer).split())
+        return 2 * (words & gold).total() / max((words + gold).total(), 1)
+
+    return max(map(against, answers), default=0.0)
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """Lower case without ASCII punctuation, then without a, an, the; single spaces."""
+    text = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def score(logits: np.ndarray, questions: Questions) -> dict[str, float]:
+    """`f1` and `exact_match` of `best_answers`, means over Q questions in [0, 1]."""
+    texts = best_answers(logits, questions)
+    return {
+        rule.__name__: float(np.mean([*map(rule, texts, questions.answers)]))
+        for rule in (f1, exact_match)
+    }

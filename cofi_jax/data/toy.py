@@ -1,0 +1,139 @@
+"""The embedded demo task: is a generated film remark praise or blame?
+
+    although the dull plot was clever , the bright ending was never really weak
+    `----- yields to the other clause'                        flips      blame -> praise
+
+A clause takes the sign of its last adjective, turned by "not" or "never"; an
+adjective before its noun says nothing. Of two clauses, the one that decides stands
+after "but", or is the one that "although" does not introduce. So word order makes the
+label: counting words finds the easy third of the sentences and little else.
+"""
+
+import random
+
+PRAISE = (
+    "bright brilliant charming clever fine fresh funny good graceful great honest "
+    "lovely moving sharp tender warm"
+).split()
+
+
+BLAME = (
+    "awful bad bland clumsy cold cruel dreary dull empty hollow lazy messy poor "
+    "shallow stale weak"
+).split()
+
+
+NOUNS = (
+    "acting camera cast climax comedy dialogue drama ending film hero music opening "
+    "pacing plot scene score script story style villain"
+).split()
+
+
+VERBS = "is was seemed felt".split()
+
+
+NEGATIONS = "not never".split()
+
+
+ADVERBS = "very really quite rather truly so".split()
+
+
+OTHER = "the but although ,".split()
+
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # ids 0 to 3
+
+
+SIZES = {"train": 16_000, "validation": 1_000}
+
+
+def generate(rows: int, seed: int) -> list[tuple[str, int]]:
+    """Draws `rows` different sentences, with labels 0 and 1 in turn.
+
+    Args:
+      rows: how many.
+      seed: the same seed draws the same sentences.
+
+    Returns:
+      (sentence, label) pairs; label 1 is praise.
+    """
+    rng = random.Random(seed)
+    drawn = {}
+    while len(drawn) < rows:
+        label = len(drawn) % 2
+        drawn.setdefault(_sentence(rng, label), label)
+    return list(drawn.items())
+
+
+def _sentence(rng: random.Random, label: int) -> str:
+    if rng.random() < 0.35:  # easy: a foothold for a model that knows nothing yet
+        return _clause(rng, label, negated=False)
+    decides = _clause(rng, label, negated=rng.random() < 0.35)
+    if rng.random() < 0.25:
+        return decides
+    yields = _clause(rng, 1 - label, negated=rng.random() < 0.35)
+    contrast = rng.choice(("{a} but {b}", "although {a} , {b}", "{b} although {a}"))
+    return contrast.format(a=yields, b=decides)
+
+
+def _clause(rng: random.Random, sign: int, *, negated: bool) -> str:
+    words = ["the"]
+    if rng.random() < 0.2:
+        words.append(rng.choice(PRAISE + BLAME))
+    words += [rng.choice(NOUNS), rng.choice(VERBS)]
+    if negated:
+        words.append(rng.choice(NEGATIONS))
+    if rng.random() < 0.5:
+        words.append(rng.choice(ADVERBS))
+    words.append(rng.choice(PRAISE if bool(sign) != negated else BLAME))
+    return " ".join(words)
+
+
+def label_of(sentence: str) -> int:
+    """Reads the label off a sentence, by the rules in this module's docstring."""
+    words = sentence.split()
+    if "but" in words:
+        words = words[words.index("but") + 1 :]
+    elif words[0] == "although":
+        words = words[words.index(",") + 1 :]
+    elif "although" in words:
+        words = words[: words.index("although")]
+    flips = sum(word in ("not", "never") for word in words)
+    return int(words[-1] in PRAISE) ^ (flips % 2)
+
+
+def demo_rows(split: str) -> dict[str, list]:
+    """The columns `sentence` and `label` of "train" or "validation".
+
+    No sentence is in both.
+    """
+    drawn = generate(sum(SIZES.values()), seed=0)
+    start = 0 if split == "train" else SIZES["train"]
+    sentences, labels = zip(*drawn[start : start + SIZES[split]], strict=True)
+    return {"sentence": list(sentences), "label": list(labels)}
+
+
+def demo_tokenizer():
+    """A word-level `transformers.PreTrainedTokenizerFast` in the style of BERT."""
+    import tokenizers
+    import transformers
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+
+    groups = (SPECIAL, OTHER, NEGATIONS, VERBS, ADVERBS, NOUNS, PRAISE, BLAME)
+    ids = {word: i for i, word in enumerate(sum(map(list, groups), []))}
+    backend = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )

@@ -1,0 +1,134 @@
+"""Forward passes of several models, timed in turn."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cofi_jax.evaluation import timing
+from cofi_jax.evaluation.timing import Timing
+
+
+def grid(
+    models: dict[str, tuple[Any, Any]],
+    *,
+    batch_sizes: Sequence[int],
+    seq_lengths: Sequence[int],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """The `grid` of `eval.evaluate`: all models at every batch size and length."""
+    found = []
+    for batch_size, seq_length in itertools.product(batch_sizes, seq_lengths):
+        cell = {"batch_size": batch_size, "seq_length": seq_length}
+        timings = passes(models, **cell, repeats=repeats)
+        first = next(iter(timings.values()))
+        for name, each in timings.items():
+            ratio, spread = timing.speedup(first, each)
+            measured = {
+                "model": name,
+                "latency_ms": each.median_ms,
+                "latency_p95_ms": each.percentile_ms(95),
+                "examples_per_second": 1e3 * batch_size / each.median_ms,
+                "speedup": ratio,
+                "speedup_spread": list(spread),
+            }
+            found.append(cell | measured)
+    return found
+
+
+def inference(
+    models: dict[str, tuple[Any, Any]],
+    *,
+    batch_size: int,
+    seq_length: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """Times forward passes on one batch of random tokens without padding.
+
+    Args:
+      models: name to (linen module, params), the dense one first.
+      batch_size: sequences in a batch (B).
+      seq_length: tokens in a sequence (T), no more than the models have positions.
+      repeats: turns of each model, of one pass or as many as 50 ms hold.
+
+    Returns:
+      The part of `report.json` that is measured here: `latency_ms` by name, with
+      two models `speedup` (first over second) and `speedup_spread`, and
+      `benchmark`, which says how it was measured.
+
+    Raises:
+      UserError: where the memory does not suffice.
+    """
+    sizes = {"batch_size": batch_size, "seq_length": seq_length}
+    timings = passes(models, **sizes, repeats=repeats)
+    return _result(timings, conditions(models) | sizes)
+
+
+def passes(
+    models: dict[str, tuple[Any, Any]],
+    *,
+    batch_size: int,
+    seq_length: int,
+    repeats: int,
+) -> dict[str, Timing]:
+    """The timings behind `inference`, of any number of models."""
+    vocab_size = min(model.config.vocab_size for model, _ in models.values())
+    with timing.memory_suffices(batch_size, seq_length):
+        batch = random_batch(vocab_size, batch_size=batch_size, seq_length=seq_length)
+        calls = {
+            name: functools.partial(forward(model), jax.device_put(params), batch)
+            for name, (model, params) in models.items()
+        }
+        return timing.side_by_side(calls, repeats=repeats)
+
+
+def conditions(models: dict[str, tuple[Any, Any]]) -> dict[str, str]:
+    """`device`, `dtype` and `matmul_precision` of a measurement."""
+    dtypes = dict.fromkeys(np.dtype(m.config.dtype).name for m, _ in models.values())
+    return {
+        "device": timing.describe(jax.devices()[0]),
+        "dtype": " and ".join(dtypes),
+        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+    }
+
+
+def _result(timings, how):
+    result = {"latency_ms": {name: t.median_ms for name, t in timings.items()}}
+    if len(timings) == 2:
+        ratio, spread = timing.speedup(*timings.values())
+        result |= {"speedup": ratio, "speedup_spread": list(spread)}
+    result["benchmark"] = how | {
+        "repeats": next(iter(timings.values())).repeats,
+        "latency_spread_ms": {
+            n: [t.percentile_ms(5), t.percentile_ms(95)] for n, t in timings.items()
+        },
+        "examples_per_second": {
+            name: 1e3 * how["batch_size"] / t.median_ms for name, t in timings.items()
+        },
+    }
+    return result
+
+
+def random_batch(
+    vocab_size: int, *, batch_size: int, seq_length: int
+) -> dict[str, jax.Array]:
+    """A (B, T) batch of random tokens without padding, on the device."""
+    shape = (batch_size, seq_length)
+    # No padding among them: 0 for BERT, 1 for RoBERTa.
+    ids = np.random.default_rng(0).integers(min(2, vocab_size - 1), vocab_size, shape)
+    return {
+        "input_ids": jnp.asarray(ids, jnp.int32),
+        "attention_mask": jnp.ones(shape, jnp.int32),
+        "token_type_ids": jnp.zeros(shape, jnp.int32),
+    }
+
+
+def forward(model: Any) -> Callable[[dict, dict], jax.Array]:
+    """The jitted (params, batch) -> logits."""
+    # Params are an argument: closed over, they would be constants to fold. Logits
+    # alone come out, as in use: other outputs would have to be written as well.
+    return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)

@@ -1,0 +1,1 @@
+"""Saved models in the formats of other runtimes, each verified."""

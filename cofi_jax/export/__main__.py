@@ -1,0 +1,74 @@
+"""Writes a saved model in other formats, each checked against the masked model.
+
+    python -m cofi_jax.export --model runs/sst2_95/pruned
+    python -m cofi_jax.export --model runs/sst2_95/pruned --formats onnx,stock
+
+They appear as folders beside the saved parameters, each with a `check.json`:
+`transformers`, `onnx`, `stablehlo` and, when asked for, `stock`, a plain BERT. They
+need `pip install 'cofi-jax[torch]'`, `'cofi-jax[onnx]'`, nothing, and torch again. The
+model card, `README.md`, says how each is loaded.
+"""
+
+import argparse
+import logging
+import sys
+
+from cofi_jax.errors import UserError, reject
+from cofi_jax.export import export
+from cofi_jax.report import model_card
+
+_USAGE = (
+    "python -m cofi_jax.export --model path/to/pruned [--formats A,B] [--data D] "
+    "[--rows N] [--dtype T] [--batch_size N] [--seq_length N] [--repeats N]"
+)
+
+
+_DEFAULT = "transformers,onnx,stablehlo"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; usage: {_USAGE}")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    # Beneath a damaged file the storage library prints hundreds of lines there.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    parser = _Parser(usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a saved model")
+    parser.add_argument("--formats", default=_DEFAULT, help=f"{_DEFAULT} and stock")
+    parser.add_argument("--data", default="", help="hub name or folder")
+    parser.add_argument("--dtype", default="float32", help="weights of transformers/")
+    for name, default, text in (
+        ("rows", 0, "validation rows to compare; 0 for all"),
+        ("batch_size", 32, "of the timed passes"),
+        ("seq_length", 0, "of the timed passes; 0 for 64, or the longest"),
+        ("repeats", 30, "turns of the timed passes"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=text)
+    try:
+        args = parser.parse_args(argv[1:])
+        least = {"rows": 0, "batch_size": 1, "seq_length": 0, "repeats": 1}
+        for name, number in least.items():
+            if (value := getattr(args, name)) < number:
+                raise reject(f"--{name}", value, f"must be {number} or more")
+        checks = export.export(
+            args.model,
+            [name for name in args.formats.split(",") if name],
+            data_path=args.data,
+            num_rows=args.rows,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            seq_length=args.seq_length,
+            repeats=args.repeats,
+        )
+    except (UserError, OSError) as error:  # of a full disk, a folder not one's own
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(model_card.checked(checks))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

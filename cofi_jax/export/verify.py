@@ -1,0 +1,187 @@
+"""What is found of a model in some runtime before it is called exported.
+
+Its logits are compared with those of the masked model, the dense one's sizes under
+hard gates; it is scored on the same rows and timed against the dense model in turn.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from cofi_jax import config as config_lib
+from cofi_jax.data import batches, sources, tasks
+from cofi_jax.errors import reject
+from cofi_jax.evaluation import predict as predict_lib
+from cofi_jax.evaluation import timing as timing_lib
+from cofi_jax.models.bert import Batch, Encoder
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning.masks import Masks
+
+TOLERANCE = 1e-4  # of logits, relative where they are above 1
+
+
+class Model(NamedTuple):
+    """A model in one runtime."""
+
+    params: dict
+    config: EncoderConfig
+    predict: Callable[[Batch], Any]  # to its logits
+
+
+class Validation(NamedTuple):
+    """The rows that models are compared on, and the masked model's logits."""
+
+    task: tasks.Task
+    examples: batches.Examples
+    buckets: Sequence[int]
+    split: str
+    against: str  # what the model is called whose logits these are
+    logits: np.ndarray
+
+
+def in_jax(params: dict, config: EncoderConfig, masks: Masks | None = None) -> Model:
+    """A model that jax runs in float32, under masks or without."""
+    config = dataclasses.replace(config, dtype="float32")
+    predict = predict_lib.make_predict(Encoder(config))
+    arrays = jax.device_put((params, masks or {}))
+    return Model(params, config, lambda batch: predict(*arrays, batch))
+
+
+def validation(
+    data: config_lib.Data, tokenizer: Any, num_rows: int
+) -> Callable[[Model, str], Validation]:
+    """Reads rows to compare models on: a function of the reference and its name.
+
+    Args:
+      data: where they come from; the first validation split is taken.
+      tokenizer: the models'.
+      num_rows: 0, or more than there are, for all of them; questions come all.
+    """
+    split = tasks.find(data).validation[0]
+    task, columns = sources.load(data, (split,))
+    examples = batches.tokenise(
+        columns[split], task, tokenizer, max_length=tasks.max_length(data)
+    )
+    if not examples.questions:  # which are scored by all their windows
+        wanted = min(num_rows, len(examples))
+        examples = batches.first_rows(examples, wanted, field="rows")
+    buckets = batches.bucket_lengths(data, examples.lengths)
+
+    def of(reference, against):
+        found = Validation(task, examples, buckets, split, against, np.empty(0))
+        return found._replace(logits=_logits(reference.predict, found))
+
+    return of
+
+
+def check_tokenizer(tokenizer: Any, original: Any) -> None:
+    """Raises UserError where two tokenizers give other ids to a few hard texts."""
+    texts = [
+        "",
+        "A text, it's one.",
+        "caf\u00e9 \u4e16\u754c  two  spaces",
+        "long " * 600,
+    ]
+    for pair in ((texts,), (texts, texts[::-1])):
+        ours, theirs = (each(*pair, verbose=False) for each in (tokenizer, original))
+        if ours["input_ids"] != theirs["input_ids"]:
+            legal = "as exported gives other ids than the saved model's; not written"
+            raise reject("tokenizer", type(original).__name__, legal)
+
+
+def _logits(predict, rows):
+    return predict_lib.predict_all(
+        lambda params, masks, batch: predict(batch),
+        {},
+        {},
+        sources.examples,
+        batch_size=32,
+        buckets=sources.buckets,
+    )
+
+
+def compare(name: str, model: Model, validation: Validation) -> dict[str, Any]:
+    """How the model's logits and scores compare with those of the reference.
+
+    Raises:
+      UserError: where they differ by more than the tolerance.
+    """
+    task, examples, _, split, against, expected = validation
+    found = _logits(model.predict, validation)
+    difference = np.abs(found - expected)
+    if task.problem == "span":  # what is said of padding is never read
+        for row, length in zip(difference, examples.lengths, strict=True):
+            row[length:] = 0
+    worst, scale = float(difference.max()), max(1.0, float(np.abs(expected).max()))
+    if not worst <= TOLERANCE * scale:
+        legal = f"its logits differ from {against}'s by {worst:.1e}; not written"
+        raise reject("formats", name, legal)
+    return {
+        "format": name,
+        "checked_against": against,
+        "split": split,
+        "rows": len(examples),
+        "max_abs_difference": worst,
+        "tolerance": TOLERANCE * scale,
+        "scores": tasks.scores(task, found, examples),
+        "reference_scores": tasks.scores(task, expected, examples),
+    }
+
+
+def time(
+    pruned: Model,
+    dense: Model,
+    *,
+    packages: Sequence[str],
+    batch_size: int,
+    seq_length: int,
+    repeats: int,
+) -> dict[str, Any]:
+    """The speedup over the dense model in the same runtime, timed in turn on a CPU."""
+    ids = np.random.default_rng(0).integers(
+        pruned.config.vocab_size, size=(batch_size, seq_length), dtype=np.int32
+    )
+    batch = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+    }
+    calls = {
+        name: functools.partial(model.predict, batch)
+        for name, model in (("dense", dense), ("pruned", pruned))
+    }
+    timings = timing_lib.side_by_side(calls, repeats=repeats)
+    ratio, spread = timing_lib.speedup(*timings.values())
+    return {
+        "speedup": ratio,
+        "speedup_spread": list(spread),
+        "latency_ms": {name: timing_lib.median_ms for name, timing in timings.items()},
+        "benchmark": {
+            "device": timing_lib.describe(jax.local_devices(backend="cpu")[0]),
+            "dtype": "float32",
+            "batch_size": batch_size,
+            "seq_length": seq_length,
+            "repeats": timings["pruned"].repeats,
+        },
+        "versions": {p: importlib.import_module(p).__version__ for p in packages},
+    }
+
+
+def files(folder: Path, parts: Sequence[str] = (".",)) -> dict[str, Any]:
+    """Size and SHA-256 of every file in these parts of the folder."""
+    trees = [[folder / part, *(folder / part).rglob("*")] for part in parts]
+    found = sorted(path for tree in trees for path in tree if path.is_file())
+    return {
+        "bytes": sum(path.stat().st_size for path in found),
+        "sha256": {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in found
+        },
+    }

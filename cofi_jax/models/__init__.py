@@ -1,0 +1,1 @@
+"""The encoder: its sizes, its layers, the kinds of gates on it."""

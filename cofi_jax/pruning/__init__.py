@@ -1,0 +1,1 @@
+"""The method: masks, their constraint, and slicing; arrays to arrays, without I/O."""

@@ -1,0 +1,1 @@
+"""Tables, figures, pages and model cards from plain data."""

@@ -1,0 +1,217 @@
+"""The model card of a saved model, after the hub's conventions.
+
+A table of what was lost and gained, what each file is for and how it is loaded. The
+lines that load a part are run by the tests.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from cofi_jax.data import tasks
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.report import tables
+
+_SNIPPETS = {
+    "": """\
+import cofi_jax
+model = cofi_jax.pipeline("path/to/this/folder")
+print(model([{example}]))""",
+    "transformers": """\
+from transformers import {auto}, AutoTokenizer
+folder = "path/to/this/folder/transformers"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+print(model(**tokenizer({texts}, return_tensors="pt")))""",
+    "onnx": """\
+import onnxruntime
+from transformers import AutoTokenizer
+folder = "path/to/this/folder/onnx"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
+inputs = dict(tokenizer({texts}, return_tensors="np"))
+print(session.run(None, inputs))""",
+    "stablehlo": """\
+from jax import export
+from transformers import AutoTokenizer
+folder = "path/to/this/folder/stablehlo"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+with open(f"{{folder}}/model.stablehlo", "rb") as file:
+    model = export.deserialize(file.read()).call
+inputs = tokenizer({texts}, return_tensors="np", return_token_type_ids=True)
+names = ("input_ids", "attention_mask", "token_type_ids")
+print(model(*(inputs[name].astype("int32") for name in names)))""",
+    "stock": """\
+from transformers import {auto}, AutoTokenizer
+folder = "path/to/this/folder/stock"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
+print(model(**tokenizer({texts}, return_tensors="pt")))""",
+}
+
+
+# The hub's names for our metrics, where they differ.
+_METRICS = {
+    "matthews": "matthews_correlation",
+    "spearman": "spearmanr",
+    "pearson": "pearsonr",
+}
+
+
+_WHAT = {
+    "": ("cofi-jax", "`model.json`, `params/` (orbax), `tokenizer/`"),
+    "transformers": (
+        "transformers",
+        "safetensors and a small PyTorch file of its own, hence `trust_remote_code`",
+    ),
+    "onnx": ("onnxruntime", "an ONNX graph, any batch and length"),
+    "stablehlo": ("jax alone", "a StableHLO program for CPUs and CUDA GPUs"),
+    "stock": (
+        "transformers, servers that know BERT",
+        "the same function as a plain BERT: padded, so slower than the others",
+    ),
+}
+
+
+def text(
+    config: EncoderConfig, about: Mapping[str, Any], checks: Mapping[str, Any]
+) -> str:
+    """The text of `README.md`.
+
+    Args:
+      config: sizes of the model.
+      about: of the saved model; of a pruned one with `report`, its run's report.json.
+      checks: the content of each `check.json`, by format; the saved model's own by "".
+    """
+    name = about.get("task", "")
+    task = tasks.TASKS.get(name)
+    result = about.get("report")
+    title = f"{'Pruned' if 'sparsity' in about else 'Dense'} encoder"
+    title += f" for {name}" if task else ""
+    parts = [_front_matter(config, about, task), f"# {title}"]
+    if result:
+        parts += [_headline(result), tables.table(result)]
+    elif scores := about.get("scores"):
+        rows = tables.score_rows(scores)
+        parts.append("\n".join(f"- {metric}: {value:.4f}" for metric, value in rows))
+    parts += [_structure(config, about), "## Use it"]
+    for part in ("", *(name for name in _SNIPPETS if name and name in checks)):
+        parts.append(_usage(part, config, task, about))
+    if any(checks.values()):
+        parts += ["## What was checked", checked(checks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(config, about, task):
+    span = config.problem == "span"
+    fields = {
+        "library_name": "cofi-jax",
+        "pipeline_tag": "question-answering" if span else "text-classification",
+        "tags": ["cofi-jax", "jax", "structured-pruning", "arxiv:2204.00408"],
+    }
+    if base := about.get("base_model"):
+        fields["base_model"] = base
+    data, result = about.get("data", {}), about.get("report")
+    if task and task.hub and about["task"] != "demo":  # which is generated
+        fields["datasets"] = [task.hub]
+        fields["metrics"] = [_METRICS.get(name, name) for name in task.metrics]
+        if result:
+            split, scores = next(iter(result["pruned"]["scores"].items()))
+            where = {"type": task.hub, "name": about["task"], "split": split}
+            if task.hub == tasks.GLUE:
+                where["config"] = about["task"]
+            values = [
+                {"type": _METRICS.get(name, name), "value": round(value, 4)}
+                for name, value in scores.items()
+            ]
+            found = {
+                "task": {"type": fields["pipeline_tag"]},
+                "dataset": where,
+                "metrics": values,
+            }
+            index = {"name": f"pruned-{data.get('task', '')}", "results": [found]}
+            fields["model-index"] = [index]
+    # JSON is YAML.
+    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _headline(result):
+    how = result["benchmark"]
+    return (
+        f"{100 * result['sparsity']:.1f} % of the encoder's parameters are gone; it "
+        f"runs {result['speedup']:.1f}x as fast ({how['device']}, {how['dtype']}, "
+        f"batches of {how['batch_size']} x {how['seq_length']} tokens), with "
+        f"{result['metric']} {result['pruned']['score']:.4f} where its teacher has "
+        f"{result['teacher']['score']:.4f}. Pruned and distilled by "
+        "[CoFi](https://arxiv.org/abs/2204.00408) with cofi-jax."
+    )
+
+
+def _structure(config, about):
+    labels = ", ".join(map(json.dumps, about.get("labels", ()))) or "none"
+    words = (
+        f"Hidden width {config.hidden_size}; heads of {config.head_size} per layer: "
+        f"{' '.join(map(str, config.heads))}; feed-forward widths: "
+        f"{' '.join(map(str, config.intermediate))}; 0 is an absent block. At most "
+        f"{config.longest} tokens."
+    )
+    return f"{words} Classes in the order of the logits: {labels}."
+
+
+def _usage(part, config, task, about):
+    columns = task.columns if task else about.get("data", {}).get("columns", ("text",))
+    words = ["A gripping film.", "It is worth seeing."][: len(columns)]
+    if config.problem == "span":
+        words = ["Who wrote it?", "It was written by a sailor."]
+    texts = ", ".join(json.dumps(word) for word in words)
+    head = "QuestionAnswering" if config.problem == "span" else "SequenceClassification"
+    snippet = _SNIPPETS[part].format(
+        auto=f"AutoModelFor{head}",
+        texts=texts,
+        example=f"({texts})" if len(words) > 1 else texts,
+    )
+    user, what = _WHAT[part]
+    folder = f"`{part}/`" if part else "This folder"
+    return f"{folder}, for {user}: {what}.\n\n```python\n{snippet}\n```"
+
+
+def checked(checks: Mapping[str, Any]) -> str:
+    """What each `check.json` found, as a table; `checks` as in `text`."""
+    lines = [
+        "| part | rows | largest difference | score | size | speedup, batch |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    places: dict[str, str] = {}
+    for part, check in checks.items():
+        metric, score = next(iter(check["scores"].items()))
+        fast = "-"
+        if "speedup" in check:
+            low, high = check["speedup_spread"]
+            how = check["benchmark"]
+            fast = f"{check['speedup']:.1f}x ({low:.1f}x to {high:.1f}x), "
+            fast += f"{how['batch_size']} x {how['seq_length']}"
+            places[how["device"]] = how["dtype"]
+        lines.append(
+            f"| {part or 'this folder'} | {check['rows']:,} | "
+            f"{check['max_abs_difference']:.1e} | {metric} {score:.4f} | "
+            f"{check['bytes'] / 1e6:.1f} MB | {fast} |"
+        )
+    ratio = checks.get("stock", {}).get("matrix_weights_ratio")
+    against = " and ".join(sorted({c["checked_against"] for c in checks.values()}))
+    note = f"Each part was loaded by its own runtime and compared with {against}."
+    if places:
+        where = " and ".join(f"{device}, {dtype}" for device, dtype in places.items())
+        note += (
+            " Speedup: pruned against dense in the same runtime, timed in turn on "
+            f"{where}, in batches of sequences x tokens; in brackets the 5th and 95th "
+            "percentile."
+        )
+    if checks.get("transformers", {}).get("weights") == "bfloat16":
+        note += (
+            " `transformers/` stores bfloat16 weights: it was compared in float32 with "
+            "a model whose weights are so rounded."
+        )
+    if ratio:
+        note += f" `stock/` has {ratio:.1f} times the others' matrix weights."
+    return "\n".join(lines) + f"\n\n{note} More in each `check.json`."

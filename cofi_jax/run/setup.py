@@ -1,0 +1,207 @@
+"""What a run starts from, checked before anything is written."""
+
+import dataclasses
+import math
+import pathlib
+import re
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.checkpoints.huggingface import check_tokenizer
+from cofi_jax.config import Config
+from cofi_jax.data import batches, sources, tasks, toy
+from cofi_jax.data.tasks import Task
+from cofi_jax.errors import reject
+from cofi_jax.models.bert import Encoder, init_params
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning import constraint, hard_concrete
+from cofi_jax.run import stages
+from cofi_jax.training import teacher as teacher_lib
+
+
+def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
+    """The module, its parameters (to be trained without `teacher.path`), tokenizer.
+
+    Raises:
+      UserError: for a model that is not there, damaged, or of another task.
+    """
+    key = jax.random.key(config.seed)
+    if config.teacher.path:
+        return _load_trained(config, task)
+    if config.teacher.labels:
+        legal = "goes with teacher.path; without it the task gives the order"
+        raise reject("teacher.labels", config.teacher.labels, legal)
+    if config.model.path:
+        folder = huggingface.resolve(config.model.path, "model.path")
+        sizes, params = huggingface.load_encoder(
+            folder,
+            field="model.path",
+            num_labels=task.num_outputs,
+            problem=task.problem,
+            model=config.model,
+            key=key,
+        )
+        tokenizer = huggingface.load_tokenizer(folder, "model.path")
+        return Encoder(sizes), params, tokenizer
+    if config.data.task != "demo":
+        legal = "must name an encoder; only the demo task brings its own tokenizer"
+        raise reject("model.path", "", legal)
+    tokenizer = toy.demo_tokenizer()
+    model = config.model
+    sizes = EncoderConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden_size,
+        heads=(model.num_heads,) * model.num_layers,
+        head_size=model.hidden_size // model.num_heads,
+        intermediate=(model.intermediate_size,) * model.num_layers,
+        pooler_size=model.hidden_size,
+        num_labels=task.num_outputs,
+        max_positions=tasks.max_length(config.data),
+        dropout=model.dropout,
+        dtype=model.dtype,
+    )
+    return Encoder(sizes), init_params(sizes, key), tokenizer
+
+
+def _load_trained(config, task):
+    path, order = config.teacher.path, config.teacher.labels
+    if saved_model.is_model(path):
+        if order:
+            legal = "is for Hugging Face folders; a saved model knows its own"
+            raise reject("teacher.labels", order, legal)
+        model, params, spec = saved_model.load_model(path, field="teacher.path")
+        if spec is not None:
+            raise reject("teacher.path", path, "is a pruned model; give a dense one")
+        sizes = dataclasses.replace(
+            model.config, dropout=config.model.dropout, dtype=config.model.dtype
+        )
+        tokenizer = saved_model.load_tokenizer(path)
+        params = _in_order(params, saved_model.read_about(path)[2], task, path)
+    else:
+        folder = huggingface.resolve(path, "teacher.path")
+        sizes, params = huggingface.load_classifier(
+            folder,
+            field="teacher.path",
+            problem=task.problem,
+            labels=task.labels,
+            label_order=order,
+            model=config.model,
+        )
+        dense = {sizes.hidden_size // sizes.head_size}
+        if {*sizes.heads} != dense or len({*sizes.intermediate}) > 1:
+            raise reject("teacher.path", path, "is a pruned model; give a dense one")
+        tokenizer = huggingface.load_tokenizer(folder, "teacher.path")
+    found = sizes.problem, sizes.num_labels
+    if found != (task.problem, task.num_outputs):
+        legal = f"is made for {found[0]} with {found[1]} outputs, task "
+        legal += f"{config.data.task} for {task.problem} with {task.num_outputs}"
+        raise reject("teacher.path", path, legal)
+    return Encoder(sizes), params, tokenizer
+
+
+def base_model(config: Config) -> str:
+    """The name on the hub of the model that the run starts from, or ""."""
+    path = config.teacher.path or config.model.path
+    if saved_model.is_model(path):
+        return saved_model.read_about(path)[2].get("base_model", "")
+    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+    return path if named and not pathlib.Path(path).exists() else ""
+
+
+def _in_order(params, about, task, path):
+    """The parameters with the classes of a saved model in the task's order."""
+    classes = about.get("labels", list(task.labels))
+    if sorted(classes) != sorted(task.labels):
+        legal = f"has classes {classes}, the task has {list(task.labels)}"
+        raise reject("teacher.path", path, legal)
+    if not classes:
+        return params
+    rows = np.array([classes.index(name) for name in task.labels])
+    classifier = {name: x[..., rows] for name, x in params["classifier"].items()}
+    return params | {"classifier": classifier}
+
+
+def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
+    """Raises UserError where lengths, vocabulary or target do not fit the model."""
+    for field, value in (
+        ("data.max_length", tasks.max_length(config.data)),
+        ("benchmark.seq_length", config.benchmark.seq_length),
+    ):
+        if value > sizes.longest:
+            legal = f"must be at most {sizes.longest}, the model's positions"
+            raise reject(field, value, legal)
+    field = "teacher.path" if config.teacher.path else "model.path"
+    path = config.teacher.path or config.model.path
+    check_tokenizer(tokenizer, sizes, field=field, path=path)
+    highest = constraint.max_sparsity(sizes, config.prune.kinds)
+    if config.prune.target_sparsity > highest:
+        raise reject(
+            "prune.target_sparsity",
+            config.prune.target_sparsity,
+            f"gates of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
+        )
+
+
+def check_rows(config: Config, train: batches.Examples) -> None:
+    """Raises UserError where rows are too few; warns where gates cannot close."""
+    if not len(train):
+        legal = "holds no training question whose answer is in its context"
+        raise reject("data.path", config.data.path, legal)
+    for field in ("teacher", "prune", "finetune"):
+        rows = getattr(config, field).train_rows
+        batches.first_rows(train, rows, field=f"{field}.train_rows")
+    prune = config.prune
+    rows = batches.first_rows(train, prune.train_rows, field="prune.train_rows")
+    epochs = prune.epochs - prune.prepruning_epochs
+    steps = epochs * stages.steps_per_epoch(rows, prune)
+    if prune.mask_schedule == "linear":  # which covers half the way
+        steps /= 2
+    if prune.mask_learning_rate * steps < hard_concrete.CLOSING_DISTANCE:
+        enough = hard_concrete.CLOSING_DISTANCE / steps
+        unit = 10.0 ** (math.floor(math.log10(enough)) - 1)
+        enough = math.ceil(enough / unit) * unit  # two digits, never too few
+        print(
+            f"warning: prune.mask_learning_rate={prune.mask_learning_rate}: too low "
+            f"for gates to close in the schedule's steps; {enough:.2g} or more would "
+            "do",
+            file=sys.stderr,
+        )
+
+
+def load_inputs(config):
+    """Task, rows by split, and what the run starts from."""
+    splits = ("train", *tasks.find(config.data).validation)
+    task, columns = sources.load(config.data, splits)
+    teacher, params, tokenizer = load_teacher(config, task)
+    check_model(config, teacher.config, tokenizer)
+    examples = {
+        split: batches.tokenise(
+            columns.pop(split),
+            task,
+            tokenizer,
+            max_length=tasks.max_length(config.data),
+            training=split == "train",
+        )
+        for split in splits
+    }
+    check_rows(config, examples["train"])
+    teacher_lib.check_lessons(config, teacher.config, examples["train"])
+    return task, examples, teacher, params, tokenizer
+
+
+def check_sizes(config: Config) -> None:
+    """Raises UserError unless every batch can be dealt out evenly."""
+    count = jax.device_count()
+    for field in ("teacher", "prune", "finetune"):
+        stage = getattr(config, field)
+        if stage.batch_size % (count * stage.micro_batches):
+            legal = f"must be a multiple of {count * stage.micro_batches}, the number "
+            legal += "of devices" + " times micro_batches" * (stage.micro_batches > 1)
+            raise reject(f"{field}.batch_size", stage.batch_size, legal)
+    if config.eval_batch_size % count:
+        legal = f"must be a multiple of {count}, the number of devices"
+        raise reject("eval_batch_size", config.eval_batch_size, legal)

@@ -1,0 +1,284 @@
+"""Runs configs times seeds, one after another, and tables what came out.
+
+    python -m cofi_jax.sweep --config configs/short.py:cola,0.95 \
+        --config configs/short.py:cola,0.95,no_layers \
+        --seeds 1,2,3 --workdir runs/ablation --config.data.path=path/to/cola
+
+Each member is a run of train.py in `<workdir>/<config>-seed<n>`; every other
+`--config.x=y` goes to all of them. After each, `table.md` and `sweep.json` are written
+anew, in the end `compare.html`. Killed at any moment, the same command goes on where it
+was.
+"""
+
+import argparse
+import dataclasses
+import logging
+import pathlib
+import platform
+import statistics
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+
+from cofi_jax import config as config_lib
+from cofi_jax import files
+from cofi_jax.config import Config
+from cofi_jax.data import tasks
+from cofi_jax.errors import UserError, reject
+from cofi_jax.report import pages, paper
+from cofi_jax.run import cli
+from cofi_jax.run import run as run_lib
+
+_USAGE = (
+    "python -m cofi_jax.sweep --config FILE [--config FILE] [--seeds 1,2,3] "
+    "--workdir DIR [--config.X=Y]"
+)
+
+
+_FOOTNOTE = """\
+Means over the seeds; sd: standard deviation, of one seed there is none.
+
+paper: the figures of Xia, Zhong, Chen (ACL 2022) for BERT-base with the whole recipe,
+speedup on its V100 in batches of 128; they were not measured here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of the sweep."""
+
+    name: str  # of its config; that of all its seeds
+    config: Config
+    workdir: pathlib.Path
+
+
+def run(
+    members: Sequence[Member], workdir: pathlib.Path
+) -> tuple[dict[str, Any], list[str]]:
+    """All members, or those that are left.
+
+    A member that fails is noted, and the next one begins.
+
+    Returns:
+      The content of `sweep.json`, and the names of the files that were written.
+
+    Raises:
+      UserError: the workdir cannot be written, or has pictures of something else.
+    """
+    pages.check_folder(workdir, "--workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        legal = f"must be a folder that can be written ({error.strerror})"
+        raise reject("--workdir", str(workdir), legal) from error
+    # The finished ones first: they only hand over their reports.
+    order = sorted(members, key=lambda m: not (m.workdir / "report.json").exists())
+    if not jax.config.jax_compilation_cache_dir:  # members of one shape compile once
+        folder = workdir / f"compiled-{platform.node()}"
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    outcomes: dict[pathlib.Path, dict[str, Any] | str] = {}
+    for number, member in enumerate(order, start=1):
+        print(f"[{number}/{len(order)}] {member.workdir}", flush=True)
+        try:
+            outcomes[member.workdir] = run_lib.run(member.config, member.workdir)
+        except Exception as error:  # those that come after may well do
+            outcomes[member.workdir] = _line(error)
+            print(f"error: {member.workdir.name}: {_line(error)}", file=sys.stderr)
+        jax.clear_caches()  # of programs that are of no more use
+        content = summary(members, outcomes)
+        files.write_atomically(workdir / "table.md", markdown(content))
+        files.write_json(workdir / "sweep.json", content)
+    finished = [
+        (member.name, outcomes[member.workdir])
+        for member in members
+        if isinstance(outcomes.get(member.workdir), dict)
+    ]
+    written = ["table.md", "sweep.json"]
+    try:
+        if finished:
+            written += pages.write_comparison(workdir, finished, "--workdir")[:1]
+    except Exception as error:  # the table is what hours were spent for
+        print(f"warning: no compare.html: {_line(error)}", file=sys.stderr)
+    return content, written
+
+
+def _line(error):
+    if isinstance(error, UserError):
+        return str(error)
+    traceback.print_exception(error)  # a bug, or a machine that is too small
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def summary(
+    members: Iterable[Member], outcomes: dict[pathlib.Path, dict[str, Any] | str]
+) -> dict[str, Any]:
+    """The content of `sweep.json`.
+
+    Args:
+      members: all of them.
+      outcomes: by workdir, the `report.json` of each finished member and the message
+        of each failed one.
+    """
+    by_name: dict[str, list[Member]] = {}
+    for member in members:
+        by_name.setdefault(member.name, []).append(member)
+    rows, states = [], []
+    for name, group in by_name.items():
+        found = [outcomes.get(member.workdir) for member in group]
+        for member, outcome in zip(group, found, strict=True):
+            state = {"workdir": member.workdir.name, "state": "finished"}
+            if outcome is None:
+                state["state"] = "waiting"
+            elif isinstance(outcome, str):
+                state |= {"state": "failed", "error": outcome}
+            states.append({"config": name, "seed": member.config.seed} | state)
+        reports = [outcome for outcome in found if isinstance(outcome, dict)]
+        failed = sum(isinstance(outcome, str) for outcome in found)
+        rows.append(
+            {
+                "config": name,
+                "seeds": len(reports),
+                "failed": failed,
+                "waiting": len(group) - len(reports) - failed,
+                **_statistics(reports),
+                "paper": paper.figures(group[0].config),
+            }
+        )
+    return {"rows": rows, "members": states}
+
+
+def _statistics(reports):
+    if not reports:
+        return {}
+
+    def of(value):
+        values = [value(report) for report in reports]
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        return {"mean": statistics.fmean(values), "sd": sd, "values": values}
+
+    dense = reports[0]["dense"]
+    return {
+        "metric": reports[0]["metric"],
+        "layers": len(dense["heads"]),
+        "teacher": of(lambda r: r["teacher"]["score"]),
+        "score": of(lambda r: r["pruned"]["score"]),
+        "sparsity": of(lambda r: r["sparsity"]),
+        "parameters": of(lambda r: r["params"]["encoder"]["pruned"]),
+        "attention": of(lambda r: sum(map(bool, r["kept"]["heads"]))),
+        "feed_forward": of(lambda r: sum(map(bool, r["kept"]["intermediate"]))),
+        "hidden": of(lambda r: r["kept"]["hidden"]),
+        "speedup": of(lambda r: r["speedup"]),
+    }
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """The text of `table.md`, one row a config."""
+    cells = [_cells(row) for row in content["rows"]]
+    lines = [list(cells[0]), ["---"] * len(cells[0]), *(c.values() for c in cells)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    failed = [
+        f"- {member['workdir']}: failed, {member['error']}"
+        for member in content["members"]
+        if member["state"] == "failed"
+    ]
+    sources = [
+        f"- paper, {row['config']}: {row['paper']['source']}"
+        for row in content["rows"]
+        if row["paper"]
+    ]
+    parts = [text, "\n".join(failed), _FOOTNOTE, "\n".join(sources)]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _cells(row):
+    """What `row` of `sweep.json` says under each heading."""
+
+    def show(key, form, part="mean"):
+        value = (row.get(key) or {}).get(part)
+        return "-" if value is None else format(value, form)
+
+    def blocks(key):
+        return f"{show(key, '.4g')} of {row['layers']}" if key in row else "-"
+
+    seeds = str(row["seeds"])
+    for state in ("failed", "waiting"):
+        seeds += f", {row[state]} {state}" if row[state] else ""
+    return {
+        "config": row["config"],
+        "seeds": seeds,
+        "metric": row.get("metric", "-"),
+        "teacher": show("teacher", ".4f"),
+        "score": show("score", ".4f"),
+        "sd": show("score", ".4f", "sd"),
+        "paper: score": show("paper", ".3f", "score"),
+        "sparsity": show("sparsity", ".4f"),
+        "encoder parameters": show("parameters", ",.0f"),
+        "attention blocks": blocks("attention"),
+        "feed-forward blocks": blocks("feed_forward"),
+        "hidden width": show("hidden", ".4g"),
+        "speedup": show("speedup", ".2f"),
+        "speedup sd": show("speedup", ".2f", "sd"),
+        "paper: speedup": show("paper", ".1f", "speedup"),
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; usage: {_USAGE}")
+
+
+def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
+    """The members, all of them legal, and the workdir that a command line asks for.
+
+    Raises:
+      UserError: for flags, files and fields that do not exist or do not fit.
+    """
+    parser = _Parser(usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", action="append", required=True)
+    parser.add_argument("--seeds", default=str(Config().seed))
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    known, overrides = parser.parse_known_args(argv[1:])
+    for override in overrides:
+        name = override.lstrip("-").partition("=")[0]
+        if override.startswith("-") and not name.startswith("config."):
+            raise UserError(f"{override!r}: unknown argument; usage: {_USAGE}")
+        if name == "config.seed":
+            raise reject("--config.seed", override, "the seeds are --seeds 1,2,3")
+    seeds = known.seeds.split(",")
+    whole = all(seed.isdecimal() and seed.isascii() for seed in seeds)
+    if not whole or len(set(map(int, seeds))) < len(seeds):
+        legal = "must be whole numbers with commas between them, none twice"
+        raise reject("--seeds", known.seeds, legal)
+    members = []
+    for file in known.config:
+        for seed in seeds:
+            name = cli.name_of(file)
+            folder = known.workdir / f"{name}-seed{seed}"
+            flags = [f"--config={file}", f"--workdir={folder}"]
+            flags += [f"--config.seed={seed}", *overrides]
+            config, *_ = cli.parse([argv[0], *flags])
+            config_lib.validate(config)
+            tasks.find(config.data)
+            run_lib.check_workdir(config, folder)
+            members.append(Member(name, config, folder))
+    names = [cli.name_of(file) for file in known.config]
+    for name in names:
+        if names.count(name) > 1:
+            raise reject("--config", name, "two configs of this name share a folder")
+    return members, known.workdir
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    # Beneath a damaged file the storage library prints hundreds of lines there.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    try:
+        members, workdir = parse(argv)
+        content, written = run(members, workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{markdown(content)}\nWritten to {workdir}: {', '.join(written)}")
+    return 2 if any(row["failed"] for row in content["rows"]) else 0

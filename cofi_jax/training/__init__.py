@@ -1,0 +1,1 @@
+"""Losses, objectives, the step and the loop around it."""
