@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
             distributed_lib.start()
     except UserError as error:
         return _refuse(error)
-    with distributed_lib.one_voice():
+    with distributed_lib.only_process_zero_prints():
         try:
             result = run(config, workdir)
         except UserError as error:

@@ -70,7 +70,7 @@ def _sharding(*spec) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def copies() -> NamedSharding | None:
+def replicated() -> NamedSharding | None:
     """Where `replicate` puts arrays; None with one device."""
     return _sharding() if jax.device_count() > 1 else None
 
@@ -102,13 +102,13 @@ def replicate(tree: Any) -> Any:
     if there and not _same(digest(there)):
         raise RuntimeError("processes disagree: are their machines of one kind?")
 
-    def copies(x):
+    def to_every_device(x):
         if _is_global(x):
             return x
         every = [jax.device_put(x, device) for device in jax.local_devices()]
         return jax.make_array_from_single_device_arrays(x.shape, sharding, every)
 
-    return jax.tree.map(copies, tree)
+    return jax.tree.map(to_every_device, tree)
 
 
 def _is_global(x):
@@ -143,7 +143,7 @@ def _several():
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def first(function: Callable[[], Any]) -> Any:
+def on_process_zero(function: Callable[[], Any]) -> Any:
     """Calls `function` in the first process only; all return what it returned.
 
     The others wait, so what it has written is there for them. The result is
@@ -164,7 +164,7 @@ def first(function: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """Within it each process works for itself; a UserError of one is one of all."""
     error = None
     try:
@@ -208,7 +208,7 @@ def digest(tree: Any) -> int:
     return found
 
 
-class Silence:
+class NullLog:
     """The `report.MetricsLog` of processes that do not write."""
 
     def rewind(self, stage: str, step: int) -> float:
@@ -221,7 +221,7 @@ class Silence:
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def only_process_zero_prints() -> Iterator[None]:
     """Within it only the first process prints, and a crash of one ends all.
 
     Left to itself, a process that fails would wait at its end for the others, who

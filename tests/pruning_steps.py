@@ -32,7 +32,7 @@ BUCKETS = (5, 9)
 
 
 def learn(folder, cache="none"):
-    """Runs the stage, or what `folder` lacks: theta and what was guarded."""
+    """Runs the stage, or what `folder` lacks: trainable and what was guarded."""
     config = Config(log_every=HALF, eval_every=HALF, checkpoint_every=HALF)
     config.data = dataclasses.replace(
         config.data, task="demo", max_length=BUCKETS[-1], buckets=BUCKETS
@@ -66,9 +66,9 @@ def learn(folder, cache="none"):
     traced, make_step = [], step_lib.make_step
 
     def make_guarded(objective, *rest):
-        def counted(theta, frozen, context, batch, key):
+        def counted(trainable, frozen, context, batch, key):
             traced.append(batch["input_ids"].shape)
-            return objective(theta, frozen, context, batch, key)
+            return objective(trainable, frozen, context, batch, key)
 
         step = make_step(counted, *rest)
 
@@ -80,13 +80,13 @@ def learn(folder, cache="none"):
 
     step_lib.make_step = make_guarded
     try:
-        teaching = teacher.Lessons(model, start, config.distill)
+        teaching = teacher.TeacherCache(model, start, config.distill)
         student, gates, _ = stages.learn_masks(run, model, student, teaching)
     finally:
         step_lib.make_step = make_step
     assert sorted(traced) == [(8, length) for length in BUCKETS]  # once for each
-    theta = last_theta(folder, run, model, start)
-    found = theta | {"gates": gates, "student": student.params}
+    trainable = last_theta(folder, run, model, start)
+    found = trainable | {"gates": gates, "student": student.params}
     paths = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
 
@@ -107,7 +107,7 @@ def last_theta(folder, run, model, start):
     with state_lib.Checkpoints(folder / "checkpoints" / "prune") as saved:
         state = saved.restore(like)
     assert int(state.step) == STEPS
-    return state.theta
+    return state.trainable
 
 
 def examples(rows):

@@ -857,7 +857,7 @@ def teach(there, workdir):
         raise UserError("the teacher is ready")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "prepare", stop)
+        patch.setattr(stages, "preprune", stop)
         argv = ["train.py", f"--config={there['config']}", f"--workdir={workdir}"]
         assert train.main(argv) == 2
     return saved_model.load_model(workdir / "teacher")[1]

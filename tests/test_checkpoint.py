@@ -105,7 +105,7 @@ def test_donating_after_a_save_does_not_reach_the_file(tmp_path):
     """The write goes on in the background while the next step reuses the memory."""
     state = state_at(3)
     overwrite = jax.jit(
-        lambda s: jax.tree.map(lambda x: x * 0, s.theta), donate_argnums=0
+        lambda s: jax.tree.map(lambda x: x * 0, s.trainable), donate_argnums=0
     )
     with Checkpoints(tmp_path) as saved:
         saved.save(state)

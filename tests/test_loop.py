@@ -165,9 +165,9 @@ class Training:
         )
 
     @staticmethod
-    def evaluate(theta, frozen):
+    def evaluate(trainable, frozen):
         """A deterministic score that rises and falls."""
-        kernel = theta["params"]["layer_0"]["ffn"]["up"]["kernel"]
+        kernel = trainable["params"]["layer_0"]["ffn"]["up"]["kernel"]
         return loop.Evaluation(float(jnp.sin(1e3 * kernel.sum())), values={"extra": 1})
 
     def run(self, workdir, kill=None):
@@ -312,7 +312,7 @@ def test_a_damaged_checkpoint_is_warned_of(trained, uninterrupted, tmp_path, cap
 
 
 def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_every=1):
-    """Step n adds 1 to theta; `evaluations` and `losses` are given in order."""
+    """Step n adds 1 to trainable; `evaluations` and `losses` are given in order."""
     losses = iter(losses or [{"loss": 1.0}] * len(evaluations))
     given, scores = list(evaluations), iter(evaluations)
     state = step.create_state(
@@ -325,8 +325,8 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
 
     @jax.jit
     def advance(state):
-        theta = jax.tree.map(lambda x: x + 1, state.theta)
-        return state.replace(step=state.step + 1, theta=theta)
+        trainable = jax.tree.map(lambda x: x + 1, state.trainable)
+        return state.replace(step=state.step + 1, trainable=trainable)
 
     with Checkpoints(tmp_path / "checkpoints") as saved:
         return loop.fit(
@@ -339,7 +339,7 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
             buckets=(4,),
             seed=0,
             total_steps=len(given),
-            evaluate=lambda theta, frozen: next(scores),
+            evaluate=lambda trainable, frozen: next(scores),
             checkpoints=saved,
             log=log_lib.MetricsLog(tmp_path / "metrics.jsonl"),
             log_every=log_every,
@@ -364,7 +364,7 @@ NAN = float("nan")
 )
 def test_the_best_is_kept(tmp_path, scores, best_step, best_score):
     state, _ = scripted_fit(tmp_path, [loop.Evaluation(*pair) for pair in scores])
-    assert state.theta["params"]["w"] == 3
+    assert state.trainable["params"]["w"] == 3
     assert state.best["params"]["w"] == best_step
     assert state.best_score == np.float32(best_score)
 
@@ -415,4 +415,4 @@ def test_a_loss_that_is_not_finite(tmp_path, term, value, spoilt):
     assert [line["step"] for line in lines_of(tmp_path)] == [4]
     # The checkpoint of step 4 is still good: going on from there ends well.
     state, _ = scripted_fit(tmp_path, evaluations, [fine] * 8, log_every=4)
-    assert state.step == 12 and state.theta["params"]["w"] == 12
+    assert state.step == 12 and state.trainable["params"]["w"] == 12

@@ -300,21 +300,21 @@ class World:
             {"params": self.teacher_params}, self.batch
         )
 
-    def theta(self, **more):
+    def trainable(self, **more):
         return {"params": self.params, "distill_projection": PROJECTION} | more
 
     def output(self, masks=None):
         variables = {"params": self.params, "masks": masks or {}}
         return Encoder(self.student).apply(variables, self.batch)
 
-    def lesson(self, distill):
+    def teacher_outputs(self, distill):
         """The batch with what the teacher says, of the layers that are taught."""
         taught = range(4) if distill.taught == "random" else (1, 3)
         if distill.num_layers == 4:
             taught = range(4)
         states = [self.target.hidden_states[k + 1] for k in taught]
-        lesson = {"logits": self.target.logits, "states": jnp.stack(states, 2)}
-        return self.batch | {"lesson": lesson}
+        teacher_outputs = {"logits": self.target.logits, "states": jnp.stack(states, 2)}
+        return self.batch | {"teacher_outputs": teacher_outputs}
 
     def distillation(self, distill):
         return objectives.distillation_objective(Encoder(self.student), distill)
@@ -389,15 +389,17 @@ def test_distillation_objective_by_hand(worlds, problem, match, which):
     world = worlds[problem]
     distill = Distill(0.3, 0.7, 2.0, match, num_layers=2, taught=which)
     embeddings = {"embeddings": world.params["embeddings"]}
-    theta = world.theta()
-    theta["params"] = {k: v for k, v in world.params.items() if k != "embeddings"}
+    trainable = world.trainable()
+    trainable["params"] = {k: v for k, v in world.params.items() if k != "embeddings"}
     loss_of = jax.jit(world.distillation(distill))
     output = world.output()
     logits = world.logits_by_hand(output.logits, 2.0)
     seen = set()
     for seed in range(1 if which == "even" else 6):
         key = jax.random.key(seed)
-        loss, metrics = loss_of(theta, embeddings, {}, world.lesson(distill), key)
+        loss, metrics = loss_of(
+            trainable, embeddings, {}, world.teacher_outputs(distill), key
+        )
         taught = (1, 3)
         if which == "random":
             taught = losses.draw_layers(jax.random.fold_in(key, 1), 4, 2).tolist()
@@ -420,13 +422,13 @@ def test_a_term_of_weight_zero_is_not_computed(worlds, logits, layers):
     for match in ("closest", "fixed"):
         distill = Distill(logits, layers, match=match)
         loss_of = objectives.distillation_objective(teacher, distill)
-        theta = {"params": params, "distill_projection": jnp.eye(16)}
+        trainable = {"params": params, "distill_projection": jnp.eye(16)}
         if not layers:
-            del theta["distill_projection"]
+            del trainable["distill_projection"]
         key = jax.random.key(0)
-        batch = world.lesson(distill)
-        del batch["lesson"]["states" if not layers else "logits"]
-        loss, metrics = loss_of(theta, {}, {}, batch, key)
+        batch = world.teacher_outputs(distill)
+        del batch["teacher_outputs"]["states" if not layers else "logits"]
+        loss, metrics = loss_of(trainable, {}, {}, batch, key)
         assert set(metrics) == {"loss_logits" if logits else "loss_layers"}
         assert abs(loss) < 1e-5  # a copy of the teacher has nothing to learn
 
@@ -435,9 +437,9 @@ def test_a_term_of_weight_zero_is_not_computed(worlds, logits, layers):
 def test_logits_alone(worlds, problem):
     world = worlds[problem]
     distill = Distill(0.5, 0.0, temperature=3.0)
-    theta, batch = {"params": world.params}, world.lesson(distill)
+    trainable, batch = {"params": world.params}, world.teacher_outputs(distill)
     loss_of = jax.jit(world.distillation(distill))
-    loss, _ = loss_of(theta, {}, {}, batch, jax.random.key(0))
+    loss, _ = loss_of(trainable, {}, {}, batch, jax.random.key(0))
     expected = 0.5 * world.logits_by_hand(world.output().logits, 3.0)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
@@ -457,24 +459,24 @@ def test_without_a_teacher_the_labels_teach(dense_worlds, problem):
     world = dense_worlds[problem]
     model, none = Encoder(world.student), Distill(logits=0.0, layers=0.0)
     loss_of = jax.jit(objectives.distillation_objective(model, none))
-    theta, key = {"params": world.params}, jax.random.key(0)
+    trainable, key = {"params": world.params}, jax.random.key(0)
     seen = []
     for masks in ({}, random_masks(world.student)):
-        loss, metrics = loss_of(theta, {}, {}, world.batch, key, masks)
+        loss, metrics = loss_of(trainable, {}, {}, world.batch, key, masks)
         expected = world.task_by_hand(world.output(masks).logits)
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
         assert set(metrics) == {"loss_task"} and metrics["loss_task"] == loss
         seen.append(loss)
     assert abs(seen[0] - seen[1]) > 1e-3
     trained, _ = jax.jit(objectives.task_objective(model))(
-        theta, {}, {}, world.batch, key
+        trainable, {}, {}, world.batch, key
     )
     np.testing.assert_allclose(trained, seen[0], rtol=1e-6)
 
 
 def pruning_theta(world, log_alpha, **multipliers):
     multipliers = {"linear": 0.0, "quadratic": 0.0} | multipliers
-    return world.theta(
+    return world.trainable(
         log_alpha=log_alpha, multipliers=jax.tree.map(jnp.float32, multipliers)
     )
 
@@ -501,13 +503,13 @@ def test_pruning_objective_by_hand(dense_worlds, problem, distill):
         for kind, shape in mask_shapes(world.student).items()
     }
     log_alpha["mha"][1] = log_alpha["ffn"][1] = -50  # surely dead
-    theta = pruning_theta(world, log_alpha, linear=2.0, quadratic=3.0)
+    trainable = pruning_theta(world, log_alpha, linear=2.0, quadratic=3.0)
     context = {"target_sparsity": 0.6, "warmup_steps": 0, "step": 9}
-    batch = world.lesson(distill) if distill.logits else world.batch
+    batch = world.teacher_outputs(distill) if distill.logits else world.batch
     loss_of = jax.jit(world.pruning(distill))
     for seed in range(3):
         key = jax.random.key(seed)
-        loss, metrics = loss_of(theta, {}, context, batch, key)
+        loss, metrics = loss_of(trainable, {}, context, batch, key)
         mask_key, rest = jax.random.split(key)
         masks = masks_lib.sample(log_alpha, mask_key)
         output = world.output(masks)
@@ -535,12 +537,16 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
     params, other = random_params(config, 3), random_params(config, 4)
     model, distill = Encoder(config), Distill()
     key = jax.random.key(0)
-    batch |= {"lesson": teacher_lib.make_teach(model, distill)(other, batch)}
-    theta = {"params": params, "distill_projection": jnp.eye(16)}
+    batch |= {
+        "teacher_outputs": teacher_lib.make_teacher_forward(model, distill)(
+            other, batch
+        )
+    }
+    trainable = {"params": params, "distill_projection": jnp.eye(16)}
     imitation, _ = objectives.distillation_objective(model, distill)(
-        theta, {}, {}, batch, key
+        trainable, {}, {}, batch, key
     )
-    theta |= {
+    trainable |= {
         "log_alpha": {
             k: jnp.full(shape, 50.0) for k, shape in mask_shapes(config).items()
         },
@@ -555,7 +561,7 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
     )
     for step, target in ((0, 0.0), (2, 0.15), (8, 0.6), (100, 0.6)):
         context["step"] = np.int32(step)
-        (loss, metrics), gradient = loss_of(theta, {}, context, batch, key)
+        (loss, metrics), gradient = loss_of(trainable, {}, context, batch, key)
         np.testing.assert_allclose(metrics["target_sparsity"], target, atol=1e-6)
         np.testing.assert_allclose(metrics["expected_sparsity"], 0, atol=1e-5)
         penalty = -2 * target + 3 * target**2
@@ -571,17 +577,22 @@ def test_pruning_objective_draws_gates_from_the_key(tiny, worlds):
     model = Encoder(dataclasses.replace(tiny, dropout=0.0))
     params = random_params(tiny, 3)
     log_alpha = {kind: jnp.zeros(shape) for kind, shape in mask_shapes(tiny).items()}
-    theta = {
+    trainable = {
         "params": params,
         "distill_projection": jnp.eye(16),
         "log_alpha": log_alpha,
         "multipliers": {"linear": 0.0, "quadratic": 0.0},
     }
     context = {"target_sparsity": 0.5, "warmup_steps": 0, "step": 0}
-    batch |= {"lesson": teacher_lib.make_teach(model, Distill())(params, batch)}
+    batch |= {
+        "teacher_outputs": teacher_lib.make_teacher_forward(model, Distill())(
+            params, batch
+        )
+    }
     loss_of = jax.jit(objectives.pruning_objective(model, Distill()))
     first, again, other = (
-        loss_of(theta, {}, context, batch, jax.random.key(seed)) for seed in (0, 0, 1)
+        loss_of(trainable, {}, context, batch, jax.random.key(seed))
+        for seed in (0, 0, 1)
     )
     assert first[0] == again[0] != other[0]
     expected = constraint.expected_sparsity(log_alpha, tiny)
@@ -595,17 +606,17 @@ def test_the_layer_term_in_bfloat16(worlds):
     distill = Distill(num_layers=2)
     loss_of = objectives.distillation_objective(model, distill)
 
-    def loss(theta):
+    def loss(trainable):
         key = jax.random.key(0)
-        return loss_of(theta, {}, {}, world.lesson(distill), key)
+        return loss_of(trainable, {}, {}, world.teacher_outputs(distill), key)
 
-    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(world.theta())
+    (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(world.trainable())
     (_, exact), _ = jax.value_and_grad(
-        lambda theta: world.distillation(distill)(
-            theta, {}, {}, world.lesson(distill), jax.random.key(0)
+        lambda trainable: world.distillation(distill)(
+            trainable, {}, {}, world.teacher_outputs(distill), jax.random.key(0)
         ),
         has_aux=True,
-    )(world.theta())
+    )(world.trainable())
     for name, value in metrics.items():
         assert value.dtype == jnp.float32
         np.testing.assert_allclose(value, exact[name], rtol=0.05)

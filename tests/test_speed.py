@@ -72,10 +72,10 @@ def products(function, *args):
 
 
 def taught(subject, batch):
-    """The batch with its lesson, and the operations of that."""
-    teach = teacher_lib.make_teach(Encoder(subject.dense), Distill())
+    """The batch with its teacher_outputs, and the operations of that."""
+    teach = teacher_lib.make_teacher_forward(Encoder(subject.dense), Distill())
     counted = products(teach, subject.dense_params, batch)
-    return batch | {"lesson": teach(subject.dense_params, batch)}, counted
+    return batch | {"teacher_outputs": teach(subject.dense_params, batch)}, counted
 
 
 @pytest.mark.parametrize("kind", ["masked", "late masked", "plain", "finetune"])
@@ -96,7 +96,7 @@ def test_a_steps_operations_are_those_of_its_products(subject, kind):
         def removed(log_alpha):
             return constraint.expected_sparsity(log_alpha, subject.dense)
 
-        log_alpha = state.theta["log_alpha"]
+        log_alpha = state.trainable["log_alpha"]
         alone += products(jax.value_and_grad(removed), log_alpha)
     assert alone == products(step, state, context, batch)
 
@@ -214,15 +214,19 @@ def test_pytorch_does_the_same_work(dense, weights):
     )
     frozen = {"embeddings": student["embeddings"]}
     trained = {k: v for k, v in student.items() if k != "embeddings"}
-    theta = {"params": trained, "distill_projection": projection}
-    lesson = teacher_lib.make_teach(Encoder(dense), distill)(teacher, batch)
+    trainable = {"params": trained, "distill_projection": projection}
+    teacher_outputs = teacher_lib.make_teacher_forward(Encoder(dense), distill)(
+        teacher, batch
+    )
     loss = objectives.distillation_objective(Encoder(dense), distill)
 
-    def ours(theta):
+    def ours(trainable):
         key = jax.random.key(0)
-        return loss(theta, frozen, {}, batch | {"lesson": lesson}, key)[0]
+        return loss(
+            trainable, frozen, {}, batch | {"teacher_outputs": teacher_outputs}, key
+        )[0]
 
-    expected, gradients = jax.jit(jax.value_and_grad(ours))(theta)
+    expected, gradients = jax.jit(jax.value_and_grad(ours))(trainable)
     leaves = jax.tree.leaves(gradients)
     norm = np.sqrt(sum(float(np.square(leaf).sum()) for leaf in leaves))
     step = baselines.pytorch_step(student, teacher, projection, dense, distill)
@@ -350,7 +354,7 @@ def test_step_writes_all_its_figures(small_rates, tmp_path, capsys):
     assert result["command"] == "step" and result["device"] in text
     assert result["batches"] == {"4": 2} and result["examples"] == 6
     names = ["masked", "late masked", "plain", "finetune"]
-    names += ["masked, kept lessons", "finetune, kept lessons"]
+    names += ["masked, kept teacher outputs", "finetune, kept teacher outputs"]
     if not baselines.missing("torch"):
         names += ["pytorch, random batches", "pytorch, our batches"]
     assert list(result["contestants"]) == names

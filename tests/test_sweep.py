@@ -189,7 +189,7 @@ def test_killed_sweep_goes_on_and_failed_members_are_said(tiny, tmp_path, capsys
     flags = ["--seeds=1,2", f"--workdir={top}", "--config.eval_batch_size", "20"]
     whole = ["sweep.py", *configs, f"--config={tiny}:lost", *flags]
 
-    prepare, calls = stages.prepare, []
+    prepare, calls = stages.preprune, []
 
     def killed(*arguments):
         calls.append(arguments)
@@ -198,7 +198,7 @@ def test_killed_sweep_goes_on_and_failed_members_are_said(tiny, tmp_path, capsys
         return prepare(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "prepare", killed)
+        patch.setattr(stages, "preprune", killed)
         with pytest.raises(KeyboardInterrupt):
             sweep.main(whole)
     rows, _ = table(json.loads((top / "sweep.json").read_text()))

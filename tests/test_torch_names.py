@@ -575,7 +575,9 @@ def test_classes_that_differ_in_case_alone():
 def test_classes_of_other_names_are_not_guessed():
     labels = ("entailment", "not_entailment")
     fields = {"id2label": {"0": "not entailment", "1": "entailment"}}
-    with pytest.raises(hf_config.Misfit, match="not entailment.*teacher.labels"):
+    with pytest.raises(
+        hf_config.UnsupportedCheckpoint, match="not entailment.*teacher.labels"
+    ):
         hf_config.class_rows(fields, labels, (), "teacher.path")
     for nameless in ({}, {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}):
         assert hf_config.class_rows(nameless, labels, (), "model") is None

@@ -53,10 +53,10 @@ def test_warm_up(schedule, factor):
 # One step, with gradients that the test chooses
 
 
-def chosen_gradients(theta, frozen, context, batch, key):
+def chosen_gradients(trainable, frozen, context, batch, key):
     """A linear loss: its gradients are the batch."""
     del key
-    both = dict(theta, frozen=frozen)
+    both = dict(trainable, frozen=frozen)
     products = jax.tree.map(lambda x, g: jnp.sum(x * g), both, batch)
     return sum(jax.tree.leaves(products)), {}
 
@@ -125,11 +125,11 @@ def test_four_steps_of_numpy_adam():
         l1 -= adam["l1"](g["multipliers"]["linear"], 0.3 * decay)
         l2 -= adam["l2"](g["multipliers"]["quadratic"], 0.3 * decay)
         for ours, expected in (
-            (state.theta["params"]["layer"], layer),
-            (state.theta["distill_projection"], projection),
-            (state.theta["log_alpha"]["ffn"], ffn),
-            (state.theta["multipliers"]["linear"], l1),
-            (state.theta["multipliers"]["quadratic"], l2),
+            (state.trainable["params"]["layer"], layer),
+            (state.trainable["distill_projection"], projection),
+            (state.trainable["log_alpha"]["ffn"], ffn),
+            (state.trainable["multipliers"]["linear"], l1),
+            (state.trainable["multipliers"]["quadratic"], l2),
         ):
             np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
     assert state.step == 4
@@ -141,13 +141,13 @@ def test_first_step_goes_one_rate_down_and_multipliers_up():
     state, _ = step_lib.make_step(chosen_gradients)(toy_state(), {}, gradients)
     signs = jax.tree.map(np.sign, gradients)
     np.testing.assert_allclose(
-        state.theta["params"]["layer"],
+        state.trainable["params"]["layer"],
         [1, 2] - 0.1 * signs["params"]["layer"],
         rtol=1e-5,
     )
     for name in ("linear", "quadratic"):
         np.testing.assert_allclose(
-            state.theta["multipliers"][name],
+            state.trainable["multipliers"][name],
             0.3 * signs["multipliers"][name],
             rtol=1e-5,
         )
@@ -161,7 +161,7 @@ def test_log_alpha_is_clamped():
         state, _ = step(state, {}, gradients)
     # ln 0.01 and ln 100, each way.
     np.testing.assert_allclose(
-        state.theta["log_alpha"]["ffn"], [-4.60517, 4.60517], rtol=1e-6
+        state.trainable["log_alpha"]["ffn"], [-4.60517, 4.60517], rtol=1e-6
     )
 
 
@@ -172,8 +172,8 @@ def test_embeddings_are_trained_where_they_are_not_frozen(tiny_params):
             tiny_params, seed=0, stage="x", rates=rates, freeze_embeddings=frozen
         )
         assert ("embeddings" in state.frozen) == frozen
-        assert ("embeddings" in state.theta["params"]) != frozen
-        whole = objectives.whole_params(state.theta, state.frozen)
+        assert ("embeddings" in state.trainable["params"]) != frozen
+        whole = objectives.whole_params(state.trainable, state.frozen)
         jax.tree.map(np.testing.assert_array_equal, whole, tiny_params)
     assert "embeddings" in tiny_params  # the caller's dict is left alone
 
@@ -200,8 +200,8 @@ class Pruning:
         self.step = step_lib.make_step(counted)
         rows = {"labels": np.zeros(3, np.int32), "weight": np.ones(3, np.float32)}
         self.batch = jax.device_put(batch | rows)
-        teach = teacher_lib.make_teach(model, distill)
-        self.batch["lesson"] = teach(self.teacher, self.batch)
+        teach = teacher_lib.make_teacher_forward(model, distill)
+        self.batch["teacher_outputs"] = teach(self.teacher, self.batch)
 
     def state(self, *, seed=0, stage="prune", rates=(1e-3, 0.1, 0.1)):
         names = ("weights", "gates", "multipliers")
@@ -265,12 +265,12 @@ def test_one_trace_for_each_length(pruning):
     pruning.run(1)
     before = pruning.traces
     longer = jax.device_get(pruning.batch)
-    states = longer["lesson"]["states"]
+    states = longer["teacher_outputs"]["states"]
     longer = {
         k: np.pad(v, ((0, 0), (0, 2))) if k in TOKENS else v for k, v in longer.items()
     }
     states = np.pad(states, ((0, 0), (0, 2), (0, 0), (0, 0)))
-    longer["lesson"] = longer["lesson"] | {"states": states}
+    longer["teacher_outputs"] = longer["teacher_outputs"] | {"states": states}
     state = pruning.state()
     for batch in (longer, pruning.batch, longer):
         state, _ = pruning.step(state, pruning.context(), jax.device_put(batch))
@@ -331,12 +331,12 @@ def test_donation_leaves_what_others_hold(pruning):
         multipliers={"linear": jnp.float32(0), "quadratic": jnp.float32(0)},
     )
     new, _ = pruning.step(state, context, pruning.batch)
-    assert jax.tree.leaves(state.theta)[0].is_deleted()
+    assert jax.tree.leaves(state.trainable)[0].is_deleted()
     for leaf in jax.tree.leaves((pruning.teacher, context, rates, log_alpha)):
         assert not leaf.is_deleted()
     assert not projection.is_deleted()
     jax.tree.map(np.testing.assert_array_equal, pruning.teacher, teacher)
-    # The best is a copy that outlives the theta it was taken from.
+    # The best is a copy that outlives the trainable it was taken from.
     new, _ = pruning.step(new, context, pruning.batch)
     jax.block_until_ready(new.best)
 
@@ -348,7 +348,7 @@ def test_frozen_embeddings_stay_bit_for_bit(pruning):
         state.frozen["embeddings"],
         pruning.teacher["embeddings"],
     )
-    layer = state.theta["params"]["layer_0"]["ffn"]["up"]["kernel"]
+    layer = state.trainable["params"]["layer_0"]["ffn"]["up"]["kernel"]
     assert jnp.abs(layer - pruning.teacher["layer_0"]["ffn"]["up"]["kernel"]).max() > 0
 
 
@@ -378,9 +378,9 @@ def test_expected_sparsity_reaches_the_target(pruning):
     history = np.array(jax.device_get(history))
     assert history[0] < 0.05  # it starts open
     assert np.abs(history[-50:] - 0.5).max() < 0.02
-    gates = masks.evaluation_masks(state.theta["log_alpha"])
+    gates = masks.evaluation_masks(state.trainable["log_alpha"])
     assert any((gate == 0).any() for gate in gates.values())
-    for value in state.theta["log_alpha"].values():
+    for value in state.trainable["log_alpha"].values():
         low, high = hard_concrete.LOG_ALPHA_RANGE
         assert low - 1e-6 <= value.min() and value.max() <= high + 1e-6
 
@@ -430,8 +430,8 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
         "labels": np.zeros((6, 2) if problem == "span" else 6, np.int32),
         "weight": np.array([1, 1, 1, 1, 1, 0], np.float32),
     }
-    teach = teacher_lib.make_teach(model, distill)
-    batch["lesson"] = teach(random_params(config, 4), batch)
+    teach = teacher_lib.make_teacher_forward(model, distill)
+    batch["teacher_outputs"] = teach(random_params(config, 4), batch)
     names = ("weights", "gates", "multipliers")
     context = {"target_sparsity": np.float32(0.5), "warmup_steps": np.int32(1)}
     games = {
@@ -447,7 +447,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
     }
     if problem != "classification":
         del games["task"]
-    for stage, (game, theta) in games.items():
+    for stage, (game, trainable) in games.items():
         found = []
         for parts in (1, 3):
             state = step_lib.create_state(
@@ -456,7 +456,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
                 stage=stage,
                 rates={n: Rate.create(1e-2, "constant", 1) for n in names},
                 freeze_embeddings=False,
-                **theta,
+                **trainable,
             )
             step = step_lib.make_step(game, parts)
             state = state.replace(step=jnp.int32(5))  # past the target's warm-up
@@ -481,10 +481,10 @@ def test_parts_have_noise_of_their_own(pruning):
     model = Encoder(pruning.config)
     seen = []
 
-    def loss(theta, frozen, context, batch, key):
-        gates = masks.sample(theta["log_alpha"], jax.random.split(key)[0])
+    def loss(trainable, frozen, context, batch, key):
+        gates = masks.sample(trainable["log_alpha"], jax.random.split(key)[0])
         game = objectives.pruning_objective(model, Distill(num_layers=2))
-        value, metrics = game(theta, frozen, context, batch, key)
+        value, metrics = game(trainable, frozen, context, batch, key)
         jax.debug.callback(lambda *x: seen.append(x), gates["head"], value)
         return value, metrics
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from cofi_jax.checkpoints import huggingface
-from cofi_jax.checkpoints.hf_config import Misfit, to_fields
+from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
 from cofi_jax.config import Distill
 from cofi_jax.errors import reject
@@ -120,15 +120,15 @@ def pytorch_step(
 
     def layer_loss(output, target, mask):
         states = [state.float() for state in output.hidden_states[1:]]
-        lessons = [target.hidden_states[k + 1].float() for k in taught]
+        teacher_cache = [target.hidden_states[k + 1].float() for k in taught]
         with torch.no_grad():
             projected = [state @ projection for state in states]
-            costs = [distance(t, s, mask) for t in lessons for s in projected]
-            costs = torch.stack(costs).reshape(len(lessons), -1)
+            costs = [distance(t, s, mask) for t in teacher_cache for s in projected]
+            costs = torch.stack(costs).reshape(len(teacher_cache), -1)
             matched = costs.argmin(1).tolist()
         return sum(
-            distance(lesson, states[layer] @ projection, mask)
-            for lesson, layer in zip(lessons, matched, strict=True)
+            distance(teacher_outputs, states[layer] @ projection, mask)
+            for teacher_outputs, layer in zip(teacher_cache, matched, strict=True)
         )
 
     def step(batch):
@@ -181,7 +181,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def prepare() -> None:
+def preprune() -> None:
     """Imports what a step imports."""
     import torch  # noqa: F401
     import transformers  # noqa: F401
@@ -219,7 +219,7 @@ def is_dense(config: EncoderConfig) -> bool:
     """Whether transformers has a model of these sizes."""
     try:
         to_fields(config)
-    except Misfit:
+    except UnsupportedCheckpoint:
         return False
     return True
 

@@ -108,15 +108,15 @@ def run() -> None:
         baselines.wait()
     else:
         step, state, context = step_lib.prepared(subject, Distill(), kind)
-        teach = teacher_lib.make_teach(Encoder(subject.dense), Distill())
+        teach = teacher_lib.make_teacher_forward(Encoder(subject.dense), Distill())
         teacher, batch = jax.device_put((subject.dense_params, batch))
-        batch["lesson"] = teach(teacher, batch)
+        batch["teacher_outputs"] = teach(teacher, batch)
         del subject
         step = step.lower(state, context, batch).compile()
         result = {"compiled_bytes": _said(step)}
         before = _in_use(kind, forget=True)
         for _ in range(_STEPS):
-            batch["lesson"] = teach(teacher, batch)
+            batch["teacher_outputs"] = teach(teacher, batch)
             state, metrics = step(state, context, batch)
             jax.block_until_ready((state, metrics))
     result |= {"before_bytes": before - nothing, "peak_bytes": _peak(kind) - nothing}

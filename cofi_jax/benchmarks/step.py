@@ -27,7 +27,7 @@ from cofi_jax.pruning import hard_concrete, masks
 from cofi_jax.training import objectives, teacher
 from cofi_jax.training import step as step_lib
 
-KEPT = "kept lessons"
+KEPT = "kept teacher outputs"
 
 
 _KINDS, _TAUGHT = ("masked", "late masked", "plain", "finetune"), ("masked", "finetune")
@@ -176,23 +176,25 @@ def ours(
 ) -> dict[str, Callable[[], Any]]:
     """A turn of each of our own steps, by name."""
     rows = np.unique(np.concatenate([chosen for _, chosen in plan]))
-    examples = examples.take(rows)  # no lessons are kept of others
+    examples = examples.take(rows)  # no outputs are kept of others
     plan = [(length, np.searchsorted(rows, chosen)) for length, chosen in plan]
     fed, buckets = batches(examples, plan), sorted({length for length, _ in plan})
 
     def turn(kind, cache):
         step, state, context = prepared(subject, distill, kind)
         asked = dataclasses.replace(distill, cache=cache)
-        teaching = teacher.Lessons(Encoder(subject.dense), subject.dense_params, asked)
-        lesson = teaching.of(examples, buckets, len(plan[0][1]))
+        teaching = teacher.TeacherCache(
+            Encoder(subject.dense), subject.dense_params, asked
+        )
+        teacher_outputs = teaching.of(examples, buckets, len(plan[0][1]))
 
         def call():
             nonlocal state
             for (_, rows), arrays in zip(plan, fed, strict=True):
                 batch = jax.device_put(arrays)
-                batch["lesson"] = lesson(rows, batch)
+                batch["teacher_outputs"] = teacher_outputs(rows, batch)
                 state, metrics = step(state, context, batch)
-            return state.theta, metrics
+            return state.trainable, metrics
 
         return call
 
@@ -225,7 +227,7 @@ def prepared(
     sizes, params = subject.dense, subject.dense_params
     if small:
         sizes, params = subject.sliced, subject.sliced_params
-    theta = {
+    trainable = {
         "distill_projection": jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
     }
     imitate, context = objectives.distillation_objective, {}
@@ -240,8 +242,8 @@ def prepared(
                 open_ = jnp.array(widths) > 0
                 low, high = hard_concrete.clamp(jnp.array([-jnp.inf, jnp.inf]))
                 log_alpha[name] = jnp.where(open_, high, low)
-        theta["log_alpha"] = log_alpha
-        theta["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
+        trainable["log_alpha"] = log_alpha
+        trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
         context["target_sparsity"] = jnp.float32(0.95)
         context["warmup_steps"] = jnp.int32(100)
     rate = step_lib.Rate.create(1e-5, "constant", 1)
@@ -251,7 +253,7 @@ def prepared(
         stage=kind,
         rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
         freeze_embeddings=True,
-        **theta,
+        **trainable,
     )
     return step_lib.make_step(imitate(Encoder(sizes), distill)), state, context
 

@@ -16,7 +16,7 @@ FAMILIES = {
 }
 
 
-class Misfit(ValueError):
+class UnsupportedCheckpoint(ValueError):
     """What is wrong with a folder or a model, in one line."""
 
 
@@ -26,7 +26,7 @@ def from_fields(
     """The sizes that the fields of a config.json tell; dropout and dtype are `model`'s.
 
     Raises:
-      Misfit: where one is missing or not legal, or the architecture is another.
+      UnsupportedCheckpoint: where one is missing or not legal, or the architecture is another.
     """
     legal = {
         "model_type": (None, tuple(FAMILIES)),
@@ -37,24 +37,30 @@ def from_fields(
     for name, (default, values) in legal.items():
         if (value := fields.get(name, default)) not in values:
             values = " or ".join(map(repr, values))
-            raise Misfit(
+            raise UnsupportedCheckpoint(
                 f"unsupported architecture: {name} is {value!r}, must be {values}"
             )
 
     def size(name, default=None, least=1):
         if name not in fields and default is None:
-            raise Misfit(f"config.json lacks {name!r}")
+            raise UnsupportedCheckpoint(f"config.json lacks {name!r}")
         value = fields.get(name, default)
         if type(value) is not int or value < least:
-            raise Misfit(f"config.json: {name} is {value!r}, must be {least} or more")
+            raise UnsupportedCheckpoint(
+                f"config.json: {name} is {value!r}, must be {least} or more"
+            )
         return value
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     if hidden % heads:
-        raise Misfit(f"num_attention_heads is {heads}, must divide hidden_size")
+        raise UnsupportedCheckpoint(
+            f"num_attention_heads is {heads}, must divide hidden_size"
+        )
     epsilon = fields.get("layer_norm_eps", 1e-12)
     if type(epsilon) is not float:
-        raise Misfit(f"config.json: layer_norm_eps is {epsilon!r}, must be a float")
+        raise UnsupportedCheckpoint(
+            f"config.json: layer_norm_eps is {epsilon!r}, must be a float"
+        )
     layers, family = size("num_hidden_layers"), fields["model_type"]
     # RoBERTa's rows up to that of the padding token are never those of a token.
     offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
@@ -82,16 +88,20 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
     """The fields of a config.json for a dense model, with the names of its classes.
 
     Raises:
-      Misfit: where transformers has no such model, sliced ones among them.
+      UnsupportedCheckpoint: where transformers has no such model, sliced ones among them.
     """
     hidden, units = config.hidden_size, set(config.intermediate)
     attention = {heads * config.head_size for heads in config.heads}
     pooler = config.problem == "span" or config.pooler_size == hidden
     if attention != {hidden} or len(units) != 1 or 0 in units or not pooler:
-        raise Misfit("must be a dense model's; transformers cannot hold a sliced one")
+        raise UnsupportedCheckpoint(
+            "must be a dense model's; transformers cannot hold a sliced one"
+        )
     labels = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
     if len(labels) != config.num_labels:
-        raise Misfit(f"has {config.num_labels} classes, labels has {len(labels)}")
+        raise UnsupportedCheckpoint(
+            f"has {config.num_labels} classes, labels has {len(labels)}"
+        )
     name, _ = FAMILIES[config.model_type]
     head = "QuestionAnswering" if config.problem == "span" else "SequenceClassification"
     problems = {
@@ -134,7 +144,7 @@ def class_rows(
 
     Raises:
       UserError: where `label_order` is no permutation of `labels`.
-      Misfit: where there is none and the names in `fields` are not `labels`.
+      UnsupportedCheckpoint: where there is none and the names in `fields` are not `labels`.
     """
     named = _class_names(fields)
     order = list(label_order) or named
@@ -147,7 +157,7 @@ def class_rows(
         return rows
     real = not all(name.startswith("LABEL_") for name in named)
     if real and len(set(named)) == len(labels):
-        raise Misfit(
+        raise UnsupportedCheckpoint(
             f"names its classes {', '.join(named[:5])}; give the task's own names, "
             f"{', '.join(labels[:5])}, in the order of the model: {where}"
         )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints.hf_config import FAMILIES, Misfit, to_fields
+from cofi_jax.checkpoints.hf_config import FAMILIES, UnsupportedCheckpoint, to_fields
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
@@ -76,12 +76,12 @@ def find_prefix(names: Iterable[str]) -> str:
     """What stands before the name of the word embeddings.
 
     Raises:
-      Misfit: where there are none.
+      UnsupportedCheckpoint: where there are none.
     """
     words = f"{_WORDS}.weight"
     found = [name.removesuffix(words) for name in names if name.endswith(words)]
     if not found:
-        raise Misfit(f"lacks {words}")
+        raise UnsupportedCheckpoint(f"lacks {words}")
     return min(found, key=len)
 
 
@@ -123,7 +123,7 @@ def from_torch(
       without: modules of the head to leave out.
 
     Raises:
-      Misfit: for integers, as quantised models have them.
+      UnsupportedCheckpoint: for integers, as quantised models have them.
     """
     modules = _modules(config, prefix)
 
@@ -131,7 +131,9 @@ def from_torch(
         name = _name(path, modules)
         array = get(name)
         if not jax.numpy.issubdtype(array.dtype, np.floating):
-            raise Misfit(f"{name} holds {array.dtype}, must be floating point")
+            raise UnsupportedCheckpoint(
+                f"{name} holds {array.dtype}, must be floating point"
+            )
         array = array.T if path[-1].key == "kernel" else array
         return np.array(array.reshape(like.shape), np.float32, order="C")
 
@@ -169,7 +171,7 @@ def to_hugging_face(
     """
     try:
         fields = to_fields(config, labels)
-    except Misfit as error:
+    except UnsupportedCheckpoint as error:
         raise reject("config", config.widths(), str(error)) from error
     if jax.tree.map(np.shape, params) != jax.tree.map(
         lambda leaf: leaf.shape, abstract_params(config)
@@ -190,7 +192,7 @@ def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderC
     of every layer must be: a slicer leaves an absent block's LayerNorm behind.
 
     Raises:
-      Misfit: where the tensors do not show the widths.
+      UnsupportedCheckpoint: where the tensors do not show the widths.
     """
 
     def rows(layer, block):  # 0 where the block is absent
@@ -202,10 +204,12 @@ def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderC
     for i in range(len(dense.heads)):
         layer = f"{prefix}encoder.layer.{i}."
         if not any(name.startswith(layer) for name in shapes):
-            raise Misfit(f"lacks {layer}*, config.json has {len(dense.heads)} layers")
+            raise UnsupportedCheckpoint(
+                f"lacks {layer}*, config.json has {len(dense.heads)} layers"
+            )
         width = rows(layer, _ATTENTION)
         if width % dense.head_size:
-            raise Misfit(
+            raise UnsupportedCheckpoint(
                 f"{layer}attention.self.query.weight has {width} rows, must be whole "
                 f"heads of {dense.head_size}"
             )
@@ -223,12 +227,14 @@ def infer_head(shapes: Shapes, config: EncoderConfig, prefix: str) -> EncoderCon
     """`config` with the widths of the head's tensors.
 
     Raises:
-      Misfit: where the head is missing.
+      UnsupportedCheckpoint: where the head is missing.
     """
     names = {k: f"{v}.weight" for k, v in head_modules(config, prefix).items()}
     for name in reversed(names.values()):
         if name not in shapes:
-            raise Misfit(f"has no {name}; give a model fine-tuned for {config.problem}")
+            raise UnsupportedCheckpoint(
+                f"has no {name}; give a model fine-tuned for {config.problem}"
+            )
     return dataclasses.replace(
         config,
         pooler_size=_matrix(shapes, names["pooler"])[0] if "pooler" in names else 0,
@@ -284,7 +290,9 @@ def _joins_heads(path):
 
 def _matrix(shapes, name):
     if name not in shapes:
-        raise Misfit(f"lacks {name}")
+        raise UnsupportedCheckpoint(f"lacks {name}")
     if len(shapes[name]) != 2 or 0 in shapes[name]:
-        raise Misfit(f"{name} has shape {shapes[name]}, must be a matrix")
+        raise UnsupportedCheckpoint(
+            f"{name} has shape {shapes[name]}, must be a matrix"
+        )
     return shapes[name]

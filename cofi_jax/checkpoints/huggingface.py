@@ -17,7 +17,11 @@ from typing import Any
 import jax
 
 from cofi_jax.checkpoints import hf_names
-from cofi_jax.checkpoints.hf_config import Misfit, class_rows, from_fields
+from cofi_jax.checkpoints.hf_config import (
+    UnsupportedCheckpoint,
+    class_rows,
+    from_fields,
+)
 from cofi_jax.checkpoints.hf_names import to_hugging_face
 from cofi_jax.config import Model
 from cofi_jax.errors import reject
@@ -112,11 +116,11 @@ def load_encoder(
         found = hf_names.infer_encoder(shapes, config, prefix)
         if found != config:
             legal = "not config.json's: a pruned model; give a dense one"
-            raise Misfit(f"has widths {found.widths()}, {legal}")
+            raise UnsupportedCheckpoint(f"has widths {found.widths()}, {legal}")
         wrong = hf_names.complaints(shapes, config, prefix)
         for name, complaint in wrong.items():
             if name.startswith((f"{prefix}embeddings.", f"{prefix}encoder.")):
-                raise Misfit(complaint)
+                raise UnsupportedCheckpoint(complaint)
         heads = hf_names.head_modules(config, prefix)
         spoilt = {name.rpartition(".")[0] for name in wrong}
         fresh = {ours for ours, theirs in heads.items() if theirs in spoilt}
@@ -164,9 +168,11 @@ def load_classifier(
         config = hf_names.infer_head(shapes, config, prefix)
         wanted = {"regression": 1, "span": 2}.get(problem, len(labels))
         if wanted and config.num_labels != wanted:
-            raise Misfit(f"has {config.num_labels} classes, the task has {wanted}")
+            raise UnsupportedCheckpoint(
+                f"has {config.num_labels} classes, the task has {wanted}"
+            )
         if wrong := hf_names.complaints(shapes, config, prefix):
-            raise Misfit(next(iter(wrong.values())))
+            raise UnsupportedCheckpoint(next(iter(wrong.values())))
         params = hf_names.from_torch(get, config, prefix)
     if rows is None:
         order = ", ".join(labels)
@@ -199,14 +205,14 @@ def _read_json(folder):
         return dict(json.loads((folder / "config.json").read_text()))
     except (OSError, TypeError, ValueError) as error:
         reason = f"config.json cannot be read ({type(error).__name__})"
-        raise Misfit(reason) from error
+        raise UnsupportedCheckpoint(reason) from error
 
 
 @contextlib.contextmanager
 def _misfits_rejected(field, folder):
     try:
         yield
-    except Misfit as error:
+    except UnsupportedCheckpoint as error:
         raise reject(field, str(folder), str(error)) from error
 
 
@@ -219,8 +225,12 @@ def _open_weights(folder):
     else:
         found = sorted(path.name for path in folder.iterdir())
         if any(name.endswith(".index.json") for name in found):
-            raise Misfit(f"is cut into several files; merge them into {_WEIGHTS}")
-        raise Misfit(f"must hold {_WEIGHTS} or {_TORCH}; it holds {found}")
+            raise UnsupportedCheckpoint(
+                f"is cut into several files; merge them into {_WEIGHTS}"
+            )
+        raise UnsupportedCheckpoint(
+            f"must hold {_WEIGHTS} or {_TORCH}; it holds {found}"
+        )
     stored = {hf_names.modern(name): name for name in shapes}
     modern = {new: shapes[name] for new, name in stored.items()}
     return modern, lambda name: get(stored[name])
@@ -232,7 +242,7 @@ def _open_safetensors(path):
     try:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise Misfit(f"{path.name} cannot be read ({error})") from error
+        raise UnsupportedCheckpoint(f"{path.name} cannot be read ({error})") from error
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes, file.get_tensor
 
@@ -242,9 +252,11 @@ def _open_torch(path):
         import torch
     except ImportError as error:
         reason = f"{path.name} needs PyTorch: pip install torch, or give {_WEIGHTS}"
-        raise Misfit(reason) from error
+        raise UnsupportedCheckpoint(reason) from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise Misfit(f"{path.name} needs PyTorch 2.6, which reads weights alone")
+        raise UnsupportedCheckpoint(
+            f"{path.name} needs PyTorch 2.6, which reads weights alone"
+        )
     try:
         tensors = torch.load(
             path,
@@ -255,7 +267,9 @@ def _open_torch(path):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # Of damage, of what is no tensor, and of what would be executed.
     except Exception as error:
-        raise Misfit(f"{path.name} cannot be read ({type(error).__name__})") from error
+        raise UnsupportedCheckpoint(
+            f"{path.name} cannot be read ({type(error).__name__})"
+        ) from error
 
     def get(name):
         tensor = tensors[name].detach()

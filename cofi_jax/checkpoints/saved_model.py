@@ -55,7 +55,7 @@ def save_model(
       UserError: where `path` exists, or the parameters do not fit the sizes.
     """
     path = Path(path).absolute()
-    if distributed.first(path.exists):
+    if distributed.on_process_zero(path.exists):
         raise reject("path", str(path), "exists; nothing is written over")
     try:
         chex.assert_trees_all_equal_shapes_and_dtypes(params, abstract_params(config))
@@ -68,7 +68,7 @@ def save_model(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    distributed.first(begin)
+    distributed.on_process_zero(begin)
     checksum = {"crc32": distributed.digest(params)}
     ocp.save(
         partial / "params", distributed.replicate(params), custom_metadata=checksum
@@ -86,7 +86,7 @@ def save_model(
         (partial / "README.md").write_text(readme)
         os.replace(partial, path)
 
-    distributed.first(finish)
+    distributed.on_process_zero(finish)
 
 
 def is_model(path: str | Path) -> bool:

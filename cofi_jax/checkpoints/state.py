@@ -37,7 +37,7 @@ class Checkpoints:
     def __init__(self, path: Path):
         self.skipped: list[str] = []
         self._path = Path(path).absolute()
-        self.skipped += distributed.first(self._set_unreadable_aside)
+        self.skipped += distributed.on_process_zero(self._set_unreadable_aside)
         self._manager = ocp.training.Checkpointer(
             self._path,
             preservation_policy=ocp.training.preservation_policies.LatestN(_KEEP),
@@ -92,10 +92,12 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             _storable(like),
         )
-        steps = distributed.first(lambda: [c.step for c in self._manager.checkpoints])
+        steps = distributed.on_process_zero(
+            lambda: [c.step for c in self._manager.checkpoints]
+        )
         for step in sorted(steps, reverse=True):
             try:
-                with distributed.together(), _alone():
+                with distributed.raise_together(), _alone():
                     stored = self._load(step, abstract)
                 return _restored(stored, like)
             except UserError as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cofi_jax.checkpoints.hf_config import Misfit, to_fields
+from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_torch
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import Batch
@@ -288,7 +288,7 @@ def _describe(config, labels):
     )
     try:
         return to_fields(alike, labels) | {"torch_dtype": "float32"}
-    except Misfit as error:
+    except UnsupportedCheckpoint as error:
         raise reject("labels", tuple(labels), str(error)) from error
 
 

@@ -68,22 +68,22 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
     Raises:
       UserError: for what the user can mend; then nothing was written over.
     """
-    with distributed.together():
+    with distributed.raise_together():
         config_lib.validate(config)
         if config.tensorboard:
             log_lib.check()
     distributed.check_same("the config", lambda: config_lib.to_json(config))
-    if finished := distributed.first(lambda: _finished(config, workdir)):
+    if finished := distributed.on_process_zero(lambda: _finished(config, workdir)):
         return finished
-    with distributed.together():
+    with distributed.raise_together():
         setup.check_sizes(config)
         task, examples, teacher, params, tokenizer = load_inputs(config)
     arrays = params, [(some.input_ids, some.labels) for some in examples.values()]
     distributed.check_same("rows and model", lambda: distributed.digest(arrays))
     train = examples.pop("train")
     with contextlib.ExitStack() as held:
-        node, token = distributed.first(lambda: _begin(config, workdir, held))
-        with distributed.together():
+        node, token = distributed.on_process_zero(lambda: _begin(config, workdir, held))
+        with distributed.raise_together():
             lock = workdir / ".lock"
             if not lock.exists() or lock.read_text() != token:
                 legal = "must be one folder that all processes see"
@@ -96,7 +96,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict:
             )
             # The many small programs too: together they take as long as a large one.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        log = distributed.Silence()
+        log = distributed.NullLog()
         if distributed.is_first():
             folder = workdir / "tensorboard"
             mirror = log_lib.Events(folder) if config.tensorboard else None
@@ -151,7 +151,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     if not config.teacher.path:
         params, seconds["teacher"] = stages.train_teacher(run, model, params)
     params = jax.device_put(params)
-    saved = distributed.first((workdir / "teacher").exists)
+    saved = distributed.on_process_zero((workdir / "teacher").exists)
     known = saved_model.read_about(workdir / "teacher")[2] if saved else {}
     teacher_scores = known.get("scores")  # where the run goes on
     if not teacher_scores:
@@ -170,8 +170,8 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
 
     distill, teaching = config.distill, None
     if distill.logits or distill.layers:
-        teaching = teacher_lib.Lessons(model, params, distill)
-    student, seconds["prepruning"] = stages.prepare(run, model, params, teaching)
+        teaching = teacher_lib.TeacherCache(model, params, distill)
+    student, seconds["prepruning"] = stages.preprune(run, model, params, teaching)
     student, masks, seconds["prune"] = stages.learn_masks(run, model, student, teaching)
     masked = run.exact_logits(model, student.params, masks)
     sliced, spec = slicing.prune(student.params, masks, model.config)
@@ -192,7 +192,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
     sliced, seconds["finetune"] = stages.finetune(run, small, student, teaching)
     scores = run.scores(predict.make_predict(small), sliced)
     # On one device, while the others rest.
-    measured = distributed.first(
+    measured = distributed.on_process_zero(
         lambda: latency.inference(
             {"dense": (model, params), "pruned": (small, sliced)},
             batch_size=config.benchmark.batch_size,
@@ -226,7 +226,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
         "seconds": seconds,
         "versions": _versions(),
     }
-    if not distributed.first((workdir / "pruned").exists):
+    if not distributed.on_process_zero((workdir / "pruned").exists):
         about |= {"dense": dataclasses.asdict(model.config), "sparsity": removed}
         saved_model.save_model(
             workdir / "pruned",
@@ -237,7 +237,7 @@ def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
             about=(described := about | {"report": result}),
             readme=model_card.text(small.config, described, {}),
         )
-    return distributed.first(lambda: _write(run, result))
+    return distributed.on_process_zero(lambda: _write(run, result))
 
 
 def _write(run, result):

@@ -189,7 +189,7 @@ def load_inputs(config):
         for split in splits
     }
     check_rows(config, examples["train"])
-    teacher_lib.check_lessons(config, teacher.config, examples["train"])
+    teacher_lib.check_teacher_cache(config, teacher.config, examples["train"])
     return task, examples, teacher, params, tokenizer
 
 

@@ -24,7 +24,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import constraint, cost, masks, transforms
 from cofi_jax.training import loop, objectives, step
 from cofi_jax.training.objectives import whole_params
-from cofi_jax.training.teacher import Lessons
+from cofi_jax.training.teacher import TeacherCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Run:
         examples: batches.Examples,
         rates: dict[str, step.Rate],
         context: dict | None = None,
-        lessons: Lessons | None = None,
-        **theta: Any,
+        teacher_cache: TeacherCache | None = None,
+        **trainable: Any,
     ) -> tuple[step.TrainState, float]:
         """Runs one stage, or what is left of it: the last state, and its seconds."""
         config = self.config
@@ -108,16 +108,16 @@ class Run:
             stage=stage,
             rates=rates,
             freeze_embeddings=settings.freeze_embeddings,
-            **theta,
+            **trainable,
         )
         predict = predict_lib.make_predict(model)
         least = config.prune.target_sparsity - config.prune.sparsity_epsilon
 
-        def evaluate(theta, frozen):
-            params = whole_params(theta, frozen)
-            if "log_alpha" not in theta:
+        def evaluate(trainable, frozen):
+            params = whole_params(trainable, frozen)
+            if "log_alpha" not in trainable:
                 return loop.Evaluation(self.score(predict, params))
-            gates = masks.evaluation_masks(distributed.local(theta["log_alpha"]))
+            gates = masks.evaluation_masks(distributed.local(trainable["log_alpha"]))
             removed = cost.exact_sparsity(gates, model.config)
             score = self.score(predict, params, gates)
             return loop.Evaluation(score, removed >= least, {"sparsity": removed})
@@ -128,8 +128,8 @@ class Run:
                 stage=stage,
                 step=step.make_step(loss, settings.micro_batches),
                 context=distributed.replicate(context or {}),
-                lesson=lessons
-                and lessons.of(examples, self.buckets, settings.batch_size),
+                teacher_outputs=teacher_cache
+                and teacher_cache.of(examples, self.buckets, settings.batch_size),
                 examples=examples,
                 batch_size=settings.batch_size,
                 buckets=self.buckets,
@@ -177,8 +177,8 @@ def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
     return whole_params(state.best, state.frozen), seconds
 
 
-def prepare(
-    run: Run, model: Encoder, teacher: dict, lessons: Lessons | None
+def preprune(
+    run: Run, model: Encoder, teacher: dict, teacher_cache: TeacherCache | None
 ) -> tuple[Student, float]:
     """Distillation before any gate moves, from a copy of the teacher."""
     settings, examples = run.config.prune, run.examples("prune")
@@ -196,15 +196,15 @@ def prepare(
         epochs=epochs,
         examples=examples,
         rates={"weights": rate},
-        lessons=lessons,
+        teacher_cache=teacher_cache,
         distill_projection=jnp.eye(model.config.hidden_size),
     )
-    params = whole_params(state.theta, state.frozen)
-    return Student(params, state.theta["distill_projection"]), seconds
+    params = whole_params(state.trainable, state.frozen)
+    return Student(params, state.trainable["distill_projection"]), seconds
 
 
 def learn_masks(
-    run: Run, model: Encoder, student: Student, lessons: Lessons | None
+    run: Run, model: Encoder, student: Student, teacher_cache: TeacherCache | None
 ) -> tuple[Student, masks.Masks, float]:
     """Pruning: the dense student, masks that meet the target, and the seconds taken."""
     settings, examples = run.config.prune, run.examples("prune")
@@ -233,16 +233,16 @@ def learn_masks(
             "target_sparsity": np.float32(settings.target_sparsity),
             "warmup_steps": np.int32(settings.warmup_epochs * per_epoch),
         },
-        lessons=lessons,
+        teacher_cache=teacher_cache,
         distill_projection=student.projection,
         log_alpha=masks.init_log_alpha(
             model.config, jax.random.key(run.config.seed), settings.kinds
         ),
         multipliers={"linear": 0.0, "quadratic": 0.0},
     )
-    theta = state.best
+    trainable = state.best
     if not jnp.isfinite(state.best_score):
-        theta = state.theta
+        trainable = state.trainable
         least = settings.target_sparsity - settings.sparsity_epsilon
         print(
             f"warning: prune: no evaluation found a sparsity of {least:.4g} or more; "
@@ -262,20 +262,20 @@ def learn_masks(
         )
         file = io.BytesIO()
         found = constraint.final_masks(
-            theta["log_alpha"], model.config, settings.target_sparsity, transform
+            trainable["log_alpha"], model.config, settings.target_sparsity, transform
         )
         np.savez(file, **found)
         files.write_atomically(path, file.getvalue())
 
-    distributed.first(settle)
+    distributed.on_process_zero(settle)
     with np.load(path) as file:
-        gates = {kind: jnp.asarray(file[kind]) for kind in theta["log_alpha"]}
-    params = whole_params(theta, state.frozen)
-    return Student(params, theta["distill_projection"]), gates, seconds
+        gates = {kind: jnp.asarray(file[kind]) for kind in trainable["log_alpha"]}
+    params = whole_params(trainable, state.frozen)
+    return Student(params, trainable["distill_projection"]), gates, seconds
 
 
 def finetune(
-    run: Run, model: Encoder, student: Student, lessons: Lessons | None
+    run: Run, model: Encoder, student: Student, teacher_cache: TeacherCache | None
 ) -> tuple[dict, float]:
     """Distillation into the sliced `model`: its best parameters, the seconds taken."""
     settings, examples = run.config.finetune, run.examples("finetune")
@@ -290,7 +290,7 @@ def finetune(
         epochs=settings.epochs,
         examples=examples,
         rates={"weights": rate},
-        lessons=lessons,
+        teacher_cache=teacher_cache,
         distill_projection=student.projection,
     )
     return whole_params(state.best, state.frozen), seconds

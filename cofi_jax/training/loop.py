@@ -66,7 +66,7 @@ def fit(
     log_every: int,
     eval_every: int,
     checkpoint_every: int,
-    lesson: Callable | None = None,
+    teacher_outputs: Callable | None = None,
 ) -> tuple[TrainState, float]:
     """Runs a stage to its end, from its newest checkpoint where it has one.
 
@@ -80,13 +80,13 @@ def fit(
       buckets: padded lengths.
       seed: of the order of the examples.
       total_steps: where the stage ends.
-      evaluate: (theta, frozen) to an `Evaluation`; the best one's theta is kept.
+      evaluate: (trainable, frozen) to an `Evaluation`; the best one's trainable is kept.
       checkpoints: a `checkpoint.Checkpoints`.
       log: a `report.MetricsLog`.
       log_every: steps between lines of the log.
       eval_every: steps between evaluations; one more at the end.
       checkpoint_every: steps between checkpoints; one more at the end.
-      lesson: (rows, batch) to what the teacher says, see `lessons`; None: no teacher.
+      teacher_outputs: (rows, batch) to what the teacher says, see `teacher_cache`; None: no teacher.
 
     Returns:
       The last state, and the seconds that the stage took, restarts included.
@@ -128,8 +128,8 @@ def fit(
         for now in range(first + 1, total_steps + 1):
             rows, batch = next(batches)
             batch = distributed.shard(batch)
-            if lesson:
-                batch["lesson"] = lesson(rows, batch)
+            if teacher_outputs:
+                batch["teacher_outputs"] = teacher_outputs(rows, batch)
             state, metrics = step(state, context, batch)
             window.append(metrics)
             bar.update()
@@ -155,7 +155,7 @@ def fit(
                 }
             )
             if due(now, eval_every):
-                found = evaluate(state.theta, state.frozen)
+                found = evaluate(state.trainable, state.frozen)
                 state = _with_best(state, found)
                 log.write(stage=stage, step=now, score=found.score, **found.values)
             if due(now, checkpoint_every):
@@ -171,10 +171,10 @@ def _with_best(state, found):
     score = np.float32(found.score)
     if not (found.counts and score > jax.device_get(state.best_score)):
         return state
-    # Copied, because the next step donates theta; and the maximum, because a new
+    # Copied, because the next step donates trainable; and the maximum, because a new
     # array would lie elsewhere for jax than a restored one, and be compiled for.
     return state.replace(
-        best=jax.tree.map(jnp.copy, state.theta),
+        best=jax.tree.map(jnp.copy, state.trainable),
         best_score=jnp.maximum(state.best_score, score),
     )
 

@@ -7,7 +7,7 @@ t_k is the output of the k-th taught teacher layer, s_m(k) that of the student
 layer it is matched with, W a learned D x D map (paper, section 3.2). With a and b 0
 there is no teacher: the task's own loss takes the place of distillation.
 
-An `Objective` maps (theta, frozen, context, batch, key) to (loss, metrics). Theta
+An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics). Trainable
 holds what is trained, `frozen` the embeddings where they are not; `context` is the
 pytree of everything else that the loss needs, so that nothing is a constant of the
 compiled program.
@@ -39,9 +39,9 @@ Metrics = dict[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, Metrics]]
 
 
-def whole_params(theta: dict, frozen: dict) -> dict:
+def whole_params(trainable: dict, frozen: dict) -> dict:
     """The model's parameters from the trained and the frozen part."""
-    return {**theta["params"], **frozen}
+    return {**trainable["params"], **frozen}
 
 
 def _noise(key, batch):
@@ -57,9 +57,9 @@ def task_objective(model: Encoder) -> Objective:
     """The loss of the labels: how the teacher is trained."""
     problem = model.config.problem
 
-    def objective(theta, frozen, context, batch, key, masks=None):
+    def objective(trainable, frozen, context, batch, key, masks=None):
         del context
-        variables = {"params": whole_params(theta, frozen), "masks": masks or {}}
+        variables = {"params": whole_params(trainable, frozen), "masks": masks or {}}
         output = model.apply(variables, batch, train=True, rngs=_noise(key, batch))
         loss = task_loss(problem, output.logits, batch)
         return loss, {"loss_task": loss}
@@ -70,7 +70,7 @@ def task_objective(model: Encoder) -> Objective:
 def distillation_objective(student: Encoder, distill: Distill) -> Objective:
     """Imitation of the teacher by a dense or sliced student.
 
-    The batch has a `lesson`, see `lessons.make_teach`. Theta: `params` and, for the
+    The batch has a `teacher_outputs`, see `teacher_cache.make_teacher_forward`. Trainable: `params` and, for the
     layer term, `distill_projection` (D', D).
     """
     if distill.logits == distill.layers == 0:
@@ -83,24 +83,24 @@ def distillation_objective(student: Encoder, distill: Distill) -> Objective:
     if distill.match == "fixed":
         present = range(layers[0])
 
-    def objective(theta, frozen, context, batch, key, masks=None):
+    def objective(trainable, frozen, context, batch, key, masks=None):
         del context
-        masks, lesson = masks or {}, batch["lesson"]
-        variables = {"params": whole_params(theta, frozen), "masks": masks}
+        masks, teacher_outputs = masks or {}, batch["teacher_outputs"]
+        variables = {"params": whole_params(trainable, frozen), "masks": masks}
         output = student.apply(variables, batch, train=True, rngs=_noise(key, batch))
         loss, metrics = 0.0, {}
         if distill.logits:
             metrics["loss_logits"] = distill_logits(
                 config.problem,
                 output.logits,
-                lesson["logits"],
+                teacher_outputs["logits"],
                 batch,
                 distill.temperature,
             )
             loss += distill.logits * metrics["loss_logits"]
         if distill.layers:
             taught = taught_layers(*layers)
-            states = jnp.moveaxis(lesson["states"], 2, 0)
+            states = jnp.moveaxis(teacher_outputs["states"], 2, 0)
             if distill.taught == "random":
                 taught = draw_layers(jax.random.fold_in(key, 1), *layers)
                 states = _layers(states, taught)
@@ -108,7 +108,7 @@ def distillation_objective(student: Encoder, distill: Distill) -> Objective:
             metrics["loss_layers"] = distill_layers(
                 jnp.stack(outputs),
                 states.astype(jnp.float32),
-                theta["distill_projection"],
+                trainable["distill_projection"],
                 batch["attention_mask"] * batch["weight"][:, None],
                 alive_layers(config, masks)[jnp.array(present)],
                 jnp.asarray(taught),
@@ -128,28 +128,28 @@ def pruning_objective(
 ) -> Objective:
     """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
 
-    Context: the scalars `target_sparsity`, `warmup_steps` and `step`. Batch and theta
-    as in `distillation_objective`; theta has `log_alpha` and `multipliers` too.
+    Context: the scalars `target_sparsity`, `warmup_steps` and `step`. Batch and trainable
+    as in `distillation_objective`; trainable has `log_alpha` and `multipliers` too.
     """
     imitate = distillation_objective(student, distill)
 
-    def objective(theta, frozen, context, batch, key):
+    def objective(trainable, frozen, context, batch, key):
         mask_key, dropout_key = jax.random.split(key)
-        masks = masks_lib.sample(theta["log_alpha"], mask_key)
-        loss, metrics = imitate(theta, frozen, context, batch, dropout_key, masks)
+        masks = masks_lib.sample(trainable["log_alpha"], mask_key)
+        loss, metrics = imitate(trainable, frozen, context, batch, dropout_key, masks)
         expected = constraint.expected_sparsity(
-            theta["log_alpha"], student.config, cost
+            trainable["log_alpha"], student.config, cost
         )
         target = constraint.target_at(
             context["step"], context["target_sparsity"], context["warmup_steps"]
         )
-        penalty = constraint.lagrangian(expected, target, theta["multipliers"])
+        penalty = constraint.lagrangian(expected, target, trainable["multipliers"])
         metrics |= {
             "loss_lagrangian": penalty,
             "expected_sparsity": expected,
             "target_sparsity": target,
-            "multiplier_linear": theta["multipliers"]["linear"],
-            "multiplier_quadratic": theta["multipliers"]["quadratic"],
+            "multiplier_linear": trainable["multipliers"]["linear"],
+            "multiplier_quadratic": trainable["multipliers"]["quadratic"],
         }
         return loss + penalty, metrics
 

@@ -1,6 +1,6 @@
 """One state, one step, one loop; the stages differ in their objective alone.
 
-    gradients = grad(objective)(theta)            one backward pass
+    gradients = grad(objective)(trainable)            one backward pass
     descent:  weights and gates move against their gradients
     ascent:   the multipliers move along theirs
     gates are clamped
@@ -54,19 +54,19 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: int32, steps done.
       key: the root of the stage's randomness; step n uses fold_in(key, n).
-      theta: `params` (trained part), and where the objective has them
+      trainable: `params` (trained part), and where the objective has them
         `distill_projection`, `log_alpha` and `multipliers`.
       frozen: the parameters that are not trained (the embeddings, or nothing).
       rates: a `Rate` for `weights`, `gates` and `multipliers`.
       descent: optax state over weights and gates.
       ascent: optax state over the multipliers.
-      best: theta of the best evaluation so far.
+      best: trainable of the best evaluation so far.
       best_score: its score, -inf before the first that counts.
     """
 
     step: jax.Array
     key: jax.Array
-    theta: dict
+    trainable: dict
     frozen: dict
     rates: dict[str, Rate]
     descent: Any
@@ -86,7 +86,9 @@ def descent(rates: dict[str, jax.Array]) -> optax.GradientTransformation:
     )
     return optax.partition(
         {"weights": weights, "gates": adam(rates["gates"])},
-        lambda theta: {k: "gates" if k == "log_alpha" else "weights" for k in theta},
+        lambda trainable: {
+            k: "gates" if k == "log_alpha" else "weights" for k in trainable
+        },
     )
 
 
@@ -97,10 +99,10 @@ def ascent(rates: dict[str, jax.Array]) -> optax.GradientTransformation:
     )
 
 
-def _players(theta: dict) -> tuple[dict, dict]:
+def _players(trainable: dict) -> tuple[dict, dict]:
     """What descends, what ascends."""
-    down = {k: v for k, v in theta.items() if k != "multipliers"}
-    return down, theta.get("multipliers", {})
+    down = {k: v for k, v in trainable.items() if k != "multipliers"}
+    return down, trainable.get("multipliers", {})
 
 
 def create_state(
@@ -110,7 +112,7 @@ def create_state(
     stage: str,
     rates: dict[str, Rate],
     freeze_embeddings: bool,
-    **theta: Any,
+    **trainable: Any,
 ) -> TrainState:
     """A state at step 0.
 
@@ -118,31 +120,31 @@ def create_state(
       params: the whole model's parameters; they are copied.
       seed: of the run.
       stage: its name makes the stage's randomness its own.
-      rates: `weights`, and `gates` and `multipliers` where theta has them.
+      rates: `weights`, and `gates` and `multipliers` where trainable has them.
       freeze_embeddings: whether the embeddings, their LayerNorm included, stay.
-      **theta: `distill_projection`, `log_alpha`, `multipliers`.
+      **trainable: `distill_projection`, `log_alpha`, `multipliers`.
     """
     frozen = {"embeddings": params["embeddings"]} if freeze_embeddings else {}
-    theta["params"] = {k: v for k, v in params.items() if k not in frozen}
+    trainable["params"] = {k: v for k, v in params.items() if k not in frozen}
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
-    return _fresh(key, theta, frozen, rates)
+    return _fresh(key, trainable, frozen, rates)
 
 
 @jax.jit  # one program instead of one for each shape
-def _fresh(key, theta, frozen, rates):
+def _fresh(key, trainable, frozen, rates):
     # With its dtype: a weakly typed scalar would have the second step retraced.
-    theta = jax.tree.map(lambda x: jnp.array(x, jnp.float32), theta)
-    down, up = _players(theta)
+    trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
+    down, up = _players(trainable)
     zero_rates = dict.fromkeys(("weights", "gates", "multipliers"), 0.0)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.clone(key),
-        theta=theta,
+        trainable=trainable,
         frozen=jax.tree.map(jnp.copy, frozen),
         rates=jax.tree.map(jnp.array, rates),
         descent=descent(zero_rates).init(down),
         ascent=ascent(zero_rates).init(up),
-        best=jax.tree.map(jnp.copy, theta),
+        best=jax.tree.map(jnp.copy, trainable),
         best_score=jnp.array(-jnp.inf, jnp.float32),
     )
 
@@ -170,17 +172,17 @@ def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
         the layers that are matched, which each part chooses by its own rows.
     """
 
-    def differentiate(theta, *rest):
-        return jax.value_and_grad(objective, has_aux=True)(theta, *rest)
+    def differentiate(trainable, *rest):
+        return jax.value_and_grad(objective, has_aux=True)(trainable, *rest)
 
-    def in_parts(theta, frozen, context, batch, key):
+    def in_parts(trainable, frozen, context, batch, key):
         def add(total, part):
-            found = differentiate(theta, frozen, context, part, key)
+            found = differentiate(trainable, frozen, context, part, key)
             return jax.tree.map(lambda a, b: a + b / micro_batches, total, found), None
 
         parts = _split(batch, micro_batches)
         first = jax.tree.map(lambda x: x[0], parts)
-        like = jax.eval_shape(differentiate, theta, frozen, context, first, key)
+        like = jax.eval_shape(differentiate, trainable, frozen, context, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         return jax.lax.scan(add, zeros, parts)[0]
 
@@ -190,26 +192,28 @@ def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
         key = jax.random.fold_in(state.key, state.step)
         context = dict(context, step=state.step)
         (loss, metrics), gradients = gradients_of(
-            state.theta, state.frozen, context, batch, key
+            state.trainable, state.frozen, context, batch, key
         )
         rates = {name: rate.at(state.step) for name, rate in state.rates.items()}
         rates = dict.fromkeys(("gates", "multipliers"), 0.0) | rates
-        down, up = _players(state.theta)
+        down, up = _players(state.trainable)
         down_gradients, up_gradients = _players(gradients)
         updates, descent_state = descent(rates).update(
             down_gradients, state.descent, down
         )
-        theta = optax.apply_updates(down, updates)
-        if "log_alpha" in theta:
-            theta["log_alpha"] = jax.tree.map(hard_concrete.clamp, theta["log_alpha"])
+        trainable = optax.apply_updates(down, updates)
+        if "log_alpha" in trainable:
+            trainable["log_alpha"] = jax.tree.map(
+                hard_concrete.clamp, trainable["log_alpha"]
+            )
         if up:
             updates, ascent_state = ascent(rates).update(up_gradients, state.ascent, up)
-            theta["multipliers"] = optax.apply_updates(up, updates)
+            trainable["multipliers"] = optax.apply_updates(up, updates)
         else:
             ascent_state = state.ascent
         state = state.replace(
             step=state.step + 1,
-            theta=theta,
+            trainable=trainable,
             descent=descent_state,
             ascent=ascent_state,
         )

@@ -1,10 +1,10 @@
 """What the teacher says of each batch, and how it is kept from one epoch to the next.
 
-    lesson = teach(teacher's params, batch)
-    batch["lesson"] = lesson
+    teacher_outputs = teach(teacher's params, batch)
+    batch["teacher_outputs"] = teacher_outputs
 
 The teacher never changes, and what it says of a row does not depend on the rows
-beside it: a lesson that was kept has the bits of one that is computed again. It does
+beside it: a teacher_outputs that was kept has the bits of one that is computed again. It does
 depend on the padded length, so only batches whose rows are all in their own bucket are
 kept; one with a row that `epoch_plan` moved up is computed again.
 """
@@ -29,11 +29,13 @@ from cofi_jax.training.losses import taught_layers
 _CGROUP = ("max", "current")
 
 
-Lesson = dict[str, jax.Array]
+TeacherOutputs = dict[str, jax.Array]
 
 
-def make_teach(teacher: Encoder, distill: Distill) -> Callable[[dict, Batch], Lesson]:
-    """The jitted `teach(params, batch) -> lesson`; holds what `distill` has use for.
+def make_teacher_forward(
+    teacher: Encoder, distill: Distill
+) -> Callable[[dict, Batch], TeacherOutputs]:
+    """The jitted `teach(params, batch) -> teacher_outputs`; holds what `distill` has use for.
 
     Returns:
       A function to a dict with `logits`, as the model's, and `states` (B, T, K, D),
@@ -47,18 +49,18 @@ def make_teach(teacher: Encoder, distill: Distill) -> Callable[[dict, Batch], Le
     @jax.jit
     def teach(params, batch):
         output = teacher.apply({"params": params}, batch)
-        lesson = {}
+        teacher_outputs = {}
         if distill.logits:
-            lesson["logits"] = output.logits
+            teacher_outputs["logits"] = output.logits
         if distill.layers:
             states = [output.hidden_states[k + 1] for k in taught]
-            lesson["states"] = jnp.stack(states, 2)
-        return lesson
+            teacher_outputs["states"] = jnp.stack(states, 2)
+        return teacher_outputs
 
     return teach
 
 
-class Lessons:
+class TeacherCache:
     """A teacher that is asked about batches of the training rows.
 
     Args:
@@ -68,14 +70,14 @@ class Lessons:
     """
 
     def __init__(self, teacher: Encoder, params: dict, distill: Distill):
-        self._teach = make_teach(teacher, distill)
+        self._teach = make_teacher_forward(teacher, distill)
         self._params, self._cache = distributed.replicate(params), distill.cache
         self._key, self._store = None, None
 
     def of(
         self, examples: batches.Examples, buckets: Sequence[int], batch_size: int
-    ) -> Callable[[np.ndarray, Batch], Lesson]:
-        """`(rows, batch) -> lesson` for batches of `examples`, on the device.
+    ) -> Callable[[np.ndarray, Batch], TeacherOutputs]:
+        """`(rows, batch) -> teacher_outputs` for batches of `examples`, on the device.
 
         Stages of the same rows and batch size share what is kept (sums of other shapes
         may be rounded otherwise); with others, what was kept is forgotten.
@@ -89,7 +91,7 @@ class Lessons:
             self._store = _Store(like, examples, buckets, self._cache)
         store = self._store
 
-        def lesson(rows, batch):
+        def teacher_outputs(rows, batch):
             kept = store.read(rows, batch)
             if kept is not None:
                 return distributed.shard(kept)
@@ -97,25 +99,28 @@ class Lessons:
             store.write(rows, batch, new)
             return new
 
-        return lesson
+        return teacher_outputs
 
 
 def check_memory(
     teacher: EncoderConfig, distill: Distill, examples: Sequence[batches.Examples]
 ) -> None:
-    """Says what the lessons of all rows of `examples` need, before they are made.
+    """Says what the teacher outputs of all rows of `examples` need, before they are made.
 
     Args:
       teacher: its sizes.
       distill: with `cache`; nothing is said where that is none.
-      examples: the rows of each stage; one stage's lessons are kept at a time.
+      examples: the rows of each stage; one stage's outputs are kept at a time.
 
     Raises:
       UserError: where less memory is free.
     """
     if distill.cache == "none" or not (distill.logits or distill.layers):
         return
-    teach, params = make_teach(Encoder(teacher), distill), abstract_params(teacher)
+    teach, params = (
+        make_teacher_forward(Encoder(teacher), distill),
+        abstract_params(teacher),
+    )
 
     def size_of(rows):
         like = _example(teach, params, rows)
@@ -129,10 +134,10 @@ def check_memory(
         raise reject("distill.cache", distill.cache, legal)
     free = _free_memory(distill.cache)
     if size > free:
-        legal = f"the lessons need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        legal = f"the teacher outputs need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise reject("distill.cache", distill.cache, legal)
     print(
-        f"lessons: {count:,} rows of {tokens:,} tokens take up to {size / 1e9:.2f} GB "
+        f"teacher_cache: {count:,} rows of {tokens:,} tokens take up to {size / 1e9:.2f} GB "
         f"of the {distill.cache}'s memory",
         flush=True,
     )
@@ -157,7 +162,7 @@ def _free_memory(where):
 
 
 def _example(teach, params, examples):
-    """Shapes and dtypes of the lesson of one row."""
+    """Shapes and dtypes of the teacher_outputs of one row."""
     length, rows = int(examples.lengths[0]), np.zeros(1, np.int32)
     batch = batches.make_batch(examples, rows, length=length, batch_size=1)
     return jax.eval_shape(teach, params, batch)
@@ -175,24 +180,24 @@ def _shapes(like, examples):
 
 
 class _Store:
-    """Lessons by row, or by token where they are of tokens: real tokens alone."""
+    """TeacherCache by row, or by token where they are of tokens: real tokens alone."""
 
-    def __init__(self, lesson, examples, buckets, cache):
+    def __init__(self, teacher_outputs, examples, buckets, cache):
         lengths = examples.lengths
         self._lengths, self._cache, self._pending = lengths, cache, None
         self._starts = np.cumsum(lengths, dtype=np.int64) - lengths
         self._own = np.asarray(buckets)[np.searchsorted(buckets, lengths)]
         self._kept = np.zeros(len(lengths), bool)
-        self._of_tokens = {name: x.ndim > 2 for name, x in lesson.items()}
-        shapes = _shapes(lesson, examples)
-        arrays = {n: np.zeros(shapes[n], x.dtype) for n, x in lesson.items()}
+        self._of_tokens = {name: x.ndim > 2 for name, x in teacher_outputs.items()}
+        shapes = _shapes(teacher_outputs, examples)
+        arrays = {n: np.zeros(shapes[n], x.dtype) for n, x in teacher_outputs.items()}
         self._arrays = distributed.replicate(arrays) if cache == "device" else arrays
         self._write = jax.jit(
-            _set, donate_argnums=0, out_shardings=distributed.copies()
+            _set, donate_argnums=0, out_shardings=distributed.replicated()
         )
 
     def read(self, rows, batch):
-        """The lesson, or None where the batch has a row that is not kept."""
+        """The teacher_outputs, or None where the batch has a row that is not kept."""
         self._flush()
         if not self._kept[rows].all() or not self._at_home(rows, batch).all():
             return None
@@ -201,7 +206,7 @@ class _Store:
             return _read(self._arrays, distributed.replicate(index))
         return {name: x[index[name]] for name, x in self._arrays.items()}
 
-    def write(self, rows, batch, lesson):
+    def write(self, rows, batch, teacher_outputs):
         """Keeps what the rows were told, if all of them are in their own bucket."""
         if not self._at_home(rows, batch).all():
             return
@@ -209,15 +214,15 @@ class _Store:
         self._kept[rows] = True
         if self._cache == "device":
             self._arrays = self._write(
-                self._arrays, distributed.replicate(index), lesson
+                self._arrays, distributed.replicate(index), teacher_outputs
             )
         else:  # waited for when the device has begun with the step
-            self._pending = index, lesson
+            self._pending = index, teacher_outputs
 
     def _flush(self):
         if self._pending:
-            index, lesson = self._pending
-            for name, values in distributed.fetch(lesson).items():
+            index, teacher_outputs = self._pending
+            for name, values in distributed.fetch(teacher_outputs).items():
                 self._arrays[name][index[name]] = values
             self._pending = None
 
@@ -225,7 +230,7 @@ class _Store:
         return self._own[rows] == batch["input_ids"].shape[1]
 
     def _index(self, rows, batch):
-        """For each part of a lesson where its rows or tokens stand, (B,) or (B, T)."""
+        """For each part of a teacher_outputs where its rows or tokens stand, (B,) or (B, T)."""
         size, length = batch["input_ids"].shape
         rows = batches.fill_up(rows, size)
         column = np.arange(length)
@@ -240,14 +245,16 @@ def _read(arrays, index):
     return {name: x[index[name]] for name, x in arrays.items()}
 
 
-def _set(arrays, index, lesson):
-    return {name: x.at[index[name]].set(lesson[name]) for name, x in arrays.items()}
+def _set(arrays, index, teacher_outputs):
+    return {
+        name: x.at[index[name]].set(teacher_outputs[name]) for name, x in arrays.items()
+    }
 
 
-def check_lessons(
+def check_teacher_cache(
     config: Config, sizes: EncoderConfig, train: batches.Examples
 ) -> None:
-    """Says what a cache of lessons needs; UserError where the memory is too small."""
+    """Says what a cache of teacher outputs needs; UserError where memory is short."""
     taught = {}
     for field in ("prune", "finetune"):
         stage = getattr(config, field)

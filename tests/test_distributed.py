@@ -244,15 +244,15 @@ def reject(text):
 
 
 def check():
-    with distributed.together():
+    with distributed.raise_together():
         if me == 1:
             reject("of the second")
 
 
 assert refused(check) == "of the second"
-assert distributed.first(lambda: [me, "a" * 3000]) == [0, "a" * 3000]
-assert refused(lambda: distributed.first(lambda: reject(f"of {me}"))) == "of 0"
-with distributed.together():
+assert distributed.on_process_zero(lambda: [me, "a" * 3000]) == [0, "a" * 3000]
+assert refused(lambda: distributed.on_process_zero(lambda: reject(f"of {me}"))) == "of 0"
+with distributed.raise_together():
     pass
 distributed.check_same("this", lambda: 1)
 legal = "--distributed=True: that must be the same in all processes"
@@ -289,11 +289,11 @@ import jax, os
 from cofi_jax import distributed
 
 distributed.start()
-with distributed.one_voice():
-    distributed.first(lambda: 1)
+with distributed.only_process_zero_prints():
+    distributed.on_process_zero(lambda: 1)
     if jax.process_index() == {victim}:
         {end}
-    distributed.first(lambda: 2)
+    distributed.on_process_zero(lambda: 2)
 """
     statuses = wait(start_two(*[["-c", program]] * 2, out=tmp_path / "out"))
     assert 0 not in statuses

@@ -55,17 +55,21 @@ def test_a_lesson_is_what_the_model_says(
     tiny, tiny_params, tiny_batch, distill, taught
 ):
     model = model_of(tiny)
-    lesson = teacher_lib.make_teach(model, distill)(tiny_params, tiny_batch)
+    teacher_outputs = teacher_lib.make_teacher_forward(model, distill)(
+        tiny_params, tiny_batch
+    )
     output = model.apply({"params": tiny_params}, tiny_batch)
-    assert ("logits" in lesson) == (distill.logits > 0)
-    assert ("states" in lesson) == (distill.layers > 0)
-    if "logits" in lesson:
-        np.testing.assert_allclose(lesson["logits"], output.logits, rtol=1e-5)
-    if "states" in lesson:
-        assert lesson["states"].shape == (3, 6, len(taught), 16)
+    assert ("logits" in teacher_outputs) == (distill.logits > 0)
+    assert ("states" in teacher_outputs) == (distill.layers > 0)
+    if "logits" in teacher_outputs:
+        np.testing.assert_allclose(teacher_outputs["logits"], output.logits, rtol=1e-5)
+    if "states" in teacher_outputs:
+        assert teacher_outputs["states"].shape == (3, 6, len(taught), 16)
         for k, layer in enumerate(taught):
             state = output.hidden_states[layer + 1]
-            np.testing.assert_allclose(lesson["states"][:, :, k], state, atol=1e-5)
+            np.testing.assert_allclose(
+                teacher_outputs["states"][:, :, k], state, atol=1e-5
+            )
 
 
 @pytest.mark.parametrize("cache", ["host", "device"])
@@ -79,7 +83,7 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
     asked = []
 
     def lessons_of(cache):
-        teaching = teacher_lib.Lessons(
+        teaching = teacher_lib.TeacherCache(
             model, params, dataclasses.replace(distill, cache=cache)
         )
         teach = teaching._teach
@@ -124,7 +128,7 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
             freeze_embeddings=True,
             distill_projection=jnp.eye(16),
         )
-        teaching = teacher_lib.Lessons(model, teacher, distill)
+        teaching = teacher_lib.TeacherCache(model, teacher, distill)
         with Checkpoints(tmp_path / cache) as saved:
             state, _ = loop.fit(
                 state,
@@ -142,11 +146,11 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
                 log_every=1,
                 eval_every=100,
                 checkpoint_every=100,
-                lesson=teaching.of(examples, BUCKETS, BATCH),
+                teacher_outputs=teaching.of(examples, BUCKETS, BATCH),
             )
         lines = (tmp_path / f"{cache}.jsonl").read_text().splitlines()
         losses = [line.partition('"loss":')[2] for line in lines]
-        results[cache] = losses, jax.device_get(state.theta)
+        results[cache] = losses, jax.device_get(state.trainable)
     for cache in ("host", "device"):
         assert results[cache][0] == results["none"][0]
         jax.tree.map(
@@ -155,7 +159,9 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
 
 
 def test_stages_share_what_is_kept_only_in_the_same_shapes(tiny, tiny_params, examples):
-    teaching = teacher_lib.Lessons(model_of(tiny), tiny_params, Distill(cache="host"))
+    teaching = teacher_lib.TeacherCache(
+        model_of(tiny), tiny_params, Distill(cache="host")
+    )
     first = teaching.of(examples, BUCKETS, 4) and teaching._store
     assert teaching.of(examples, BUCKETS, 4) and teaching._store is first
     others = examples.take(np.random.default_rng(0).permutation(22))  # as many
