@@ -181,7 +181,7 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def preprune() -> None:
+def prepare() -> None:
     """Imports what a step imports."""
     import torch  # noqa: F401
     import transformers  # noqa: F401

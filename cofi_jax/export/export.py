@@ -100,7 +100,7 @@ def export(
         )
         read = verify.validation(data, saved_model.load_tokenizer(path), num_rows)
 
-        def preprune(params):
+        def prepare(params):
             """The model, the dense one it was cut from, and what to compare with."""
             model = verify.in_jax(params, config)
             if not spec:

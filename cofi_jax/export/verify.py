@@ -101,9 +101,9 @@ def _logits(predict, rows):
         lambda params, masks, batch: predict(batch),
         {},
         {},
-        sources.examples,
+        rows.examples,
         batch_size=32,
-        buckets=sources.buckets,
+        buckets=rows.buckets,
     )
 
 
@@ -162,7 +162,7 @@ def time(
     return {
         "speedup": ratio,
         "speedup_spread": list(spread),
-        "latency_ms": {name: timing_lib.median_ms for name, timing in timings.items()},
+        "latency_ms": {name: each.median_ms for name, each in timings.items()},
         "benchmark": {
             "device": timing_lib.describe(jax.local_devices(backend="cpu")[0]),
             "dtype": "float32",
