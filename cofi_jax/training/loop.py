@@ -80,13 +80,15 @@ def fit(
       buckets: padded lengths.
       seed: of the order of the examples.
       total_steps: where the stage ends.
-      evaluate: (trainable, frozen) to an `Evaluation`; the best one's trainable is kept.
-      checkpoints: a `checkpoint.Checkpoints`.
-      log: a `report.MetricsLog`.
+      evaluate: maps (trainable, frozen) to an `Evaluation`; the trainable of the best
+        one is kept.
+      checkpoints: a `checkpoints.state.Checkpoints`.
+      log: a `log.MetricsLog`.
       log_every: steps between lines of the log.
       eval_every: steps between evaluations; one more at the end.
       checkpoint_every: steps between checkpoints; one more at the end.
-      teacher_outputs: (rows, batch) to what the teacher says, see `teacher_cache`; None: no teacher.
+      teacher_outputs: maps (rows, batch) to the teacher's outputs, see `teacher`; None
+        where there is no teacher.
 
     Returns:
       The last state, and the seconds that the stage took, restarts included.

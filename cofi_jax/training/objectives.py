@@ -7,9 +7,9 @@ t_k is the output of the k-th taught teacher layer, s_m(k) that of the student
 layer it is matched with, W a learned D x D map (paper, section 3.2). With a and b 0
 there is no teacher: the task's own loss takes the place of distillation.
 
-An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics). Trainable
-holds what is trained, `frozen` the embeddings where they are not; `context` is the
-pytree of everything else that the loss needs, so that nothing is a constant of the
+An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics).
+`trainable` holds what is trained, `frozen` the embeddings where they are not; `context`
+is the pytree of everything else that the loss needs, so that nothing is a constant of the
 compiled program.
 """
 
@@ -70,8 +70,8 @@ def task_objective(model: Encoder) -> Objective:
 def distillation_objective(student: Encoder, distill: Distill) -> Objective:
     """Imitation of the teacher by a dense or sliced student.
 
-    The batch has a `teacher_outputs`, see `teacher_cache.make_teacher_forward`. Trainable: `params` and, for the
-    layer term, `distill_projection` (D', D).
+    The batch has `teacher_outputs`, see `teacher.make_teacher_forward`. The trainable
+    has `params` and, for the layer term, `distill_projection` (D', D).
     """
     if distill.logits == distill.layers == 0:
         return task_objective(student)
@@ -128,8 +128,9 @@ def pruning_objective(
 ) -> Objective:
     """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
 
-    Context: the scalars `target_sparsity`, `warmup_steps` and `step`. Batch and trainable
-    as in `distillation_objective`; trainable has `log_alpha` and `multipliers` too.
+    The context has the scalars `target_sparsity`, `warmup_steps` and `step`. The batch
+    and the trainable are those of `distillation_objective`; the trainable has
+    `log_alpha` and `multipliers` too.
     """
     imitate = distillation_objective(student, distill)
 

@@ -3,9 +3,9 @@
     teacher_outputs = teach(teacher's params, batch)
     batch["teacher_outputs"] = teacher_outputs
 
-The teacher never changes, and what it says of a row does not depend on the rows
-beside it: a teacher_outputs that was kept has the bits of one that is computed again. It does
-depend on the padded length, so only batches whose rows are all in their own bucket are
+The teacher never changes, and its outputs for a row do not depend on the other rows of
+the batch, so kept outputs have the same bits as recomputed ones. They do depend on the
+padded length, so only batches whose rows are all in their own bucket are
 kept; one with a row that `epoch_plan` moved up is computed again.
 """
 
@@ -35,7 +35,7 @@ TeacherOutputs = dict[str, jax.Array]
 def make_teacher_forward(
     teacher: Encoder, distill: Distill
 ) -> Callable[[dict, Batch], TeacherOutputs]:
-    """The jitted `teach(params, batch) -> teacher_outputs`; holds what `distill` has use for.
+    """Returns the jitted `teach(params, batch) -> teacher_outputs` that `distill` needs.
 
     Returns:
       A function to a dict with `logits`, as the model's, and `states` (B, T, K, D),
@@ -105,7 +105,7 @@ class TeacherCache:
 def check_memory(
     teacher: EncoderConfig, distill: Distill, examples: Sequence[batches.Examples]
 ) -> None:
-    """Says what the teacher outputs of all rows of `examples` need, before they are made.
+    """Prints the memory that the outputs for all rows of `examples` need, beforehand.
 
     Args:
       teacher: its sizes.
@@ -134,10 +134,12 @@ def check_memory(
         raise reject("distill.cache", distill.cache, legal)
     free = _free_memory(distill.cache)
     if size > free:
-        legal = f"the teacher outputs need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        legal = f"the teacher's outputs need {size / 1e9:.2f} GB, "
+        legal += f"{free / 1e9:.2f} GB are free"
         raise reject("distill.cache", distill.cache, legal)
     print(
-        f"teacher_cache: {count:,} rows of {tokens:,} tokens take up to {size / 1e9:.2f} GB "
+        f"teacher's outputs: {count:,} rows of {tokens:,} tokens take up to "
+        f"{size / 1e9:.2f} GB "
         f"of the {distill.cache}'s memory",
         flush=True,
     )
@@ -230,7 +232,7 @@ class _Store:
         return self._own[rows] == batch["input_ids"].shape[1]
 
     def _index(self, rows, batch):
-        """For each part of a teacher_outputs where its rows or tokens stand, (B,) or (B, T)."""
+        """Returns the places of each output: (B,) for rows, (B, T) for tokens."""
         size, length = batch["input_ids"].shape
         rows = batches.fill_up(rows, size)
         column = np.arange(length)
