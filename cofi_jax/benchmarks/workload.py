@@ -152,6 +152,7 @@ def training_work(
         batch_size=options.batch_size,
         buckets=batches_lib.bucket_lengths(task, examples.lengths),
         seed=0,
+        stage="",
         epoch=0,
     )
     if batches:

@@ -123,8 +123,7 @@ class Run:
             return loop.Evaluation(score, removed >= least, {"sparsity": removed})
 
         with state_lib.Checkpoints(self.workdir / "checkpoints" / stage) as saved:
-            state, seconds = loop.fit(
-                distributed.replicate(state),
+            settled = loop.Loop(
                 stage=stage,
                 step=step.make_step(loss, settings.micro_batches),
                 context=distributed.replicate(context or {}),
@@ -141,7 +140,9 @@ class Run:
                 log_every=config.log_every,
                 eval_every=config.eval_every,
                 checkpoint_every=config.checkpoint_every,
+                start_counts=stage in ("teacher", "finetune"),
             )
+            state, seconds = loop.fit(distributed.replicate(state), settled)
         return distributed.local(state), seconds
 
 
@@ -168,7 +169,7 @@ def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
         "teacher",
         model,
         params,
-        objectives.task_objective(model),
+        objectives.TaskObjective(model),
         settings=settings,
         epochs=settings.epochs,
         examples=examples,
@@ -218,7 +219,7 @@ def learn_masks(
         "prune",
         model,
         student.params,
-        objectives.pruning_objective(model, run.config.distill),
+        objectives.PruningObjective(model, run.config.distill),
         settings=settings,
         epochs=epochs,
         examples=examples,
