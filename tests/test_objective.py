@@ -1,6 +1,7 @@
 """Layer matching and whole objectives, against closed forms and brute force."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -116,7 +117,9 @@ def ordered_by_hand(costs, alive):
     return matched[::-1]
 
 
-_match = jax.jit(losses.match_layers, static_argnames="ordered")
+@functools.partial(jax.jit, static_argnames="ordered")
+def _match(costs, alive, *, ordered):
+    return losses.MATCHERS["ordered" if ordered else "closest"](costs, alive)
 
 
 @st.composite
@@ -320,7 +323,7 @@ class World:
         return objectives.distillation_objective(Encoder(self.student), distill)
 
     def pruning(self, distill):
-        return objectives.pruning_objective(Encoder(self.student), distill)
+        return objectives.PruningObjective(Encoder(self.student), distill)
 
     def choices(self, logits):
         """What is chosen from, row after row; two choices of each span."""
@@ -468,7 +471,7 @@ def test_without_a_teacher_the_labels_teach(dense_worlds, problem):
         assert set(metrics) == {"loss_task"} and metrics["loss_task"] == loss
         seen.append(loss)
     assert abs(seen[0] - seen[1]) > 1e-3
-    trained, _ = jax.jit(objectives.task_objective(model))(
+    trained, _ = jax.jit(objectives.TaskObjective(model))(
         trainable, {}, {}, world.batch, key
     )
     np.testing.assert_allclose(trained, seen[0], rtol=1e-6)
@@ -557,7 +560,7 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
         "warmup_steps": np.int32(8),
     }
     loss_of = jax.jit(
-        jax.value_and_grad(objectives.pruning_objective(model, distill), has_aux=True)
+        jax.value_and_grad(objectives.PruningObjective(model, distill), has_aux=True)
     )
     for step, target in ((0, 0.0), (2, 0.15), (8, 0.6), (100, 0.6)):
         context["step"] = np.int32(step)
@@ -589,7 +592,7 @@ def test_pruning_objective_draws_gates_from_the_key(tiny, worlds):
             params, batch
         )
     }
-    loss_of = jax.jit(objectives.pruning_objective(model, Distill()))
+    loss_of = jax.jit(objectives.PruningObjective(model, Distill()))
     first, again, other = (
         loss_of(trainable, {}, context, batch, jax.random.key(seed))
         for seed in (0, 0, 1)

@@ -179,7 +179,7 @@ def test_rounded_widths_are_multiples_or_the_dense_ones():
 def test_sampled_batches_come_as_often_as_in_an_epoch():
     lengths = np.repeat([3, 9, 30], [400, 200, 40])
     plan = batches.epoch_plan(
-        lengths, batch_size=8, buckets=(4, 16, 32), seed=0, epoch=0
+        lengths, batch_size=8, buckets=(4, 16, 32), stage="", seed=0, epoch=0
     )
     found = workload.sampled_plan(plan, 16, batch_size=8)
     often = {length: sum(n == length for n, _ in found) for length in (4, 16, 32)}

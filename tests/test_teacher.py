@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -82,21 +83,23 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
     params, distill = random_params(model.config, 1), Distill(num_layers=2)
     asked = []
 
-    def lessons_of(cache):
+    def outputs_of(cache):
         teaching = teacher_lib.TeacherCache(
             model, params, dataclasses.replace(distill, cache=cache)
         )
-        teach = teaching._teach
+        teach = teaching._forward
 
         def counted(params, batch):
             asked.append(cache)
             return teach(params, batch)
 
-        teaching._teach = counted
+        teaching._forward = counted
         return teaching.of(examples, BUCKETS, BATCH)
 
-    fresh, kept = lessons_of("none"), lessons_of(cache)
-    stream = loop._batches(examples, BATCH, BUCKETS, 57, 0)
+    fresh, kept = outputs_of("none"), outputs_of(cache)
+    stream = batches.stream(
+        examples, batch_size=BATCH, buckets=BUCKETS, seed=57, stage=""
+    )
     for rows, batch in itertools.islice(stream, 18):
         batch = jax.device_put(batch)
         expected, found = fresh(rows, batch), kept(rows, batch)
@@ -132,21 +135,25 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
         with Checkpoints(tmp_path / cache) as saved:
             state, _ = loop.fit(
                 state,
-                stage="prune",
-                step=step.make_step(objectives.distillation_objective(model, distill)),
-                context={},
-                examples=examples,
-                batch_size=BATCH,
-                buckets=BUCKETS,
-                seed=57,
-                total_steps=18,
-                evaluate=lambda *_: loop.Evaluation(0.0),
-                checkpoints=saved,
-                log=log,
-                log_every=1,
-                eval_every=100,
-                checkpoint_every=100,
-                teacher_outputs=teaching.of(examples, BUCKETS, BATCH),
+                loop.Loop(
+                    stage="prune",
+                    step=step.make_step(
+                        objectives.distillation_objective(model, distill)
+                    ),
+                    context={},
+                    examples=examples,
+                    batch_size=BATCH,
+                    buckets=BUCKETS,
+                    seed=57,
+                    total_steps=18,
+                    evaluate=lambda *_: loop.Evaluation(0.0),
+                    checkpoints=saved,
+                    log=log,
+                    log_every=1,
+                    eval_every=100,
+                    checkpoint_every=100,
+                    teacher_outputs=teaching.of(examples, BUCKETS, BATCH),
+                ),
             )
         lines = (tmp_path / f"{cache}.jsonl").read_text().splitlines()
         losses = [line.partition('"loss":')[2] for line in lines]
@@ -162,12 +169,12 @@ def test_stages_share_what_is_kept_only_in_the_same_shapes(tiny, tiny_params, ex
     teaching = teacher_lib.TeacherCache(
         model_of(tiny), tiny_params, Distill(cache="host")
     )
-    first = teaching.of(examples, BUCKETS, 4) and teaching._store
-    assert teaching.of(examples, BUCKETS, 4) and teaching._store is first
+    first = teaching.of(examples, BUCKETS, 4) and teaching._rows
+    assert teaching.of(examples, BUCKETS, 4) and teaching._rows is first
     others = examples.take(np.random.default_rng(0).permutation(22))  # as many
     for rows, size in ((examples, 2), (others, 2), (examples.take(np.arange(8)), 2)):
-        before = teaching._store
-        assert teaching.of(rows, BUCKETS, size) and teaching._store is not before
+        before = teaching._rows
+        assert teaching.of(rows, BUCKETS, size) and teaching._rows is not before
 
 
 @pytest.mark.parametrize("cache", ["host", "device"])
@@ -181,7 +188,9 @@ def test_the_memory_is_said_before(tiny, examples, capsys, monkeypatch, cache):
             teacher_lib.check_memory(tiny, distill, [examples])
             assert f"22 rows of {tokens - 1} tokens" in capsys.readouterr().out
         else:
-            with pytest.raises(UserError, match=f"distill.cache='{cache}'.* GB are"):
+            with pytest.raises(
+                UserError, match=f"distill.cache='{cache}'.*GB, .* are free"
+            ):
                 teacher_lib.check_memory(tiny, distill, [examples])
 
 
@@ -194,3 +203,34 @@ def test_nothing_is_said_where_nothing_is_kept(tiny, examples, capsys):
 def test_free_memory_is_a_number():
     assert teacher_lib._free_memory("host") > 0
     assert teacher_lib._free_memory("device") > 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_page_cache_is_free_memory(version, monkeypatch):
+    """A container's limit counts what it reads of files, but gives that up at need."""
+    v2 = {
+        "memory.max": "9000000",
+        "memory.current": "8500000",
+        "memory.stat": "anon 500000\nfile 8000000\nshmem 1000000\n"
+        "inactive_anon 1\nactive_anon 1\ninactive_file 4000000\nactive_file 3000000\n",
+    }
+    v1 = {
+        "memory/memory.limit_in_bytes": v2["memory.max"],
+        "memory/memory.usage_in_bytes": v2["memory.current"],
+        "memory/memory.stat": v2["memory.stat"].replace("\n", "\ntotal_")
+        + "inactive_file 7",
+    }
+    files, read = (v1, v2)[version - 1], pathlib.Path.read_text
+
+    def fake(path, *arguments):
+        group = pathlib.Path("/sys/fs/cgroup")
+        if not path.is_relative_to(group):
+            return read(path, *arguments)
+        if str(path.relative_to(group)) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path.relative_to(group))]
+
+    monkeypatch.setattr(pathlib.Path, "read_text", fake)
+    assert teacher_lib._free_memory("host") == 9e6 - (8.5e6 - 7e6)
+    files |= dict.fromkeys(files, "max")  # no limit: what the machine has
+    assert teacher_lib._free_memory("host") > 9e6

@@ -46,8 +46,16 @@ def test_warm_up(schedule, factor):
     rate = Rate.create(1.0, schedule, 100, warmup_steps=4)
     steps = np.arange(8)
     ramp = np.array([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
-    expected = ramp * (1 - factor * steps / 100)
+    expected = ramp * np.minimum(1, 1 - factor * (steps - 4) / 96)
     np.testing.assert_allclose(rate_at(rate, steps), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 1, 3, 30, 99, 100])
+def test_a_linear_rate_reaches_its_peak_and_ends_at_zero(warmup_steps):
+    rate = Rate.create(1e-3, "linear", 100, warmup_steps=warmup_steps)
+    rates = rate_at(rate, range(101))
+    assert max(rates) == np.float32(1e-3)
+    assert warmup_steps == 100 or abs(rates[100]) < 1e-9
 
 
 # One step, with gradients that the test chooses
@@ -191,7 +199,7 @@ class Pruning:
         self.teacher = jax.device_put(random_params(config, seed=3))
         model = Encoder(config)
         distill = Distill(num_layers=2)
-        loss = objectives.pruning_objective(model, distill)
+        loss = objectives.PruningObjective(model, distill)
 
         def counted(*args):
             self.traces += 1
@@ -435,9 +443,9 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
     names = ("weights", "gates", "multipliers")
     context = {"target_sparsity": np.float32(0.5), "warmup_steps": np.int32(1)}
     games = {
-        "task": (objectives.task_objective(model), {}),
+        "task": (objectives.TaskObjective(model), {}),
         "prune": (
-            objectives.pruning_objective(model, distill),
+            objectives.PruningObjective(model, distill),
             {
                 "distill_projection": jnp.eye(16),
                 "log_alpha": init_log_alpha(config, jax.random.key(0)),
@@ -483,7 +491,7 @@ def test_parts_have_noise_of_their_own(pruning):
 
     def loss(trainable, frozen, context, batch, key):
         gates = masks.sample(trainable["log_alpha"], jax.random.split(key)[0])
-        game = objectives.pruning_objective(model, Distill(num_layers=2))
+        game = objectives.PruningObjective(model, Distill(num_layers=2))
         value, metrics = game(trainable, frozen, context, batch, key)
         jax.debug.callback(lambda *x: seen.append(x), gates["head"], value)
         return value, metrics

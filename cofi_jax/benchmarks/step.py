@@ -232,7 +232,7 @@ def prepared(
     }
     imitate, context = objectives.distillation_objective, {}
     if "masked" in kind:
-        imitate = objectives.pruning_objective
+        imitate = objectives.PruningObjective
         log_alpha = masks.init_log_alpha(subject.dense, jax.random.key(2))
         if kind == "late masked":
             for name, widths in (

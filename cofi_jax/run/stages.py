@@ -41,7 +41,7 @@ class Run:
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
         """Padded lengths."""
-        return batches.bucket_lengths(self.config.data, self.train.lengths)
+        return batches.bucket_lengths(self.task, self.train.lengths)
 
     def examples(self, field: str) -> batches.Examples:
         """The training rows of the stage that the config calls `field`."""
@@ -53,8 +53,8 @@ class Run:
     ) -> dict[str, dict[str, float]]:
         """Each of the task's metrics, by validation split."""
         return {
-            split: tasks.scores(
-                self.task, self._logits(predict, params, gates, examples), examples
+            split: self.task.scores(
+                self._logits(predict, params, gates, examples), examples
             )
             for split, examples in self.validation.items()
         }
@@ -63,7 +63,7 @@ class Run:
         """The metric that decides, on the split that decides."""
         examples = next(iter(self.validation.values()))
         logits = self._logits(predict, params, gates, examples)
-        return main_score(tasks.scores(self.task, logits, examples))
+        return main_score(self.task.scores(logits, examples))
 
     def exact_logits(
         self, model: Encoder, params: dict, gates: masks.Masks | None = None
@@ -123,8 +123,7 @@ class Run:
             return loop.Evaluation(score, removed >= least, {"sparsity": removed})
 
         with state_lib.Checkpoints(self.workdir / "checkpoints" / stage) as saved:
-            state, seconds = loop.fit(
-                distributed.replicate(state),
+            settled = loop.Loop(
                 stage=stage,
                 step=step.make_step(loss, settings.micro_batches),
                 context=distributed.replicate(context or {}),
@@ -141,7 +140,9 @@ class Run:
                 log_every=config.log_every,
                 eval_every=config.eval_every,
                 checkpoint_every=config.checkpoint_every,
+                start_counts=stage in ("teacher", "finetune"),
             )
+            state, seconds = loop.fit(distributed.replicate(state), settled)
         return distributed.local(state), seconds
 
 
@@ -168,7 +169,7 @@ def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
         "teacher",
         model,
         params,
-        objectives.task_objective(model),
+        objectives.TaskObjective(model),
         settings=settings,
         epochs=settings.epochs,
         examples=examples,
@@ -218,7 +219,7 @@ def learn_masks(
         "prune",
         model,
         student.params,
-        objectives.pruning_objective(model, run.config.distill),
+        objectives.PruningObjective(model, run.config.distill),
         settings=settings,
         epochs=epochs,
         examples=examples,

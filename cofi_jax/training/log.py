@@ -1,8 +1,4 @@
-"""What came out of a run, from plain data: `report.json`, log and tables.
-
-Everything is written atomically: a reader sees the old file or the new one,
-whatever moment the run is killed at.
-"""
+"""The log of a run, as JSON lines and, where it is wanted, as TensorBoard events."""
 
 import json
 import os
@@ -16,42 +12,46 @@ from cofi_jax.files import write_atomically
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one cut off at the end is left out.
+    """Returns the lines of a `metrics.jsonl`, without one that was cut off at the end.
 
     Raises:
-      ValueError: a line before the last is not JSON.
+      UserError: where another line is not what `MetricsLog` writes.
     """
-    lines = pathlib.Path(path).read_bytes().splitlines()
+    lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON") from error
+            values = json.loads(line)
+            if not isinstance(values["stage"], str) or type(values["step"]) is not int:
+                raise TypeError
+            metrics.append(values)
+        except (ValueError, TypeError, KeyError) as error:
+            if number < len(lines) or line.endswith(b"\n"):
+                legal = f"line {number} is damaged; remove it, or the file to log anew"
+                raise reject("metrics.jsonl", str(path), legal) from error
     return metrics
 
 
 class MetricsLog:
-    """Appends to a `metrics.jsonl`, one JSON object a line.
+    """Appends to a `metrics.jsonl`, one JSON object on each line.
 
-    Each line goes to the operating system at once, so a killed run loses at most
-    the line it was writing; the next run's `MetricsLog` removes a broken one.
+    Each line goes to the operating system at once, so a killed run loses at most the
+    line that it was writing. The next run's `MetricsLog` removes a line that was cut.
     """
 
     def __init__(self, path: str | os.PathLike, mirror: Any = None):
-        """Opens the log at `path`, new or continued; `mirror`: an `events.Events`."""
+        """Opens a new or an old log at `path`; `mirror` is an `Events` or None."""
         self.path, self._mirror = pathlib.Path(path), mirror
         self._rewrite(read_metrics(path) if self.path.exists() else [])
 
     def rewind(self, stage: str, step: int) -> float:
-        """Forgets the lines of `stage` after `step`, where the stage resumes.
+        """Forgets the lines of `stage` after `step`, from which the stage is resumed.
 
-        Lines at `step` itself stay, so a run logs a step before it saves it. A
+        The lines of `step` itself stay: a run logs a step before it saves the state. A
         stage that starts over passes -1.
 
         Returns:
-          The seconds that the stage had taken at the last line left, or 0.
+          The seconds that the stage had taken at the last line that is left, or 0.
         """
         lines = [
             line
@@ -65,7 +65,7 @@ class MetricsLog:
         )
 
     def write(self, *, stage: str, step: int, **values: Any) -> None:
-        """Adds a line; scalars may be Python's, NumPy's or JAX's."""
+        """Adds a line, whose scalars may be Python's, NumPy's or JAX's."""
         line = _line({"stage": stage, "step": step} | values)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
@@ -85,19 +85,18 @@ def _line(values: dict[str, Any]) -> str:
 def check() -> None:
     """Raises UserError where tensorboardX is not installed."""
     try:
-        import tensorboardX.event_file_writer  # noqa: F401
+        import tensorboardX  # noqa: F401
     except ImportError as error:
         legal = "needs tensorboardX: pip install 'cofi-jax[tensorboard]'"
         raise reject("tensorboard", True, legal) from error
 
 
 class Events:
-    """The event files that follow a `report.MetricsLog`, as its `mirror`.
+    """The TensorBoard event files that mirror a `MetricsLog`.
 
-    What TensorBoard has read it does not forget when a file changes or goes. So where
-    lines were taken back, or a run goes on, a new file begins, which says that all
-    steps before it, from 0 on, are void, and repeats the lines that stand. The times in
-    it are those of its writing.
+    TensorBoard does not forget what it has read when a file changes or goes. So where
+    lines were taken back, or a run is resumed, a new file begins, which declares all
+    earlier points void (`purge_step=0`) and repeats the lines that remain.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -105,7 +104,7 @@ class Events:
         check()
         self.folder = pathlib.Path(folder)
         self._lines: list[dict[str, Any]] = []
-        self._writer = None
+        self._writer: Any = None
 
     def rewrite(self, lines: Iterable[dict[str, Any]]) -> None:
         """Makes these the only lines, from the next `write` on."""
@@ -118,34 +117,18 @@ class Events:
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line, which is on the disk when this returns."""
         self._lines.append(line)
-        if self._writer:
-            self._writer.write_event(_event(line))
-        else:
-            self._writer = self._begin()
+        new = [line]
+        if not self._writer:
+            from tensorboardX import SummaryWriter
+
+            # File names hold the second; the suffix tells two files of one apart.
+            suffix = f".{time.time_ns()}"
+            self._writer = SummaryWriter(
+                str(self.folder), purge_step=0, filename_suffix=suffix
+            )
+            new = self._lines
+        for each in new:
+            for key in each.keys() - {"stage", "step"}:
+                tag = f"{each['stage']}/{key}"
+                self._writer.add_scalar(tag, float(each[key]), each["step"])
         self._writer.flush()
-
-    def _begin(self):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # The names are seconds; two files of one second are of one name without it.
-        writer = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
-        void = SessionLog(status=SessionLog.START)
-        writer.write_event(Event(wall_time=time.time(), step=0, session_log=void))
-        for line in self._lines:
-            writer.write_event(_event(line))
-        return writer
-
-
-def _event(line):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    values = [
-        Summary.Value(tag=f"{line['stage']}/{key}", simple_value=float(number))
-        for key, number in line.items()
-        if key not in ("stage", "step")
-    ]
-    summary = Summary(value=values)
-    return Event(wall_time=time.time(), step=line["step"], summary=summary)

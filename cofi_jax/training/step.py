@@ -1,14 +1,15 @@
-"""One state, one step, one loop; the stages differ in their objective alone.
+"""The training step, which all stages share; they differ in their objective alone.
 
     gradients = grad(objective)(trainable)            one backward pass
-    descent:  weights and gates move against their gradients
-    ascent:   the multipliers move along theirs
-    gates are clamped
+    descent: weights and log-alphas move against their gradients
+    ascent:  the Lagrange multipliers move along theirs
+    the log-alphas are clamped
 
-Learning rates, the target and the seed are arrays in the state, not constants of
-the compiled program.
+Learning rates, the target and the seed are arrays in the state or the context, not
+constants of the compiled program.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,7 @@ import optax
 
 from cofi_jax.models.bert import Batch
 from cofi_jax.pruning import hard_concrete
-from cofi_jax.training.objectives import Objective
+from cofi_jax.training.objectives import Metrics, Objective
 
 _MAX_GRADIENT_NORM = 1.0
 
@@ -29,39 +30,54 @@ _MAX_GRADIENT_NORM = 1.0
 _ADAM_EPS = 1e-8
 
 
+# These schedules run over the fraction of a ramp that is done, so that its length can
+# be an array: another length needs no other program.
+_RISE = optax.linear_schedule(0.0, 1.0, transition_steps=1)
+_FALL = optax.linear_schedule(1.0, 0.0, transition_steps=1)
+
+
 class Rate(flax.struct.PyTreeNode):
-    """A learning rate: a linear ramp times a constant or a line that falls to 0."""
+    """A learning rate that rises linearly, then stays or falls linearly to 0.
+
+    Attributes:
+      peak: the highest rate, reached at the end of the rise.
+      warmup_steps: the steps of the rise, 0 for none.
+      decay: the fraction of the peak that is lost with each later step.
+    """
 
     peak: jax.Array
     warmup_steps: jax.Array
-    decay: jax.Array  # per step, 0 for a constant rate
+    decay: jax.Array
 
     @classmethod
-    def create(cls, peak: float, schedule: str, total_steps: int, warmup_steps=0):
-        """`schedule` is constant, or linear: 0 after `total_steps`."""
-        decay = 1 / total_steps if schedule == "linear" else 0.0
+    def create(
+        cls, peak: float, schedule: str, total_steps: int, warmup_steps: int = 0
+    ) -> "Rate":
+        """Makes a `constant` rate, or a `linear` one that is 0 after `total_steps`."""
+        falling = schedule == "linear"
+        decay = 1 / max(total_steps - warmup_steps, 1) if falling else 0.0
         return cls(*(np.float32(x) for x in (peak, warmup_steps, decay)))
 
     def at(self, step: jax.Array) -> jax.Array:
-        """The rate of the 0-based `step`."""
-        ramp = jnp.minimum(1.0, (step + 1) / jnp.maximum(self.warmup_steps, 1))
-        return self.peak * ramp * jnp.maximum(0.0, 1 - self.decay * step)
+        """Returns the rate of a step, counted from 0; the first one is not 0."""
+        rise = _RISE((step + 1) / jnp.maximum(self.warmup_steps, 1))
+        return self.peak * rise * _FALL((step - self.warmup_steps) * self.decay)
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step reads and changes, and the best so far.
+    """All that a step reads and changes, and the best evaluation so far.
 
     Attributes:
-      step: int32, steps done.
+      step: int32 number of the steps that are done.
       key: the root of the stage's randomness; step n uses fold_in(key, n).
-      trainable: `params` (trained part), and where the objective has them
+      trainable: `params` (the trained part) and, where the objective has them,
         `distill_projection`, `log_alpha` and `multipliers`.
-      frozen: the parameters that are not trained (the embeddings, or nothing).
-      rates: a `Rate` for `weights`, `gates` and `multipliers`.
-      descent: optax state over weights and gates.
-      ascent: optax state over the multipliers.
-      best: trainable of the best evaluation so far.
-      best_score: its score, -inf before the first that counts.
+      frozen: the parameters that are not trained: the embeddings, or none.
+      rates: the `Rate` of `weights` and, where they exist, `gates` and `multipliers`.
+      descent: the optax state over the weights and the log-alphas.
+      ascent: the optax state over the multipliers.
+      best: the trainable of the best evaluation so far.
+      best_score: the score of that evaluation, -inf before the first that counts.
     """
 
     step: jax.Array
@@ -76,7 +92,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def descent(rates: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Adam on weights (clipped to a global norm of 1) and on gates, at their rates."""
+    """Returns Adam for the log-alphas, and for weights clipped to a global norm of 1."""
 
     def adam(rate):
         return optax.adam(rate, eps=_ADAM_EPS)
@@ -93,14 +109,14 @@ def descent(rates: dict[str, jax.Array]) -> optax.GradientTransformation:
 
 
 def ascent(rates: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Adam on the multipliers, uphill."""
+    """Returns Adam on the multipliers, uphill."""
     return optax.chain(
         optax.scale(-1.0), optax.adam(rates["multipliers"], eps=_ADAM_EPS)
     )
 
 
 def _players(trainable: dict) -> tuple[dict, dict]:
-    """What descends, what ascends."""
+    """Splits what is trained into what descends and what ascends."""
     down = {k: v for k, v in trainable.items() if k != "multipliers"}
     return down, trainable.get("multipliers", {})
 
@@ -114,14 +130,14 @@ def create_state(
     freeze_embeddings: bool,
     **trainable: Any,
 ) -> TrainState:
-    """A state at step 0.
+    """Returns a state at step 0.
 
     Args:
-      params: the whole model's parameters; they are copied.
-      seed: of the run.
-      stage: its name makes the stage's randomness its own.
-      rates: `weights`, and `gates` and `multipliers` where trainable has them.
-      freeze_embeddings: whether the embeddings, their LayerNorm included, stay.
+      params: the parameters of the whole model; they are copied.
+      seed: the run's seed.
+      stage: the name, which makes the randomness of the stage its own.
+      rates: the rate of `weights`, and of `gates` and `multipliers` if there are any.
+      freeze_embeddings: whether the embeddings stay, their LayerNorm included.
       **trainable: `distill_projection`, `log_alpha`, `multipliers`.
     """
     frozen = {"embeddings": params["embeddings"]} if freeze_embeddings else {}
@@ -130,9 +146,9 @@ def create_state(
     return _fresh(key, trainable, frozen, rates)
 
 
-@jax.jit  # one program instead of one for each shape
+@jax.jit  # This is one program instead of one for each shape.
 def _fresh(key, trainable, frozen, rates):
-    # With its dtype: a weakly typed scalar would have the second step retraced.
+    # A weakly typed scalar would have the second step traced again.
     trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
     down, up = _players(trainable)
     zero_rates = dict.fromkeys(("weights", "gates", "multipliers"), 0.0)
@@ -150,9 +166,9 @@ def _fresh(key, trainable, frozen, rates):
 
 
 def _split(batch: Batch, parts: int) -> Batch:
-    """The batch as so many smaller ones, stacked; each knows the whole's totals."""
+    """Stacks the parts of a batch; each part knows the denominators of the whole."""
 
-    def split(x):  # rows 0, m, 2m, ... first: no row leaves its device
+    def split(x):  # Rows 0, m, 2m, ... come first, so that no row leaves its device.
         return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
     weight = batch["weight"]
@@ -161,64 +177,81 @@ def _split(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(split, batch) | {"total": total, "part": jnp.arange(parts)}
 
 
-def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
-    """The jitted `step(state, context, batch) -> (state, metrics)`; donates `state`.
+def _gradients(objective, micro_batches, trainable, frozen, context, batch, key):
+    """Returns ((loss, metrics), gradients) of a batch that is taken in equal parts.
 
-    Args:
-      objective: what is differentiated.
-      micro_batches: parts that a batch is worked through in, one after the other, for
-        what does not fit the memory at once; B is a multiple of it. Losses and
-        gradients are those of the whole batch, but for the rounding, the dropout, and
-        the layers that are matched, which each part chooses by its own rows.
+    `optax.microbatching` splits alike, but its parts know neither their number, which
+    their dropout needs, nor the denominators of the whole batch.
     """
 
-    def differentiate(trainable, *rest):
-        return jax.value_and_grad(objective, has_aux=True)(trainable, *rest)
+    def differentiate(part):
+        function = jax.value_and_grad(objective, has_aux=True)
+        return function(trainable, frozen, context, part, key)
 
-    def in_parts(trainable, frozen, context, batch, key):
-        def add(total, part):
-            found = differentiate(trainable, frozen, context, part, key)
-            return jax.tree.map(lambda a, b: a + b / micro_batches, total, found), None
+    if micro_batches == 1:
+        return differentiate(batch)
+    parts = _split(batch, micro_batches)
+    like = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], parts))
 
-        parts = _split(batch, micro_batches)
-        first = jax.tree.map(lambda x: x[0], parts)
-        like = jax.eval_shape(differentiate, trainable, frozen, context, first, key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return jax.lax.scan(add, zeros, parts)[0]
+    def add(total, part):
+        found = differentiate(part)
+        return jax.tree.map(lambda a, b: a + b / micro_batches, total, found), None
 
-    gradients_of = differentiate if micro_batches == 1 else in_parts
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(add, zeros, parts)[0]
 
-    def step(state: TrainState, context: dict, batch: Batch):
-        key = jax.random.fold_in(state.key, state.step)
-        context = dict(context, step=state.step)
-        (loss, metrics), gradients = gradients_of(
-            state.trainable, state.frozen, context, batch, key
-        )
-        rates = {name: rate.at(state.step) for name, rate in state.rates.items()}
-        rates = dict.fromkeys(("gates", "multipliers"), 0.0) | rates
-        down, up = _players(state.trainable)
-        down_gradients, up_gradients = _players(gradients)
-        updates, descent_state = descent(rates).update(
-            down_gradients, state.descent, down
-        )
-        trainable = optax.apply_updates(down, updates)
-        if "log_alpha" in trainable:
-            trainable["log_alpha"] = jax.tree.map(
-                hard_concrete.clamp, trainable["log_alpha"]
-            )
-        if up:
-            updates, ascent_state = ascent(rates).update(up_gradients, state.ascent, up)
-            trainable["multipliers"] = optax.apply_updates(up, updates)
-        else:
-            ascent_state = state.ascent
-        state = state.replace(
-            step=state.step + 1,
-            trainable=trainable,
-            descent=descent_state,
-            ascent=ascent_state,
-        )
-        # A finite loss may have an infinite gradient, which would spoil the state.
-        norm = optax.tree.norm(down_gradients)
-        return state, {"loss": loss, **metrics, "gradient_norm": norm}
 
+def train_step(
+    state: TrainState,
+    context: dict,
+    batch: Batch,
+    *,
+    objective: Objective,
+    micro_batches: int,
+) -> tuple[TrainState, Metrics]:
+    """Makes one step of the min-max game; see `make_step`."""
+    key = jax.random.fold_in(state.key, state.step)
+    context = dict(context, step=state.step)
+    (loss, metrics), gradients = _gradients(
+        objective, micro_batches, state.trainable, state.frozen, context, batch, key
+    )
+    rates = {name: rate.at(state.step) for name, rate in state.rates.items()}
+    rates = dict.fromkeys(("gates", "multipliers"), 0.0) | rates
+    down, up = _players(state.trainable)
+    down_gradients, up_gradients = _players(gradients)
+    updates, descent_state = descent(rates).update(down_gradients, state.descent, down)
+    trainable = optax.apply_updates(down, updates)
+    if "log_alpha" in trainable:
+        clamped = jax.tree.map(hard_concrete.clamp, trainable["log_alpha"])
+        trainable["log_alpha"] = clamped
+    ascent_state = state.ascent
+    if up:
+        updates, ascent_state = ascent(rates).update(up_gradients, state.ascent, up)
+        trainable["multipliers"] = optax.apply_updates(up, updates)
+    state = state.replace(
+        step=state.step + 1,
+        trainable=trainable,
+        descent=descent_state,
+        ascent=ascent_state,
+    )
+    # A finite loss may have an infinite gradient, which would spoil the state.
+    norm = optax.tree.norm(down_gradients)
+    return state, {"loss": loss, **metrics, "gradient_norm": norm}
+
+
+def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
+    """Returns the jitted `step(state, context, batch) -> (state, metrics)`.
+
+    The step donates `state`: its arrays are gone afterwards.
+
+    Args:
+      objective: the function that is differentiated.
+      micro_batches: the number of parts, one after the other, in which a batch that
+        does not fit the memory is taken; B is a multiple of it. Losses and gradients
+        are those of the whole batch except for rounding, dropout and the layers that
+        are matched, which each part chooses by its own rows.
+    """
+    step = functools.partial(
+        train_step, objective=objective, micro_batches=micro_batches
+    )
     return jax.jit(step, donate_argnums=0)
