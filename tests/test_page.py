@@ -12,6 +12,7 @@ import pytest
 from test_report import make_metrics, make_report
 
 from cofi_jax import config as config_lib
+from cofi_jax.errors import UserError
 from cofi_jax.report import compare, figures, pages, tables
 from cofi_jax.report import html as html_lib
 
@@ -424,6 +425,80 @@ def test_mistakes_are_said_in_one_line(case, tmp_path, capsys):
         assert fragment.format(top=tmp_path) in line
     assert not (tmp_path / "to").exists()
     assert (tmp_path / "file").read_text() == "x"
+
+
+def leaves(content, path=()):
+    """The path of every value within a report that is no object."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path
+
+
+WRONG = [
+    "null",
+    '"x"',
+    "[]",
+    "{}",
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "1" + 400 * "0",
+    "true",
+]
+WRONG += [
+    '["x", "y", "z", "w"]',
+    "[[1], [2], [3], [4]]",
+    '"\\ud800"',
+    2000 * "[" + 2000 * "]",
+]
+
+
+@pytest.mark.parametrize("path", list(leaves(variant())), ids=".".join)
+def test_damage_of_any_field_is_said_in_one_line_or_does_no_harm(
+    path, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(compare, "plot_trades", lambda *_: None)  # drawn on the page
+    monkeypatch.setattr(compare, "plot_kept", lambda *_: None)
+    folder = pathlib.Path(save(tmp_path / "run", variant()))
+    drawn = False
+    for wrong in WRONG:
+        content = later(variant())
+        inner = content
+        for key in path[:-1]:
+            inner[key] = inner = dict(inner[key])
+        inner[path[-1]] = "HERE"
+        text = json.dumps(content).replace('"HERE"', wrong)
+        (folder / "report.json").write_text(text)
+        try:
+            reports = pages.load_runs([folder])
+        except UserError as error:
+            assert "report.json" in str(error) and "\n" not in str(error)
+            continue
+        finally:
+            assert capsys.readouterr().err == ""
+        tables.table(reports[0][1])
+        if not drawn:  # one page, for it takes long
+            check(pages.compare_page(reports))
+            drawn = True
+
+
+def test_no_flipped_or_missing_byte_is_a_traceback(tmp_path):
+    folder = pathlib.Path(save(tmp_path / "run", later(variant())))
+    path = folder / "report.json"
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+        flipped = whole[:place] + bytes([whole[place] ^ 0x04]) + whole[place + 1 :]
+        for damaged in (whole[:place], flipped):
+            path.write_bytes(damaged)
+            try:
+                pages.load_runs([folder])
+            except UserError as error:
+                assert str(error).startswith("RUN=") and "\n" not in str(error)
+                refused += 1
+    assert refused > len(whole) / 3
 
 
 def test_process_exits_with_2_and_one_line(tmp_path):

@@ -9,9 +9,8 @@ import dataclasses
 import json
 import pathlib
 import re
-import reprlib
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cofi_jax.errors import reject
@@ -20,22 +19,6 @@ from cofi_jax.report import figures
 Report = dict[str, Any]  # the content of a `report.json`
 
 _TERMINAL = 100  # characters in a line
-
-# The fields of a `report.json` by type. `*` stands for all entries of an object and
-# `[]` for those of a list; reports of earlier versions may lack what has a `?`.
-_FIELDS = {
-    str: "task metric benchmark.device benchmark.dtype versions.*",
-    int: """seed benchmark.batch_size benchmark.seq_length benchmark.repeats
-        params.encoder.dense params.encoder.pruned params.total.dense
-        params.total.pruned dense.hidden dense.heads.[] dense.intermediate.[]
-        kept.hidden kept.heads.[] kept.intermediate.[]""",
-    float: """teacher.score teacher.scores?.*.* pruned.score pruned.scores?.*.*
-        pruned.score_before_finetune? sparsity target_sparsity speedup speedup_spread.[]
-        latency_ms.dense latency_ms.pruned benchmark.latency_spread_ms?.dense.[]
-        benchmark.latency_spread_ms?.pruned.[] benchmark.examples_per_second?.dense
-        benchmark.examples_per_second?.pruned seconds.* masked_vs_sliced_max_abs_diff
-        """,
-}
 
 # What is counted over the layers of a model, given its widths.
 TOTALS = {
@@ -146,38 +129,28 @@ def headline(report: Report) -> str:
 def key_figures(report: Report) -> list[tuple[str, str]]:
     """The figures that matter most, and what each of them is."""
     before, after = report["teacher"]["score"], report["pruned"]["score"]
-    encoder, total = report["params"]["encoder"], report["params"]["total"]
+    encoder, everything = (
+        f"{count(params['dense'])} \N{RIGHTWARDS ARROW} {count(params['pruned'])}"
+        for params in (report["params"]["encoder"], report["params"]["total"])
+    )
+    target, speedup = percent(report["target_sparsity"]), f"{report['speedup']:.1f}x"
+    turns = f"{spread(report)} in 90 % of the turns; {where(report)}"
+    change = f"{report['metric']}, dense to pruned: {after - before:+.4f}"
     return [
-        (
-            f"{before:.3f} \N{RIGHTWARDS ARROW} {after:.3f}",
-            f"{report['metric']}, dense to pruned: {after - before:+.4f}",
-        ),
-        (
-            percent(report["sparsity"]),
-            f"sparsity, target {percent(report['target_sparsity'])}",
-        ),
-        (
-            f"{report['speedup']:.1f}x",
-            f"speedup, {spread(report)} in 90 % of the turns; {where(report)}",
-        ),
-        (
-            f"{count(encoder['dense'])} \N{RIGHTWARDS ARROW} "
-            f"{count(encoder['pruned'])}",
-            f"encoder parameters; with all others {count(total['dense'])} "
-            f"\N{RIGHTWARDS ARROW} {count(total['pruned'])}",
-        ),
+        (f"{before:.3f} \N{RIGHTWARDS ARROW} {after:.3f}", change),
+        (percent(report["sparsity"]), f"sparsity, target {target}"),
+        (speedup, f"speedup, {turns}"),
+        (encoder, f"encoder parameters; with all others {everything}"),
     ]
 
 
 def comparison(report: Report) -> Table:
     """Everything that both the dense and the pruned model have, with a note."""
-    # Reports of earlier versions have the one score only.
-    scores = [
-        score_rows(
-            model.get("scores") or {"validation": {report["metric"]: model["score"]}}
-        )
-        for model in (report["teacher"], report["pruned"])
-    ]
+    scores = []
+    for model in (report["teacher"], report["pruned"]):
+        # Reports of earlier versions have the one score only.
+        alone = {"validation": {report["metric"]: model["score"]}}
+        scores.append(score_rows(model.get("scores") or alone))
     rows = [
         [name, f"{dense:.4f}", f"{pruned:.4f}", f"{pruned - dense:+.4f}"]
         for (name, dense), (_, pruned) in zip(*scores, strict=True)
@@ -188,29 +161,27 @@ def comparison(report: Report) -> Table:
         rows[0][3] += f"; {before:.4f} before fine-tuning"
     target = f"target {percent(report['target_sparsity'])}"
     rows.append(["sparsity", "-", percent(report["sparsity"]), target])
+    params = report["params"]
     counts = [
-        (f"{part} parameters", report["params"][key].values())
-        for part, key in (("encoder", "encoder"), ("all", "total"))
+        ("encoder parameters", params["encoder"]),
+        ("all parameters", params["total"]),
     ]
-    counts += [
-        (name, [of(report["dense"]), of(report["kept"])]) for name, of in TOTALS.items()
-    ]
-    for name, (dense, pruned) in counts:
+    for name, of in TOTALS.items():
+        counts.append(
+            (name, {"dense": of(report["dense"]), "pruned": of(report["kept"])})
+        )
+    for name, found in counts:
+        dense, pruned = found["dense"], found["pruned"]
         left = f"{percent(pruned / dense)} left" if dense else ""
         rows.append([name, f"{dense:,}", f"{pruned:,}", left])
     gain = f"{report['speedup']:.1f}x as fast ({spread(report)})"
-    how = report["benchmark"]
+    how, ends = report["benchmark"], "{0[0]:.4g}\N{EN DASH}{0[1]:.4g} ms"
     for name, found, form, note in (
         ("latency of a batch", report["latency_ms"], "{:.2f} ms", gain),
-        (
-            "5th to 95th percentile",
-            how.get("latency_spread_ms"),
-            "{0[0]:.4g}\N{EN DASH}{0[1]:.4g} ms",
-            "",
-        ),
+        ("5th to 95th percentile", how.get("latency_spread_ms"), ends, ""),
         ("examples per second", how.get("examples_per_second"), "{:,.0f}", ""),
     ):
-        if found:
+        if found:  # reports of earlier versions have the first of them only
             cells = (form.format(found[model]) for model in ("dense", "pruned"))
             rows.append([name, *cells, note])
     return Table("<>><", ("", "dense", "pruned", "note"), rows)
@@ -275,43 +246,29 @@ def stages(metrics: Sequence[dict[str, Any]], least: float = 0.0) -> Table:
 
 def method(report: Report) -> list[tuple[str, str]]:
     """Each measured quantity, and the sentence on how it was measured."""
-    seconds = (f"{k} {s / 60:.1f} min" for k, s in report["seconds"].items())
+    repeats = report["benchmark"]["repeats"]
+    difference = f"{report['masked_vs_sliced_max_abs_diff']:.1e}"
+    stages = (f"{k} {s / 60:.1f} min" for k, s in report["seconds"].items())
     versions = (f"{name} {version}" for name, version in report["versions"].items())
-    return [
-        (
-            "Score",
-            f"The {report['metric']} on the validation set, the first one where there "
-            "are several. Dense is the teacher, pruned the sliced model after "
-            "fine-tuning.",
-        ),
-        (
-            "Encoder parameters",
-            "The weights and biases of attention and feed-forward blocks; sparsity is "
-            "the fraction of them that was removed. All parameters are those and "
-            "embeddings, LayerNorms, pooler and head.",
-        ),
-        (
-            "Latency",
-            "The median of the passes. Both models took turns in one process after "
-            f"warming up, {report['benchmark']['repeats']} turns each, of at least "
-            "50 ms (less the first pass) or one pass; all turns weigh the same. "
-            f"Timed on {where(report)}.",
-        ),
-        (
-            "Speedup",
-            "The median of the ratios turn by turn, with their 5th and 95th percentile "
-            "in brackets.",
-        ),
-        (
-            "Slicing",
-            "Evaluated in float32 on the validation set, the logits of the masked and "
-            "the sliced model differ by at most "
-            f"{report['masked_vs_sliced_max_abs_diff']:.1e}.",
-        ),
-        ("Time", ", ".join(seconds)),
-        ("Seed", str(report["seed"])),
-        ("Versions", ", ".join(versions)),
-    ]
+    texts = {
+        "Score": f"""The {report["metric"]} on the validation set, the first one where
+            there are several. Dense is the teacher, pruned the sliced model after
+            fine-tuning.""",
+        "Encoder parameters": """The weights and biases of attention and feed-forward
+            blocks; sparsity is the fraction of them that was removed. All parameters
+            are those and embeddings, LayerNorms, pooler and head.""",
+        "Latency": f"""The median of the passes. Both models took turns in one process
+            after warming up, {repeats} turns each, of at least 50 ms (less the first
+            pass) or one pass; all turns weigh the same. Timed on {where(report)}.""",
+        "Speedup": """The median of the ratios turn by turn, with their 5th and 95th
+            percentile in brackets.""",
+        "Slicing": f"""Evaluated in float32 on the validation set, the logits of the
+            masked and the sliced model differ by at most {difference}.""",
+        "Time": ", ".join(stages),
+        "Seed": str(report["seed"]),
+        "Versions": ", ".join(versions),
+    }
+    return [(name, " ".join(text.split())) for name, text in texts.items()]
 
 
 def evaluation(result: dict[str, Any]) -> str:
@@ -387,53 +344,31 @@ def _timing_row(cell, reference):
 
 
 def read_report(path: pathlib.Path, field: str) -> Report:
-    """Reads a `report.json` and checks that each field is there and of its type.
+    """Reads a `report.json` and checks that all tables can be made of it.
 
     Raises:
       UserError: naming `field`, where the file is damaged or not the report of a run.
       OSError: the file cannot be read.
     """
+    numbers = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number)
     try:
-        report = json.loads(path.read_bytes())
+        report = json.loads(path.read_bytes(), **numbers)
+        # JSON can spell half a surrogate pair, which no file can hold.
+        json.dumps(report, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise reject(field, str(path), f"is damaged: {error}") from error
     try:
-        _check(report)
-        table(report)
-    except (ValueError, IndexError) as error:
-        legal = f"is not the report of a run: {error}"
+        table(report), headline(report)
+        names = report["task"], report["metric"]
+        if not all(isinstance(name, str) for name in names) or not layers(report).rows:
+            raise TypeError("a name is not text, or there is no layer")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        legal = f"is not the report of a run ({type(error).__name__}: {error})"
         raise reject(field, str(path), legal) from error
     return report
 
 
-def _check(report):
-    """Raises ValueError unless all of `_FIELDS` are there and of their types."""
-    for kind, names in _FIELDS.items():
-        for name in names.split():
-            try:
-                values = list(_values(report, *name.split(".")))
-            except (LookupError, TypeError) as error:
-                raise ValueError(f"it has no {name}") from error
-            for value in values:
-                if kind is str:  # JSON can hold half a surrogate, which UTF-8 cannot
-                    legal = isinstance(value, str)
-                    legal = legal and value.encode(errors="replace").decode() == value
-                else:  # the bound also refuses infinity and NaN
-                    legal = type(value) in (int, kind) and abs(value) < 1e18
-                    legal = legal and (kind is float or value >= 0)
-                if not legal:
-                    raise ValueError(f"its {name} is {reprlib.repr(value)}")
-
-
-def _values(value, name, *rest) -> Iterator[Any]:
-    """The values that a dotted name of `_FIELDS` stands for."""
-    if name == "*":
-        entries = dict.values(value)
-    elif name == "[]":
-        entries = [value[0], *value[1:]]  # at least one
-    elif name.endswith("?"):
-        entries = [value[name[:-1]]] if name[:-1] in value else []
-    else:
-        entries = [value[name]]
-    for entry in entries:
-        yield from _values(entry, *rest) if rest else [entry]
+def _number(text):
+    if not abs(float(text)) < 1e15:  # so NaN and infinity are none either
+        raise ValueError(f"{text[:20]} is not a number of a report")
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
