@@ -50,15 +50,14 @@ model = {auto}.from_pretrained(folder)
 print(model(**tokenizer({texts}, return_tensors="pt")))""",
 }
 
-
-# The hub's names for our metrics, where they differ.
+# The names that the hub has for our metrics, where they differ.
 _METRICS = {
     "matthews": "matthews_correlation",
     "spearman": "spearmanr",
     "pearson": "pearsonr",
 }
 
-
+# For each folder, who can load it and what it holds.
 _WHAT = {
     "": ("cofi-jax", "`model.json`, `params/` (orbax), `tokenizer/`"),
     "transformers": (
@@ -80,9 +79,10 @@ def text(
     """The text of `README.md`.
 
     Args:
-      config: sizes of the model.
-      about: of the saved model; of a pruned one with `report`, its run's report.json.
-      checks: the content of each `check.json`, by format; the saved model's own by "".
+      config: the sizes of the model.
+      about: what the saved model says of itself; if it was pruned, `report` is the
+        content of its run's `report.json`.
+      checks: the content of each `check.json` by format; "" is the saved model's own.
     """
     name = about.get("task", "")
     task = tasks.TASKS.get(name)

@@ -35,10 +35,8 @@ def markdown(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> 
       config: its `config.json`.
     """
     heads, widths = (report["kept"][key] for key in ("heads", "intermediate"))
-    layers, stages = (
-        tables.layers(report),
-        tables.stages(metrics, _least(report, config)),
-    )
+    layers = str(tables.layers(report))
+    stages = tables.stages(metrics, _least(report, config))
     code = f"```json\n{config.strip()}\n```"
     return f"""# {escape(report["task"])}: {tables.percent(report["sparsity"])} pruned
 

@@ -161,17 +161,12 @@ def comparison(report: Report) -> Table:
         rows[0][3] += f"; {before:.4f} before fine-tuning"
     target = f"target {percent(report['target_sparsity'])}"
     rows.append(["sparsity", "-", percent(report["sparsity"]), target])
-    params = report["params"]
-    counts = [
-        ("encoder parameters", params["encoder"]),
-        ("all parameters", params["total"]),
-    ]
+    parts = report["params"]
+    counts = {"encoder parameters": parts["encoder"], "all parameters": parts["total"]}
     for name, of in TOTALS.items():
-        counts.append(
-            (name, {"dense": of(report["dense"]), "pruned": of(report["kept"])})
-        )
-    for name, found in counts:
-        dense, pruned = found["dense"], found["pruned"]
+        counts[name] = {"dense": of(report["dense"]), "pruned": of(report["kept"])}
+    for name, number in counts.items():
+        dense, pruned = number["dense"], number["pruned"]
         left = f"{percent(pruned / dense)} left" if dense else ""
         rows.append([name, f"{dense:,}", f"{pruned:,}", left])
     gain = f"{report['speedup']:.1f}x as fast ({spread(report)})"
@@ -181,14 +176,14 @@ def comparison(report: Report) -> Table:
         ("5th to 95th percentile", how.get("latency_spread_ms"), ends, ""),
         ("examples per second", how.get("examples_per_second"), "{:,.0f}", ""),
     ):
-        if found:  # reports of earlier versions have the first of them only
+        if found:  # reports of earlier versions lack the other two
             cells = (form.format(found[model]) for model in ("dense", "pruned"))
             rows.append([name, *cells, note])
     return Table("<>><", ("", "dense", "pruned", "note"), rows)
 
 
 def score_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, float]]:
-    """(name, value) of all scores; the split is named where there are several."""
+    """The names and values of all scores; a name has the split if there are several."""
     return [
         (f"{metric}, {split}" if len(scores) > 1 else metric, value)
         for split, values in scores.items()
@@ -358,7 +353,8 @@ def read_report(path: pathlib.Path, field: str) -> Report:
     except (ValueError, RecursionError) as error:
         raise reject(field, str(path), f"is damaged: {error}") from error
     try:
-        table(report), headline(report)
+        for text in (headline, table):
+            text(report)
         names = report["task"], report["metric"]
         if not all(isinstance(name, str) for name in names) or not layers(report).rows:
             raise TypeError("a name is not text, or there is no layer")
@@ -369,6 +365,6 @@ def read_report(path: pathlib.Path, field: str) -> Report:
 
 
 def _number(text):
-    if not abs(float(text)) < 1e15:  # so NaN and infinity are none either
+    if not abs(float(text)) < 1e15:  # which also refuses NaN and infinity
         raise ValueError(f"{text[:20]} is not a number of a report")
     return int(text) if text.lstrip("-").isdecimal() else float(text)
