@@ -1,5 +1,6 @@
 """A killed run goes on as if nothing had been; the best and the log are right."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,11 +10,14 @@ import pytest
 from conftest import random_params
 
 from cofi_jax.checkpoints.state import Checkpoints
+from cofi_jax.config import Config
 from cofi_jax.data import batches as batches_lib
+from cofi_jax.data import tasks
 from cofi_jax.errors import UserError
 from cofi_jax.evaluation import predict as predict_lib
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.run import stages
 from cofi_jax.training import log as log_lib
 from cofi_jax.training import loop, objectives, step
 from cofi_jax.training.step import Rate
@@ -416,3 +420,72 @@ def test_a_loss_that_is_not_finite(tmp_path, term, value, spoilt):
     # The checkpoint of step 4 is still good: going on from there ends well.
     state, _ = scripted_fit(tmp_path, evaluations, [fine] * 8, log_every=4)
     assert state.step == 12 and state.trainable["params"]["w"] == 12
+
+
+# A start that is better than what training makes of it
+
+
+@pytest.mark.parametrize("stage", ["teacher", "finetune"])
+def test_a_stage_that_only_harms_returns_its_start(stage, tmp_path):
+    """The training rows teach the opposite of what the model already knows."""
+    config = Config(log_every=1, eval_every=1, checkpoint_every=2, eval_batch_size=6)
+    config.data.task, config.data.max_length, config.data.buckets = "demo", 9, (9,)
+    config.distill.logits = config.distill.layers = 0.0
+    settings = getattr(config, stage)
+    settings.batch_size, settings.epochs, settings.learning_rate = 6, 3, 0.5
+    sizes = EncoderConfig(17, 8, (2,), 4, (4,), 8, 2, 9, dropout=0.0)
+    model, params = Encoder(sizes), jax.device_put(random_params(sizes, 0))
+    rows = examples_of([1, 9, 4, 3, 5, 2, 8] * 3)
+    logits = predict_lib.predict_all(
+        predict_lib.make_predict(model), params, {}, rows, batch_size=6, buckets=(9,)
+    )
+    known = logits.argmax(-1).astype(np.int32)
+    assert 0 < known.sum() < len(known)  # both classes, so a constant is worse
+    log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
+    run = stages.Run(
+        config,
+        tmp_path,
+        tasks.find(config.data),
+        dataclasses.replace(rows, labels=1 - known),
+        {"validation": dataclasses.replace(rows, labels=known)},
+        log,
+    )
+    if stage == "teacher":
+        found, _ = stages.train_teacher(run, model, params)
+    else:
+        student = stages.Student(params, jnp.eye(8))
+        found, _ = stages.finetune(run, model, student, None)
+    scores = [x["score"] for x in log_lib.read_metrics(log.path) if "score" in x]
+    assert scores[0] == 1 > max(scores[1:])
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+
+
+def test_stages_see_the_same_rows_in_other_orders(tmp_path, monkeypatch):
+    """Else pruning's first epoch would repeat that of pre-pruning."""
+    config = Config(log_every=9, eval_every=9, checkpoint_every=9, eval_batch_size=6)
+    config.data.task, config.data.max_length, config.data.buckets = "demo", 9, (9,)
+    config.distill.logits = config.distill.layers = 0.0
+    config.prune.batch_size, config.prune.epochs, config.prune.warmup_epochs = 6, 2, 1
+    sizes = EncoderConfig(17, 8, (2,), 4, (4,), 8, 2, 9, dropout=0.0)
+    model, params = Encoder(sizes), jax.device_put(random_params(sizes, 0))
+    rows, seen = examples_of([1, 9, 4, 3, 5, 2, 8] * 3), []
+
+    def look(state, context, batch):
+        seen.append(jax.device_get(batch["input_ids"]))
+        return state.replace(step=state.step + 1), {"loss": 1.0}
+
+    monkeypatch.setattr(step, "make_step", lambda *_: look)
+    monkeypatch.setattr(stages.Run, "score", lambda *_: 0.0)
+    log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
+    validation = {"validation": rows}
+    run = stages.Run(
+        config, tmp_path, tasks.find(config.data), rows, validation, log
+    )
+    student, _ = stages.preprune(run, model, params, None)
+    stages.learn_masks(run, model, student, None)
+    assert len(seen) == 8
+    first, second = (np.concatenate(batches) for batches in (seen[:4], seen[4:]))
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(np.sort(first, 0), np.sort(second, 0))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -194,3 +195,34 @@ def test_nothing_is_said_where_nothing_is_kept(tiny, examples, capsys):
 def test_free_memory_is_a_number():
     assert teacher_lib._free_memory("host") > 0
     assert teacher_lib._free_memory("device") > 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_page_cache_is_free_memory(version, monkeypatch):
+    """A container's limit counts what it reads of files, but gives that up at need."""
+    v2 = {
+        "memory.max": "9000000",
+        "memory.current": "8500000",
+        "memory.stat": "anon 500000\nfile 8000000\nshmem 1000000\n"
+        "inactive_anon 1\nactive_anon 1\ninactive_file 4000000\nactive_file 3000000\n",
+    }
+    v1 = {
+        "memory/memory.limit_in_bytes": v2["memory.max"],
+        "memory/memory.usage_in_bytes": v2["memory.current"],
+        "memory/memory.stat": v2["memory.stat"].replace("\n", "\ntotal_")
+        + "inactive_file 7",
+    }
+    files, read = (v1, v2)[version - 1], pathlib.Path.read_text
+
+    def fake(path, *arguments):
+        group = pathlib.Path("/sys/fs/cgroup")
+        if not path.is_relative_to(group):
+            return read(path, *arguments)
+        if str(path.relative_to(group)) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path.relative_to(group))]
+
+    monkeypatch.setattr(pathlib.Path, "read_text", fake)
+    assert teacher_lib._free_memory("host") == 9e6 - (8.5e6 - 7e6)
+    files |= dict.fromkeys(files, "max")  # no limit: what the machine has
+    assert teacher_lib._free_memory("host") > 9e6
