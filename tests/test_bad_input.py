@@ -24,12 +24,11 @@ from cofi_jax import UserError
 from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import Prune
 from cofi_jax.data import tasks, toy
-from cofi_jax.models import bert
 from cofi_jax.models.bert import init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning import masks, slicing
-from cofi_jax.run import run, stages
+from cofi_jax.run import run, setup, stages
 from cofi_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -933,7 +932,7 @@ def test_corrupt_checkpoint_is_passed_over(there, begun, taught, capsys):
 @pytest.mark.parametrize("first_bad", [1, 5])
 def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
     """Step and term are named; mended, the run goes on from the checkpoint before."""
-    make_step, init = step_lib.make_step, bert.init_params
+    make_step, init = step_lib.make_step, setup.init_params
 
     def overflowing(*arguments):
         return jax.tree.map(lambda x: 1e30 * x, init(*arguments))
@@ -952,7 +951,7 @@ def test_loss_that_is_not_finite(first_bad, there, taught, tmp_path, capsys):
     arguments = [f"--config={there['config']}", f"--workdir={workdir}"]
     with pytest.MonkeyPatch.context() as patch:
         if first_bad == 1:  # a real overflow
-            patch.setattr(bert, "init_params", overflowing)
+            patch.setattr(setup, "init_params", overflowing)
         else:
             patch.setattr(step_lib, "make_step", make_failing_step)
         line = complaint(capsys, *arguments)

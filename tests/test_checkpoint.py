@@ -390,4 +390,4 @@ def test_flipped_values_are_noticed(tiny, tmp_path, tokenizer, monkeypatch):
 
 def test_the_package_exposes_them():
     for name in ("load_model", "save_model", "load_tokenizer", "read_about"):
-        assert getattr(cofi_jax, name) is getattr(saved_model, name)
+        assert getattr(cofi_jax, name) is getattr(saved_model_lib, name)
