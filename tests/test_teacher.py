@@ -18,7 +18,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.training import loop, objectives, step
 from cofi_jax.training import teacher as teacher_lib
 from cofi_jax.training.log import MetricsLog
-from cofi_jax.training.step import Rate
+from cofi_jax.training.step import learning_rate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -52,7 +52,7 @@ def model_of(tiny, problem="classification", dtype="float32"):
         (Distill(logits=0.0, num_layers=1), (1,)),
     ],
 )
-def test_a_lesson_is_what_the_model_says(
+def test_teacher_outputs_are_what_the_model_says(
     tiny, tiny_params, tiny_batch, distill, taught
 ):
     model = model_of(tiny)
@@ -83,7 +83,7 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
     params, distill = random_params(model.config, 1), Distill(num_layers=2)
     asked = []
 
-    def lessons_of(cache):
+    def outputs_of(cache):
         teaching = teacher_lib.TeacherCache(
             model, params, dataclasses.replace(distill, cache=cache)
         )
@@ -96,8 +96,8 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
         teaching._teach = counted
         return teaching.of(examples, BUCKETS, BATCH)
 
-    fresh, kept = lessons_of("none"), lessons_of(cache)
-    stream = loop._batches(examples, BATCH, BUCKETS, 57, 0)
+    fresh, kept = outputs_of("none"), outputs_of(cache)
+    stream = loop.Batches(examples, BATCH, BUCKETS, 57, "prepruning").after(0)
     for rows, batch in itertools.islice(stream, 18):
         batch = jax.device_put(batch)
         expected, found = fresh(rows, batch), kept(rows, batch)
@@ -125,7 +125,7 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
             random_params(tiny, 2),
             seed=0,
             stage="prune",
-            rates={"weights": Rate.create(1e-3, "constant", 1)},
+            rates={"weights": learning_rate(1e-3, "constant", 1)},
             freeze_embeddings=True,
             distill_projection=jnp.eye(16),
         )
@@ -133,21 +133,19 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
         with Checkpoints(tmp_path / cache) as saved:
             state, _ = loop.fit(
                 state,
-                stage="prune",
-                step=step.make_step(objectives.distillation_objective(model, distill)),
-                context={},
-                examples=examples,
-                batch_size=BATCH,
-                buckets=BUCKETS,
-                seed=57,
-                total_steps=18,
-                evaluate=lambda *_: loop.Evaluation(0.0),
-                checkpoints=saved,
-                log=log,
-                log_every=1,
-                eval_every=100,
-                checkpoint_every=100,
-                teacher_outputs=teaching.of(examples, BUCKETS, BATCH),
+                loop.Loop(
+                    step=step.make_step(
+                        objectives.DistillationObjective(model, distill)
+                    ),
+                    context={},
+                    batches=loop.Batches(examples, BATCH, BUCKETS, 57, "prune"),
+                    total_steps=18,
+                    evaluate=lambda *_: loop.Evaluation(0.0),
+                    checkpoints=saved,
+                    log=log,
+                    every=loop.Every(log=1, evaluation=100, checkpoint=100),
+                    teacher_outputs=teaching.of(examples, BUCKETS, BATCH),
+                ),
             )
         lines = (tmp_path / f"{cache}.jsonl").read_text().splitlines()
         losses = [line.partition('"loss":')[2] for line in lines]
@@ -209,8 +207,8 @@ def test_page_cache_is_free_memory(version, monkeypatch):
     v1 = {
         "memory/memory.limit_in_bytes": v2["memory.max"],
         "memory/memory.usage_in_bytes": v2["memory.current"],
-        "memory/memory.stat": v2["memory.stat"].replace("\n", "\ntotal_")
-        + "inactive_file 7",
+        "memory/memory.stat": "inactive_file 7\nactive_file 8\n"
+        "total_inactive_file 4000000\ntotal_active_file 3000000\n",
     }
     files, read = (v1, v2)[version - 1], pathlib.Path.read_text
 
