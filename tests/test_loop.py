@@ -20,7 +20,7 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.run import stages
 from cofi_jax.training import log as log_lib
 from cofi_jax.training import loop, objectives, step
-from cofi_jax.training.step import Rate
+from cofi_jax.training.step import learning_rate
 
 BATCH, BUCKETS, STEPS = 6, (4, 9), 12
 
@@ -114,14 +114,7 @@ def test_predict_all_pads_spans_to_the_last_bucket(rows, batch_size):
 
 def test_batches_from_any_step_are_those_of_the_whole(examples):
     def batches(first_step, count):
-        stream = batches_lib.stream(
-            examples,
-            batch_size=BATCH,
-            buckets=BUCKETS,
-            seed=57,
-            stage="toy",
-            first_step=first_step,
-        )
+        stream = loop.Batches(examples, BATCH, BUCKETS, 57, "teacher").after(first_step)
         return [batch for _, batch in itertools.islice(stream, count)]
 
     whole = batches(0, STEPS)
@@ -158,7 +151,7 @@ class Training:
     def __init__(self, examples):
         self.config = EncoderConfig(17, 8, (2,), 4, (4,), 8, 3, 9, dropout=0.2)
         self.examples, self.traces = examples, 0
-        loss = objectives.TaskObjective(Encoder(self.config))
+        loss = objectives.task_objective(Encoder(self.config))
 
         def counted(*args):
             self.traces += 1
@@ -171,7 +164,7 @@ class Training:
             random_params(self.config, 0),
             seed=1,
             stage="teacher",
-            rates={"weights": Rate.create(0.01, "linear", STEPS, 3)},
+            rates={"weights": learning_rate(0.01, "linear", STEPS, 3)},
             freeze_embeddings=True,
         )
 
@@ -202,20 +195,15 @@ class Training:
                 # Where a restored one lies: both run the same compiled step.
                 jax.device_put(self.state(), jax.devices()[0]),
                 loop.Loop(
-                    stage="teacher",
                     step=deadly("step", self.step),
                     context={},
-                    examples=self.examples,
-                    batch_size=BATCH,
-                    buckets=BUCKETS,
-                    seed=57,
+                    batches=loop.Batches(self.examples, BATCH, BUCKETS, 57, "teacher"),
                     total_steps=STEPS,
                     evaluate=deadly("evaluate", self.evaluate),
                     checkpoints=saved,
                     log=log,
-                    log_every=3,
-                    eval_every=2,
-                    checkpoint_every=4,
+                    every=loop.Every(log=3, evaluation=2, checkpoint=4),
+                    start_counts=True,
                 ),
             )
 
@@ -250,7 +238,7 @@ def test_an_uninterrupted_run(trained, uninterrupted):
     losses = [line["step"] for line in lines if "loss" in line]
     scores = {line["step"]: line["score"] for line in lines if "score" in line}
     assert losses == [2, 3, 4, 6, 8, 9, 10, 12]  # multiples of 2, 3 and 4
-    assert list(scores) == [2, 4, 6, 8, 10, 12]
+    assert list(scores) == [0, 2, 4, 6, 8, 10, 12]
     assert state.best_score == np.float32(max(scores.values()))
     best = loop.Evaluation(trained.evaluate(state.best, {}).score)
     assert best.score == max(scores.values())
@@ -324,7 +312,14 @@ def test_a_damaged_checkpoint_is_warned_of(trained, uninterrupted, tmp_path, cap
 # The best, and what is not finite, with a scripted step
 
 
-def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_every=1):
+def scripted_fit(
+    tmp_path,
+    evaluations,
+    losses=None,
+    checkpoint_every=4,
+    log_every=1,
+    start_counts=False,
+):
     """Step n adds 1 to trainable; `evaluations` and `losses` are given in order."""
     losses = iter(losses or [{"loss": 1.0}] * len(evaluations))
     given, scores = list(evaluations), iter(evaluations)
@@ -332,7 +327,7 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
         {"embeddings": np.zeros(1), "w": np.zeros(1)},
         seed=0,
         stage="toy",
-        rates={"weights": Rate.create(0.1, "constant", 1)},
+        rates={"weights": learning_rate(0.1, "constant", 1)},
         freeze_embeddings=True,
     )
 
@@ -345,20 +340,17 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
         return loop.fit(
             state,
             loop.Loop(
-                stage="toy",
                 step=lambda state, context, batch: (advance(state), next(losses)),
                 context={},
-                examples=examples_of([3] * 4),
-                batch_size=2,
-                buckets=(4,),
-                seed=0,
-                total_steps=len(given),
+                batches=loop.Batches(examples_of([3] * 4), 2, (4,), 0, "toy"),
+                total_steps=len(given) - start_counts,
                 evaluate=lambda trainable, frozen: next(scores),
                 checkpoints=saved,
                 log=log_lib.MetricsLog(tmp_path / "metrics.jsonl"),
-                log_every=log_every,
-                eval_every=1 if log_every == 1 else 100,
-                checkpoint_every=checkpoint_every,
+                every=loop.Every(
+                    log_every, 1 if log_every == 1 else 100, checkpoint_every
+                ),
+                start_counts=start_counts,
             ),
         )
 
@@ -382,6 +374,18 @@ def test_the_best_is_kept(tmp_path, scores, best_step, best_score):
     assert state.trainable["params"]["w"] == 3
     assert state.best["params"]["w"] == best_step
     assert state.best_score == np.float32(best_score)
+
+
+@pytest.mark.parametrize(
+    "scores, best_step", [([0.5, 0.4, 0.3], 0), ([0.5, 0.6, 0.3], 1), ([1, 1, 1], 0)]
+)
+def test_the_start_may_be_the_best(tmp_path, scores, best_step):
+    evaluations = list(map(loop.Evaluation, scores))
+    state, _ = scripted_fit(tmp_path, evaluations, start_counts=True)
+    assert state.best["params"]["w"] == best_step
+    assert state.best_score == np.float32(max(scores))
+    lines = [line for line in lines_of(tmp_path) if "score" in line]
+    assert [(line["step"], line["score"]) for line in lines] == [*enumerate(scores)]
 
 
 @pytest.mark.parametrize("restored", [False, True])
@@ -479,7 +483,7 @@ def test_stages_see_the_same_rows_in_other_orders(tmp_path, monkeypatch):
     config.prune.batch_size, config.prune.epochs, config.prune.warmup_epochs = 6, 2, 1
     sizes = EncoderConfig(17, 8, (2,), 4, (4,), 8, 2, 9, dropout=0.0)
     model, params = Encoder(sizes), jax.device_put(random_params(sizes, 0))
-    rows, seen = examples_of([1, 9, 4, 3, 5, 2] * 4), []
+    rows, seen = examples_of([1, 9, 4, 3, 5, 2, 8] * 3), []
 
     def look(state, context, batch):
         seen.append(jax.device_get(batch["input_ids"]))

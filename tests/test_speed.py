@@ -218,7 +218,7 @@ def test_pytorch_does_the_same_work(dense, weights):
     teacher_outputs = teacher_lib.make_teacher_forward(Encoder(dense), distill)(
         teacher, batch
     )
-    loss = objectives.distillation_objective(Encoder(dense), distill)
+    loss = objectives.DistillationObjective(Encoder(dense), distill)
 
     def ours(trainable):
         key = jax.random.key(0)

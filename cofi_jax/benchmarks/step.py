@@ -230,7 +230,7 @@ def prepared(
     trainable = {
         "distill_projection": jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
     }
-    imitate, context = objectives.distillation_objective, {}
+    imitate, context = objectives.DistillationObjective, {}
     if "masked" in kind:
         imitate = objectives.PruningObjective
         log_alpha = masks.init_log_alpha(subject.dense, jax.random.key(2))
@@ -246,12 +246,12 @@ def prepared(
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
         context["target_sparsity"] = jnp.float32(0.95)
         context["warmup_steps"] = jnp.int32(100)
-    rate = step_lib.Rate.create(1e-5, "constant", 1)
+    rate = step_lib.learning_rate(1e-5, "constant", 1)
     state = step_lib.create_state(
         params,
         seed=0,
         stage=kind,
-        rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
+        rates=dict.fromkeys(("weights", "masks", "multipliers"), rate),
         freeze_embeddings=True,
         **trainable,
     )

@@ -1,4 +1,4 @@
-"""The log of a run, as JSON lines and, where it is wanted, as TensorBoard events."""
+"""The log of a run: one line of JSON for each event, and a copy for TensorBoard."""
 
 import json
 import os
@@ -12,46 +12,42 @@ from cofi_jax.files import write_atomically
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the lines of a `metrics.jsonl`, without one that was cut off at the end.
+    """The lines of a `metrics.jsonl`, without one that is cut off at the end.
 
     Raises:
-      UserError: where another line is not what `MetricsLog` writes.
+      ValueError: where a line before the last is not JSON.
     """
-    lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+    lines = pathlib.Path(path).read_bytes().splitlines()
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            values = json.loads(line)
-            if not isinstance(values["stage"], str) or type(values["step"]) is not int:
-                raise TypeError
-            metrics.append(values)
-        except (ValueError, TypeError, KeyError) as error:
-            if number < len(lines) or line.endswith(b"\n"):
-                legal = f"line {number} is damaged; remove it, or the file to log anew"
-                raise reject("metrics.jsonl", str(path), legal) from error
+            metrics.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not JSON") from error
     return metrics
 
 
 class MetricsLog:
-    """Appends to a `metrics.jsonl`, one JSON object on each line.
+    """Appends to a `metrics.jsonl`, one JSON object a line.
 
     Each line goes to the operating system at once, so a killed run loses at most the
-    line that it was writing. The next run's `MetricsLog` removes a line that was cut.
+    line that it was writing; the `MetricsLog` of the next run removes a broken one.
     """
 
-    def __init__(self, path: str | os.PathLike, mirror: Any = None):
-        """Opens a new or an old log at `path`; `mirror` is an `Events` or None."""
+    def __init__(self, path: str | os.PathLike, mirror: "Events | None" = None):
+        """Opens the log at `path`, new or continued; `mirror` repeats what it says."""
         self.path, self._mirror = pathlib.Path(path), mirror
         self._rewrite(read_metrics(path) if self.path.exists() else [])
 
     def rewind(self, stage: str, step: int) -> float:
-        """Forgets the lines of `stage` after `step`, from which the stage is resumed.
+        """Forgets the lines of `stage` after `step`, where the stage goes on.
 
-        The lines of `step` itself stay: a run logs a step before it saves the state. A
-        stage that starts over passes -1.
+        The lines of `step` itself stay, because a run logs a step before it saves it.
+        A stage that starts over passes -1.
 
         Returns:
-          The seconds that the stage had taken at the last line that is left, or 0.
+          The seconds that the stage had taken at the last of its lines, or 0.
         """
         lines = [
             line
@@ -59,20 +55,18 @@ class MetricsLog:
             if line["stage"] != stage or line["step"] <= step
         ]
         self._rewrite(lines)
-        return max(
-            (line.get("seconds", 0.0) for line in lines if line["stage"] == stage),
-            default=0.0,
-        )
+        taken = (line.get("seconds", 0.0) for line in lines if line["stage"] == stage)
+        return max(taken, default=0.0)
 
     def write(self, *, stage: str, step: int, **values: Any) -> None:
-        """Adds a line, whose scalars may be Python's, NumPy's or JAX's."""
+        """Adds a line; its scalars may be Python's, NumPy's or JAX's."""
         line = _line({"stage": stage, "step": step} | values)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
         if self._mirror:
             self._mirror.write(json.loads(line))
 
-    def _rewrite(self, metrics: Iterable[dict[str, Any]]) -> None:
+    def _rewrite(self, metrics: list[dict[str, Any]]) -> None:
         write_atomically(self.path, "".join(map(_line, metrics)))
         if self._mirror:
             self._mirror.rewrite(metrics)
@@ -83,28 +77,27 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def check() -> None:
-    """Raises UserError where tensorboardX is not installed."""
+    """Raises a UserError where tensorboardX is not installed."""
     try:
-        import tensorboardX  # noqa: F401
+        import tensorboardX.event_file_writer  # noqa: F401
     except ImportError as error:
         legal = "needs tensorboardX: pip install 'cofi-jax[tensorboard]'"
         raise reject("tensorboard", True, legal) from error
 
 
 class Events:
-    """The TensorBoard event files that mirror a `MetricsLog`.
+    """TensorBoard's event files for a `MetricsLog`, whose `mirror` it is.
 
     TensorBoard does not forget what it has read when a file changes or goes. So where
-    lines were taken back, or a run is resumed, a new file begins, which declares all
-    earlier points void (`purge_step=0`) and repeats the lines that remain.
+    lines were taken back or a run goes on, a new file begins, which voids all steps
+    from 0 on and repeats the lines that stand.
     """
 
     def __init__(self, folder: str | os.PathLike):
         """Prepares a mirror in `folder`, which the first `write` creates."""
         check()
-        self.folder = pathlib.Path(folder)
+        self._folder, self._writer = pathlib.Path(folder), None
         self._lines: list[dict[str, Any]] = []
-        self._writer: Any = None
 
     def rewrite(self, lines: Iterable[dict[str, Any]]) -> None:
         """Makes these the only lines, from the next `write` on."""
@@ -116,19 +109,24 @@ class Events:
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line, which is on the disk when this returns."""
-        self._lines.append(line)
-        new = [line]
-        if not self._writer:
-            from tensorboardX import SummaryWriter
+        # Not by tensorboardX.SummaryWriter, whose flush does not wait for its queue: a
+        # killed run would lose its last lines.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-            # File names hold the second; the suffix tells two files of one apart.
-            suffix = f".{time.time_ns()}"
-            self._writer = SummaryWriter(
-                str(self.folder), purge_step=0, filename_suffix=suffix
-            )
-            new = self._lines
-        for each in new:
-            for key in each.keys() - {"stage", "step"}:
-                tag = f"{each['stage']}/{key}"
-                self._writer.add_scalar(tag, float(each[key]), each["step"])
+        self._lines.append(line)
+        new, now = [line], time.time()
+        if not self._writer:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # File names count seconds; the suffix tells two of one second apart.
+            prefix, suffix = str(self._folder / "events"), f".{time.time_ns()}"
+            self._writer, new = EventsWriter(prefix, suffix), self._lines
+            void = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=now, step=0, session_log=void))
+        for some in new:
+            for key in some.keys() - {"stage", "step"}:
+                summary = scalar(f"{some['stage']}/{key}", some[key])
+                event = Event(wall_time=now, step=some["step"], summary=summary)
+                self._writer.write_event(event)
         self._writer.flush()

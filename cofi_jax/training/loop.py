@@ -1,9 +1,10 @@
-"""The loop around the step: it feeds batches, evaluates, saves checkpoints and logs."""
+"""The loop around the step: batches in; evaluations, checkpoints and log lines out."""
 
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cofi_jax import distributed
-from cofi_jax.data import batches
+from cofi_jax.data import batches as batches_lib
 from cofi_jax.errors import UserError
 from cofi_jax.training.step import TrainState
 
@@ -25,120 +26,146 @@ class Evaluation(NamedTuple):
     values: dict[str, float] = {}
 
 
+class Every(NamedTuple):
+    """The steps between log lines, evaluations and checkpoints; each ends a stage."""
+
+    log: int
+    evaluation: int
+    checkpoint: int
+
+
 @dataclasses.dataclass(frozen=True)
-class Loop:
-    """One stage of training, without its state.
+class Batches:
+    """The endless batches of a stage, a pure function of the step.
 
     Attributes:
-      stage: the name, in the log, on the progress bar and in the order of the rows.
-      step: the function that `step.make_step` returns.
-      context: the pytree that the objective reads, on the device.
       examples: the training rows.
-      batch_size: the rows of a batch (B).
+      batch_size: the number of rows in a batch, B.
       buckets: the padded lengths.
-      seed: the run's seed, for the order of the rows.
-      total_steps: the number of steps after which the stage ends.
-      evaluate: maps (trainable, frozen) to an `Evaluation`; the trainable of the best
-        one is kept.
-      checkpoints: a `checkpoints.state.Checkpoints`.
-      log: a `log.MetricsLog`.
-      log_every: the steps between two lines of the log.
-      eval_every: the steps between two evaluations; there is one more at the end.
-      checkpoint_every: the steps between two checkpoints; there is one more at the end.
-      start_counts: whether the state at step 0 is evaluated as well. Then the stage
-        cannot end with a worse model than it was given.
-      teacher_outputs: maps (rows, batch) to the teacher's outputs, see `teacher`; None
-        where there is no teacher.
+      seed: the seed of the run.
+      stage: the stage's name, which gives it an order of rows of its own.
     """
 
-    stage: str
-    step: Callable
-    context: dict
-    examples: batches.Examples
+    examples: batches_lib.Examples
     batch_size: int
     buckets: Sequence[int]
     seed: int
+    stage: str
+
+    def after(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The row numbers, at most B, and the batch of each step after `step`."""
+        epoch, skip = divmod(
+            step, batches_lib.steps_per_epoch(len(self.examples), self.batch_size)
+        )
+        while True:
+            plan = batches_lib.epoch_plan(
+                self.examples.lengths,
+                batch_size=self.batch_size,
+                buckets=self.buckets,
+                seed=zlib.crc32(f"{self.seed} {self.stage}".encode()),
+                epoch=epoch,
+            )
+            for length, rows in plan[skip:]:
+                batch = batches_lib.make_batch(
+                    self.examples, rows, length=length, batch_size=self.batch_size
+                )
+                yield rows, batch
+            epoch, skip = epoch + 1, 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A stage of a run, but for its state.
+
+    Attributes:
+      step: the jitted step, from `step.make_step`.
+      context: the pytree that the objective reads, on the device.
+      batches: the batches, which also name the stage.
+      total_steps: the step at which the stage ends.
+      evaluate: maps (trainable, frozen) to an `Evaluation`.
+      checkpoints: the `state.Checkpoints` of the stage.
+      log: a `log.MetricsLog`.
+      every: how often to log, to evaluate and to save.
+      teacher_outputs: maps (rows, batch) to the teacher's outputs, see `teacher`; None
+        where there is no teacher.
+      start_counts: whether the start is evaluated and may be the best: wherever it is
+        a legal result, so that a stage never returns a worse model than it was given.
+    """
+
+    step: Callable
+    context: dict
+    batches: Batches
     total_steps: int
     evaluate: Callable[[dict, dict], Evaluation]
     checkpoints: Any
     log: Any
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
-    start_counts: bool = False
+    every: Every
     teacher_outputs: Callable | None = None
+    start_counts: bool = False
 
     def due(self, now: int, every: int) -> bool:
-        """Whether something that is done `every` so many steps is done after `now`."""
+        """Whether something is due after step `now` that is due `every` so often."""
         return now % every == 0 or now == self.total_steps
 
 
 def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
     """Runs a stage to its end, from its newest checkpoint where it has one.
 
-    A stage is resumed in this order:
-
-    1. The newest checkpoint that can be read replaces `state`.
-    2. The log forgets what was written after that checkpoint.
-    3. The start is evaluated if there was no checkpoint and the start counts.
-    4. The batches continue with the one after the checkpoint's step.
-
     Args:
-      state: the state of the stage at step 0.
-      loop: everything else.
+      state: the stage's state at step 0.
+      loop: the stage.
 
     Returns:
       The last state, and the seconds that the stage took, restarts included.
 
     Raises:
-      UserError: for a loss that is not finite; the last good checkpoint stays.
+      UserError: at a loss that is not finite (the last good checkpoint stays), and
+        where there are checkpoints but none can be read.
     """
+    # A stage goes on in this order, to end with the same bits as if it had never been
+    # interrupted:
+    # 1. The newest checkpoint that can be read gives the state.
+    # 2. The log forgets the lines after the state's step.
+    # 3. The batches follow from the step; random keys follow from state and step.
+    # 4. Only a stage that starts over evaluates its start; else it is in the state.
+    stage, log, every = loop.batches.stage, loop.log, loop.every
     restored = _restore(state, loop)
     state = state if restored is None else restored
     first = int(jax.device_get(state.step))
-    seconds = loop.log.rewind(loop.stage, -1 if restored is None else first)
+    seconds = log.rewind(stage, -1 if restored is None else first)
     started = time.perf_counter() - seconds
     if restored is None and loop.start_counts:
         state = _evaluate(state, loop, 0)
     window, window_started = [], time.perf_counter()
-    stream = batches.stream(
-        loop.examples,
-        batch_size=loop.batch_size,
-        buckets=loop.buckets,
-        seed=loop.seed,
-        stage=loop.stage,
-        first_step=first,
-    )
-    with _progress_bar(loop, first) as bar:
+    batches = loop.batches.after(first)
+    with _progress_bar(stage, first, loop.total_steps) as bar:
         for now in range(first + 1, loop.total_steps + 1):
-            rows, batch = next(stream)
+            rows, batch = next(batches)
             batch = distributed.shard(batch)
             if loop.teacher_outputs:
                 batch["teacher_outputs"] = loop.teacher_outputs(rows, batch)
             state, metrics = loop.step(state, loop.context, batch)
             window.append(metrics)
             bar.update()
-            intervals = loop.log_every, loop.eval_every, loop.checkpoint_every
-            if not any(loop.due(now, every) for every in intervals):
+            if not any(loop.due(now, n) for n in every):
                 continue
             window = jax.device_get(window)
-            _check_finite(loop.stage, now - len(window), window)
+            _check_finite(stage, now - len(window), window)
             last = {name: float(value) for name, value in window[-1].items()}
-            time_now = time.perf_counter()
-            loop.log.write(
-                stage=loop.stage,
+            now_seconds = time.perf_counter()
+            rows_done = loop.batches.batch_size * len(window)
+            log.write(
+                stage=stage,
                 step=now,
-                seconds=time_now - started,
-                examples_per_second=loop.batch_size
-                * len(window)
-                / (time_now - window_started),
+                seconds=now_seconds - started,
+                examples_per_second=rows_done / (now_seconds - window_started),
                 **last,
             )
             shown = ("loss", "expected_sparsity", "target_sparsity")
             bar.set_postfix({n: f"{last[n]:.4g}" for n in shown if n in last})
-            if loop.due(now, loop.eval_every):
+            if loop.due(now, every.evaluation):
                 state = _evaluate(state, loop, now)
-            if loop.due(now, loop.checkpoint_every):
+            if loop.due(now, every.checkpoint):
                 loop.checkpoints.save(state)
             window, window_started = [], time.perf_counter()
     if first == loop.total_steps:
@@ -147,12 +174,11 @@ def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
 
 
 def _restore(state, loop):
-    """Returns the newest state that can be read, or None; warns of the others."""
-    restored = loop.checkpoints.restore(state)
-    skipped = loop.checkpoints.skipped
+    """The newest state that can be read, or None where the stage has none."""
+    restored, skipped = loop.checkpoints.restore(state), loop.checkpoints.skipped
     if skipped and restored is None:
         raise UserError(
-            f"{loop.stage}: {'; '.join(skipped)}: none can be read; remove "
+            f"{loop.batches.stage}: {'; '.join(skipped)}: none can be read; remove "
             "their folder to start the stage over"
         )
     for line in skipped:
@@ -161,44 +187,46 @@ def _restore(state, loop):
     return restored
 
 
-def _progress_bar(loop, first):
-    # A file that holds the standard error would fill up with a bar of every moment.
-    interval = 0.5 if sys.stderr.isatty() else 20  # seconds
+def _progress_bar(stage, first, total_steps):
+    interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a file would fill up
     return tqdm(
-        total=loop.total_steps,
+        total=total_steps,
         initial=first,
-        desc=loop.stage,
+        desc=stage,
         unit="step",
         dynamic_ncols=True,
         mininterval=interval,
         maxinterval=interval,
-        disable=first == loop.total_steps,
+        disable=first == total_steps,
     )
 
 
 def _evaluate(state, loop, now):
-    """Logs an evaluation of the state, which is returned with the best one in it."""
+    """Evaluates and logs the state; returns it with the best that is now known."""
     found = loop.evaluate(state.trainable, state.frozen)
-    loop.log.write(stage=loop.stage, step=now, score=found.score, **found.values)
+    loop.log.write(
+        stage=loop.batches.stage, step=now, score=found.score, **found.values
+    )
     return _with_best(state, found)
 
 
 def _with_best(state, found):
-    # The score is stored in float32; a float64 would seem to exceed an equal score.
+    # Scores are compared as they are stored: a float64 might seem to be above an equal
+    # one that was rounded down.
     score = np.float32(found.score)
     if not (found.counts and score > jax.device_get(state.best_score)):
         return state
-    # The next step donates the trainable arrays, so the best ones are copies. A new
-    # array for the score would have another placement than a restored one, for which
-    # jax would compile the step again; the maximum keeps the placement.
+    # The next step donates `trainable`, so the best is a copy. The score is written by
+    # a maximum, whose result lies where the old score lay: jax would compile the step
+    # again for an array that is placed otherwise.
     return state.replace(
         best=jax.tree.map(jnp.copy, state.trainable),
-        best_score=jnp.maximum(state.best_score, score),
+        best_score=jnp.maximum(state.best_score, jax.device_put(score)),
     )
 
 
 def _check_finite(stage, before, window):
-    """Raises UserError at the first step of the window with an infinite term."""
+    """Raises at the first step of the window with a term that is not finite."""
     for number, metrics in enumerate(window, start=before + 1):
         # The terms come first: they are the cause where the sums are not finite.
         for name in sorted(metrics, key=lambda n: n in ("loss", "gradient_norm")):

@@ -1,12 +1,12 @@
-"""The layer term of distillation: the student's layers imitate the teacher's.
+"""Layer distillation: the student's layers imitate those of its teacher.
 
-The mean over a batch that is taken in m parts uses the denominator of the whole batch,
-which the parts carry as `total`: 1/m of the `rows` and of the `tokens` of all parts.
-So the mean over the parts is the mean over the batch. The losses of the logits are
+Where a batch is worked through in m parts, a mean over one part is divided by the
+denominator of the whole batch: `total` is 1/m of the weight of all parts together. The
+mean over the parts is then the mean over the batch. The losses of the logits are
 methods of each `data.problems.Problem`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,58 +14,72 @@ import jax.numpy as jnp
 from cofi_jax.data.problems.base import weighted_mean
 from cofi_jax.pruning import masks as masks_lib
 
-# Maps the costs (K, L) of pairing teacher and student layers, and which student layers
-# are alive (L,), to the student layer of each teacher layer, (K,) int32.
-Matcher = Callable[[jax.Array, jax.Array], jax.Array]
+# A matcher maps the distances (K, L) of K taught teacher layers to L student layers,
+# the student layers (L,) that are alive, and the numbers (K,) of the taught layers to
+# the number of the student layer that each taught layer is compared with, (K,) int32,
+# and the weight of each comparison, (K,).
+Matcher = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def taught_layers(num_layers: int, count: int) -> tuple[int, ...]:
-    """Returns `count` layer numbers, evenly spaced up to the last: 2 5 8 11 of 12."""
+    """Numbers of `count` evenly spaced teacher layers (of 12, 4: 2, 5, 8 and 11)."""
     count = min(count, num_layers)
     return tuple(int(num_layers * (k + 1) / count + 0.5) - 1 for k in range(count))
 
 
 def draw_layers(key: jax.Array, num_layers: int, count: int) -> jax.Array:
-    """Draws (K,) layer numbers, one from each of `count` windows of equal length.
+    """Draws one teacher layer from each of `count` equal windows, (K,) int32.
 
-    The windows end at the `taught_layers`: 0-2, 3-5, 6-8 and 9-11 of 12.
+    The windows end where `taught_layers` are (of 12, 4: 0-2, 3-5, 6-8 and 9-11).
     """
     last = jnp.array(taught_layers(num_layers, count))
     first = jnp.concatenate([jnp.zeros(1, last.dtype), last[:-1] + 1])
     return jax.random.randint(key, last.shape, first, last + 1)
 
 
-def match_closest(costs: jax.Array, alive: jax.Array) -> jax.Array:
-    """Matches each teacher layer with the closest student layer that is alive.
+def match_closest(
+    costs: jax.Array, alive: jax.Array, taught: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A `Matcher`: each taught layer takes the closest layer that is alive.
 
-    Args:
-      costs: (K, L) distances of the teacher layers from the student layers.
-      alive: (L,) whether a student layer still has a block.
-
-    Returns:
-      (K,) int32 numbers of student layers; 0 where none is alive.
+    It is layer 0 where no layer is alive.
     """
     closest = jnp.argmin(jnp.where(alive, costs, jnp.inf), axis=1)
-    return jnp.where(alive.any(), closest, 0).astype(jnp.int32)
+    matched = jnp.where(alive.any(), closest, 0).astype(jnp.int32)
+    return matched, jnp.ones(len(taught))
 
 
-def match_ordered(costs: jax.Array, alive: jax.Array) -> jax.Array:
-    """Matches like `match_closest`, but in the order of the layers.
+def match_ordered(
+    costs: jax.Array, alive: jax.Array, taught: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A `Matcher`: the closest layers that keep the order of the teacher's layers.
 
-    From the last teacher layer down, only student layers below the one that was matched
-    before are eligible; where none is left, the lowest layer that is alive is taken.
+    From the last taught layer down, each takes the closest alive layer below the one
+    taken before, and the lowest alive layer where none is left.
     """
-    numbers, lowest = jnp.arange(costs.shape[1]), jnp.argmax(alive)
+    ids, lowest = jnp.arange(costs.shape[1]), jnp.argmax(alive)
     matched, bound = [], costs.shape[1]
     for row in costs[::-1]:
-        eligible = alive & (numbers < bound)
-        closest = jnp.argmin(jnp.where(eligible, row, jnp.inf))
-        bound = jnp.where(eligible.any(), closest, lowest)
+        candidate = alive & (ids < bound)
+        closest = jnp.argmin(jnp.where(candidate, row, jnp.inf))
+        bound = jnp.where(candidate.any(), closest, lowest)
         matched.append(bound)
-    return jnp.stack(matched[::-1]).astype(jnp.int32)
+    return jnp.stack(matched[::-1]).astype(jnp.int32), jnp.ones(len(taught))
 
 
-MATCHERS: dict[str, Matcher] = {"closest": match_closest, "ordered": match_ordered}
+def match_fixed(
+    costs: jax.Array, alive: jax.Array, taught: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A `Matcher`: the layer of the same number; a dead one is not compared."""
+    del costs
+    return taught, alive[taught]
+
+
+MATCHERS: dict[str, Matcher] = {
+    "closest": match_closest,
+    "ordered": match_ordered,
+    "fixed": match_fixed,
+}
 
 
 def distill_layers(
@@ -76,51 +90,50 @@ def distill_layers(
     alive: jax.Array,
     taught: jax.Array,
     *,
-    match: str,
+    match: Matcher,
     total: jax.Array | None = None,
 ) -> jax.Array:
-    """Sums the mean squared error to the matched student layer over teacher layers.
+    """The layer distillation loss of the paper's section 3.2.
 
     Args:
-      student: (L, B, T, D') outputs of the student's layers, in any float dtype.
-      teacher: (K, B, T, D) outputs of the taught layers.
-      projection: (D', D) map from the student's width to the teacher's.
+      student: the outputs of the student's layers, (L, B, T, D') in any float dtype.
+      teacher: the outputs of the taught teacher layers, (K, B, T, D).
+      projection: the learned map W from the student's width to the teacher's, (D', D).
       token_weight: (B, T), 0 for padding.
-      alive: (L,) whether a student layer may be chosen.
-      taught: (K,) the numbers of the taught layers.
-      match: a key of `MATCHERS`, or `fixed`: the student layer has the number of the
-        taught layer, and the term is 0 where that layer is not alive.
-      total: takes the place of the sum of the token weights.
+      alive: the student layers that may be chosen, (L,) booleans.
+      taught: the numbers of the taught layers, (K,) int32.
+      match: chooses the student layer that each taught layer is compared with.
+      total: replaces the sum of the token weights as the denominator of the means.
+
+    Returns:
+      The mean squared errors between each taught layer and W times its student layer,
+      summed over the taught layers.
     """
 
-    # The products are in the dtype of the states, to which the teacher's are rounded
-    # too, and so is the backward pass.
+    # The product is in the student's dtype, in the backward pass too.
     def project(states, projection):
         return (states @ projection.astype(states.dtype)).astype(jnp.float32)
 
-    def distance(t, s):  # both (B, T, D)
+    def distance(t, s):  # (B, T, D), (B, T, D)
         return weighted_mean(jnp.square(t - s).mean(-1), token_weight, total)
 
-    if match == "fixed":
-        matched, counts = taught, alive[taught]
-    else:
-        # The choice has no gradient, so only the chosen layers are differentiated.
-        projected = project(*jax.lax.stop_gradient((student, projection)))
-        to_each = jax.vmap(distance, in_axes=(None, 0))
-        matched = MATCHERS[match](
-            jax.vmap(to_each, (0, None))(teacher, projected), alive
-        )
-        counts = jnp.ones(len(matched))
-    chosen = project(pick_layers(student, matched), projection)
-    return jnp.sum(jax.vmap(distance)(teacher, chosen) * counts)
+    # The choice has no gradient, so only the chosen layers are differentiated. Where
+    # the matcher ignores the distances, XLA removes their computation.
+    projected = project(*jax.lax.stop_gradient((student, projection)))
+    costs = jax.vmap(lambda t: jax.vmap(lambda s: distance(t, s))(projected))(teacher)
+    matched, weights = match(costs, alive, taught)
+    chosen = project(take_layers(student, matched), projection)
+    return jnp.sum(jax.vmap(distance)(teacher, chosen) * weights)
 
 
-def pick_layers(outputs: jax.Array, numbers: jax.Array) -> jax.Array:
-    """Picks (K, ...) of the layers' outputs (L, ...) by (K,) numbers."""
-    # The gradient of outputs[numbers] would be a scatter, whose sums come in any order
-    # on a GPU, so that a resumed run would differ.
+def take_layers(outputs: jax.Array, ids: jax.Array | Sequence[int]) -> jax.Array:
+    """`outputs[ids]` along the first axis, with a gradient that is summed in order.
+
+    The gradient of `outputs[ids]` is a scatter, which a GPU adds up in any order: a
+    resumed run would not end with the same bits.
+    """
     return jnp.stack(
-        [jax.lax.dynamic_index_in_dim(outputs, i, keepdims=False) for i in numbers]
+        [jax.lax.dynamic_index_in_dim(outputs, i, keepdims=False) for i in ids]
     )
 
 

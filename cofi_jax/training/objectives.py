@@ -1,77 +1,64 @@
-"""The functions that are minimised: a task's loss, imitation, and the pruning game.
+"""Objectives: imitation of a teacher, the task's own loss, and the pruning game.
 
     distillation = a * distill(logits) + b * sum_k mse(t_k, W s_m(k))
     pruning      = distillation under sampled masks + lagrangian(s, target)
 
-Here t_k is the output of the k-th taught teacher layer, s_m(k) the output of the
-student layer that it is matched with, and W a learned D' x D map (paper, section 3.2).
-If a and b are 0 there is no teacher, and the task's own loss takes the place of
-distillation.
+t_k is the output of the k-th taught teacher layer, s_m(k) that of the student layer
+which it is matched with, and W a learned D x D map (paper, section 3.2). Where a and b
+are both 0 there is no teacher, and the task's own loss takes the place of distillation.
 
-An objective maps (trainable, frozen, context, batch, key) to (loss, metrics).
-`trainable` holds what is trained, `frozen` the embeddings where they are not. `context`
-is the pytree of everything else that the loss needs, so that nothing becomes a constant
-of the compiled program.
+An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics).
+`trainable` holds what is trained, and `frozen` the embeddings where they are not
+trained. `context` is the pytree of everything else that the loss needs, so that
+nothing of it is a constant of the compiled program. `batch["teacher_outputs"]` holds
+the teacher's outputs for the batch: they are split among its parts as the rows are.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
-from cofi_jax.models.bert import Batch, Encoder, Output
+from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.pruning import constraint
 from cofi_jax.pruning import cost as cost_lib
 from cofi_jax.pruning import masks as masks_lib
-from cofi_jax.training import losses
+from cofi_jax.training.losses import (
+    MATCHERS,
+    alive_layers,
+    distill_layers,
+    draw_layers,
+    take_layers,
+    taught_layers,
+)
 
 Metrics = dict[str, jax.Array]
 Objective = Callable[..., tuple[jax.Array, Metrics]]
-_NO_MASKS: Mapping[str, jax.Array] = {}
 
 
 def whole_params(trainable: dict, frozen: dict) -> dict:
-    """Returns the parameters of the model from its trained and its frozen part."""
+    """The model's parameters, put together from the trained and the frozen part."""
     return {**trainable["params"], **frozen}
 
 
-def _forward(model, trainable, frozen, masks, batch, key) -> Output:
-    # Each part of a batch has a dropout of its own; masks and taught layers are shared.
-    noise = jax.random.fold_in(key, 2 + batch["part"]) if "part" in batch else key
-    variables = {"params": whole_params(trainable, frozen), "masks": masks}
-    return model.apply(variables, batch, train=True, rngs={"dropout": noise})
+def key_for(key: jax.Array, use: str) -> jax.Array:
+    """The random key of one use in a step: "masks", "layers" or "dropout".
+
+    Keys are derived by name, so that a draw does not depend on which others are made.
+    """
+    return jax.random.fold_in(key, zlib.crc32(use.encode()))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class TaskObjective:
-    """The loss of the labels, from which the teacher learns."""
-
-    model: Encoder
-
-    def __call__(
-        self,
-        trainable: dict,
-        frozen: dict,
-        context: dict,
-        batch: Batch,
-        key: jax.Array,
-        masks: masks_lib.Masks = _NO_MASKS,
-    ) -> tuple[jax.Array, Metrics]:
-        """Returns the loss and its terms; see the module for the arguments."""
-        output = _forward(self.model, trainable, frozen, masks, batch, key)
-        loss = PROBLEMS[self.model.config.problem].loss(output.logits, batch)
-        return loss, {"loss_task": loss}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes what it compiles
 class DistillationObjective:
-    """The imitation of the teacher by a dense or a sliced student.
+    """The imitation of a teacher by a dense or a sliced student.
 
-    The batch holds `teacher_outputs`, see `teacher.make_teacher_forward`. The trainable
-    has `params` and, for the layer term, `distill_projection` (D', D).
+    Where both weights of `distill` are 0, the loss is that of the labels. `trainable`
+    holds `params` and, for the layer term, `distill_projection` (D', D).
     """
 
     student: Encoder
@@ -84,14 +71,29 @@ class DistillationObjective:
         context: dict,
         batch: Batch,
         key: jax.Array,
-        masks: masks_lib.Masks = _NO_MASKS,
+        masks: masks_lib.Masks | None = None,
     ) -> tuple[jax.Array, Metrics]:
-        """Returns the loss and its terms; see the module for the arguments."""
-        distill, config = self.distill, self.student.config
-        output = _forward(self.student, trainable, frozen, masks, batch, key)
+        """The loss of a batch, and its terms before they are weighted."""
+        del context
+        config, distill, masks = self.student.config, self.distill, masks or {}
+        # Each part of a batch has dropout of its own; masks and taught layers are
+        # drawn once for all parts.
+        dropout = key_for(key, "dropout")
+        if "part" in batch:
+            dropout = jax.random.fold_in(dropout, batch["part"])
+        output = self.student.apply(
+            {"params": whole_params(trainable, frozen), "masks": masks},
+            batch,
+            train=True,
+            rngs={"dropout": dropout},
+        )
+        problem = PROBLEMS[config.problem]
+        if distill.logits == distill.layers == 0:
+            loss = problem.loss(output.logits, batch)
+            return loss, {"loss_task": loss}
         loss, metrics = jnp.zeros(()), {}
         if distill.logits:
-            metrics["loss_logits"] = PROBLEMS[config.problem].distill(
+            metrics["loss_logits"] = problem.distill(
                 output.logits,
                 batch["teacher_outputs"]["logits"],
                 batch,
@@ -99,54 +101,52 @@ class DistillationObjective:
             )
             loss += distill.logits * metrics["loss_logits"]
         if distill.layers:
-            metrics["loss_layers"] = self._layer_loss(
-                output, trainable["distill_projection"], batch, key, masks
+            metrics["loss_layers"] = self._layers_loss(
+                output.hidden_states[1:],
+                trainable["distill_projection"],
+                batch,
+                alive_layers(config, masks),
+                key_for(key, "layers"),
             )
             loss += distill.layers * metrics["loss_layers"]
         return loss, metrics
 
-    def _layer_loss(self, output, projection, batch, key, masks):
-        distill, config = self.distill, self.student.config
-        layers = len(config.heads), distill.num_layers
-        # Layers that slicing emptied repeat the one below, so they are never matched,
-        # except by number.
-        widths = enumerate(zip(config.heads, config.intermediate, strict=True))
-        present = [i for i, width in widths if any(width)] or [0]
-        if distill.match == "fixed":
-            present = range(layers[0])
-        taught = losses.taught_layers(*layers)
+    def _layers_loss(self, outputs, projection, batch, alive, key):
+        config, distill = self.student.config, self.distill
         states = jnp.moveaxis(batch["teacher_outputs"]["states"], 2, 0)  # (K, B, T, D)
+        count = len(outputs), distill.num_layers
+        taught = jnp.asarray(taught_layers(*count))
         if distill.taught == "random":
-            taught = losses.draw_layers(jax.random.fold_in(key, 1), *layers)
-            states = losses.pick_layers(states, taught)
-        outputs = [output.hidden_states[i + 1] for i in present]
-        return losses.distill_layers(
-            jnp.stack(outputs),  # (L, B, T, D')
+            taught = draw_layers(key, *count)
+            states = take_layers(states, taught)
+        present = list(range(len(outputs)))
+        if distill.match != "fixed":
+            # Layers that slicing has emptied are never matched: no need to compare.
+            widths = enumerate(zip(config.heads, config.intermediate, strict=True))
+            present = [i for i, width in widths if any(width)] or [0]
+        return distill_layers(
+            jnp.stack([outputs[i] for i in present]),
             states.astype(jnp.float32),
             projection,
             batch["attention_mask"] * batch["weight"][:, None],
-            losses.alive_layers(config, masks)[jnp.array(present)],
-            jnp.asarray(taught),
-            match=distill.match,
+            alive[jnp.array(present)],
+            taught,
+            match=MATCHERS[distill.match],
             total=batch["total"]["tokens"] if "total" in batch else None,
         )
 
 
-def distillation_objective(
-    student: Encoder, distill: Distill
-) -> TaskObjective | DistillationObjective:
-    """Returns the imitation, or the task's own loss if both of its weights are 0."""
-    if distill.logits == distill.layers == 0:
-        return TaskObjective(student)
-    return DistillationObjective(student, distill)
+def task_objective(model: Encoder) -> DistillationObjective:
+    """The loss of the labels alone, by which the teacher is trained."""
+    return DistillationObjective(model, Distill(logits=0.0, layers=0.0))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes what it compiles
 class PruningObjective:
-    """The imitation under sampled masks, and the Lagrangian of the constraint.
+    """Imitation under sampled masks, and the Lagrangian of the sparsity constraint.
 
-    The context has the scalars `target_sparsity`, `warmup_steps` and `step`. The
-    trainable has `log_alpha` and `multipliers` besides what distillation needs.
+    The context holds the scalars `target_sparsity`, `warmup_steps` and `step`. Beside
+    what `DistillationObjective` needs, `trainable` holds `log_alpha` and `multipliers`.
     """
 
     student: Encoder
@@ -156,12 +156,11 @@ class PruningObjective:
     def __call__(
         self, trainable: dict, frozen: dict, context: dict, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Returns the loss and its terms; see the module for the arguments."""
+        """The loss of a batch; its terms, the sparsity and the multipliers."""
         log_alpha, multipliers = trainable["log_alpha"], trainable["multipliers"]
-        mask_key, dropout_key = jax.random.split(key)
-        masks = masks_lib.sample(log_alpha, mask_key)
-        imitate = distillation_objective(self.student, self.distill)
-        loss, metrics = imitate(trainable, frozen, context, batch, dropout_key, masks)
+        masks = masks_lib.sample(log_alpha, key_for(key, "masks"))
+        imitate = DistillationObjective(self.student, self.distill)
+        loss, metrics = imitate(trainable, frozen, context, batch, key, masks)
         expected = constraint.expected_sparsity(
             log_alpha, self.student.config, self.cost
         )
@@ -169,11 +168,10 @@ class PruningObjective:
             context["step"], context["target_sparsity"], context["warmup_steps"]
         )
         penalty = constraint.lagrangian(expected, target, multipliers)
-        metrics |= {
+        return loss + penalty, metrics | {
             "loss_lagrangian": penalty,
             "expected_sparsity": expected,
             "target_sparsity": target,
             "multiplier_linear": multipliers["linear"],
             "multiplier_quadratic": multipliers["quadratic"],
         }
-        return loss + penalty, metrics

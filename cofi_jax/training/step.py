@@ -1,12 +1,12 @@
-"""The training step, which all stages share; they differ in their objective alone.
+"""The state and the step that all stages share; they differ in their objective alone.
 
-    gradients = grad(objective)(trainable)            one backward pass
-    descent: weights and log-alphas move against their gradients
-    ascent:  the Lagrange multipliers move along theirs
-    the log-alphas are clamped
+    gradients = grad(objective)(trainable)        one backward pass
+    weights and masks descend: Adam against their gradients
+    the multipliers ascend: Adam along theirs
+    log_alpha is clamped
 
 Learning rates, the target and the seed are arrays in the state or the context, not
-constants of the compiled program.
+constants of the compiled program: another value is no reason to compile again.
 """
 
 import functools
@@ -19,64 +19,60 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from optax import microbatching
 
 from cofi_jax.models.bert import Batch
 from cofi_jax.pruning import hard_concrete
 from cofi_jax.training.objectives import Metrics, Objective
 
 _MAX_GRADIENT_NORM = 1.0
-
-
 _ADAM_EPS = 1e-8
 
-
-# These schedules run over the fraction of a ramp that is done, so that its length can
-# be an array: another length needs no other program.
-_RISE = optax.linear_schedule(0.0, 1.0, transition_steps=1)
-_FALL = optax.linear_schedule(1.0, 0.0, transition_steps=1)
+# The hyperparameters of a learning rate, see `learning_rate`.
+Rate = dict[str, np.float32]
+_CONSTANT_ZERO = {"peak": 0.0, "warmup_steps": 0.0, "decay": 0.0}
 
 
-class Rate(flax.struct.PyTreeNode):
-    """A learning rate that rises linearly, then stays or falls linearly to 0.
+def learning_rate(
+    peak: float, schedule: str, total_steps: int, warmup_steps: int = 0
+) -> Rate:
+    """The hyperparameters of `rate_at` for a stage of `total_steps`.
 
-    Attributes:
-      peak: the highest rate, reached at the end of the rise.
-      warmup_steps: the steps of the rise, 0 for none.
-      decay: the fraction of the peak that is lost with each later step.
+    Args:
+      peak: the rate that the warm-up ends at.
+      schedule: "constant", or "linear": falling from the peak to 0 at `total_steps`.
+      total_steps: the length of the stage.
+      warmup_steps: the steps in which the rate rises to the peak.
     """
+    decay = 1 / max(total_steps - warmup_steps, 1) if schedule == "linear" else 0.0
+    values = {"peak": peak, "warmup_steps": warmup_steps, "decay": decay}
+    return {name: np.float32(value) for name, value in values.items()}
 
-    peak: jax.Array
-    warmup_steps: jax.Array
-    decay: jax.Array
 
-    @classmethod
-    def create(
-        cls, peak: float, schedule: str, total_steps: int, warmup_steps: int = 0
-    ) -> "Rate":
-        """Makes a `constant` rate, or a `linear` one that is 0 after `total_steps`."""
-        falling = schedule == "linear"
-        decay = 1 / max(total_steps - warmup_steps, 1) if falling else 0.0
-        return cls(*(np.float32(x) for x in (peak, warmup_steps, decay)))
+def rate_at(
+    step: jax.Array, peak: jax.Array, warmup_steps: jax.Array, decay: jax.Array
+) -> jax.Array:
+    """An optax schedule: the learning rate of the 0-based `step`.
 
-    def at(self, step: jax.Array) -> jax.Array:
-        """Returns the rate of a step, counted from 0; the first one is not 0."""
-        rise = _RISE((step + 1) / jnp.maximum(self.warmup_steps, 1))
-        return self.peak * rise * _FALL((step - self.warmup_steps) * self.decay)
+    Step n of a warm-up of w steps has (n + 1) / w of the peak, because a first step
+    of rate 0 would be wasted. Afterwards the rate falls by `decay` of the peak a step.
+    optax's own schedules want their lengths as constants of the compiled program.
+    """
+    rise = (step + 1) / jnp.maximum(warmup_steps, 1)
+    return peak * jnp.minimum(rise, jnp.maximum(0.0, 1 - decay * (step - warmup_steps)))
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a step reads and changes, and the best evaluation so far.
+    """Everything that a step reads and changes, and the best result so far.
 
     Attributes:
-      step: int32 number of the steps that are done.
+      step: the number of steps done, int32.
       key: the root of the stage's randomness; step n uses fold_in(key, n).
-      trainable: `params` (the trained part) and, where the objective has them,
+      trainable: `params` (the part that is trained), and where the objective has them
         `distill_projection`, `log_alpha` and `multipliers`.
-      frozen: the parameters that are not trained: the embeddings, or none.
-      rates: the `Rate` of `weights` and, where they exist, `gates` and `multipliers`.
-      descent: the optax state over the weights and the log-alphas.
-      ascent: the optax state over the multipliers.
-      best: the trainable of the best evaluation so far.
+      frozen: the parameters that are not trained (the embeddings, or nothing).
+      optimizer: the state of `optimizer`, the learning rates included.
+      best: `trainable` at the best evaluation so far.
       best_score: the score of that evaluation, -inf before the first that counts.
     """
 
@@ -84,41 +80,41 @@ class TrainState(flax.struct.PyTreeNode):
     key: jax.Array
     trainable: dict
     frozen: dict
-    rates: dict[str, Rate]
-    descent: Any
-    ascent: Any
+    optimizer: Any
     best: dict
     best_score: jax.Array
 
 
-def descent(rates: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Returns Adam for the log-alphas, and for weights clipped to a global norm of 1."""
+def optimizer(rates: dict[str, Rate] | None = None) -> optax.GradientTransformation:
+    """Adam for all that is trained: weights and masks descend, multipliers ascend.
 
-    def adam(rate):
+    The gradient of the weights is clipped to a global norm of 1.
+
+    Args:
+      rates: the learning rates of "weights", "masks" and "multipliers" that `init`
+        writes into the state. `update` reads them from there.
+    """
+
+    @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
+    def adam(peak, warmup_steps, decay):
+        rate = functools.partial(
+            rate_at, peak=peak, warmup_steps=warmup_steps, decay=decay
+        )
         return optax.adam(rate, eps=_ADAM_EPS)
 
-    weights = optax.chain(
-        optax.clip_by_global_norm(_MAX_GRADIENT_NORM), adam(rates["weights"])
-    )
+    def adam_of(player):
+        return adam(**(rates or {}).get(player, _CONSTANT_ZERO))
+
+    clip = optax.clip_by_global_norm(_MAX_GRADIENT_NORM)
+    players = {"log_alpha": "masks", "multipliers": "multipliers"}
     return optax.partition(
-        {"weights": weights, "gates": adam(rates["gates"])},
-        lambda trainable: {
-            k: "gates" if k == "log_alpha" else "weights" for k in trainable
+        {
+            "weights": optax.chain(clip, adam_of("weights")),
+            "masks": adam_of("masks"),
+            "multipliers": optax.chain(optax.scale(-1.0), adam_of("multipliers")),
         },
+        lambda trainable: {name: players.get(name, "weights") for name in trainable},
     )
-
-
-def ascent(rates: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Returns Adam on the multipliers, uphill."""
-    return optax.chain(
-        optax.scale(-1.0), optax.adam(rates["multipliers"], eps=_ADAM_EPS)
-    )
-
-
-def _players(trainable: dict) -> tuple[dict, dict]:
-    """Splits what is trained into what descends and what ascends."""
-    down = {k: v for k, v in trainable.items() if k != "multipliers"}
-    return down, trainable.get("multipliers", {})
 
 
 def create_state(
@@ -130,128 +126,103 @@ def create_state(
     freeze_embeddings: bool,
     **trainable: Any,
 ) -> TrainState:
-    """Returns a state at step 0.
+    """A state at step 0.
 
     Args:
-      params: the parameters of the whole model; they are copied.
-      seed: the run's seed.
-      stage: the name, which makes the randomness of the stage its own.
-      rates: the rate of `weights`, and of `gates` and `multipliers` if there are any.
-      freeze_embeddings: whether the embeddings stay, their LayerNorm included.
-      **trainable: `distill_projection`, `log_alpha`, `multipliers`.
+      params: the parameters of the whole model, which are copied.
+      seed: the seed of the run.
+      stage: the stage's name, which gives it randomness of its own.
+      rates: the `learning_rate` of `weights`, and of `masks` and `multipliers` where
+        these are trained.
+      freeze_embeddings: whether the embeddings and their LayerNorm are not trained.
+      **trainable: `distill_projection` (D', D), `log_alpha` and `multipliers`, where
+        the objective has them.
     """
     frozen = {"embeddings": params["embeddings"]} if freeze_embeddings else {}
     trainable["params"] = {k: v for k, v in params.items() if k not in frozen}
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
-    return _fresh(key, trainable, frozen, rates)
+    return _create(key, trainable, frozen, rates)
 
 
-@jax.jit  # This is one program instead of one for each shape.
-def _fresh(key, trainable, frozen, rates):
-    # A weakly typed scalar would have the second step traced again.
+@jax.jit  # one program instead of one for each shape
+def _create(key, trainable, frozen, rates):
+    # A weakly typed scalar would have the second step compiled again.
     trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
-    down, up = _players(trainable)
-    zero_rates = dict.fromkeys(("weights", "gates", "multipliers"), 0.0)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.clone(key),
         trainable=trainable,
         frozen=jax.tree.map(jnp.copy, frozen),
-        rates=jax.tree.map(jnp.array, rates),
-        descent=descent(zero_rates).init(down),
-        ascent=ascent(zero_rates).init(up),
+        optimizer=optimizer(rates).init(trainable),
         best=jax.tree.map(jnp.copy, trainable),
         best_score=jnp.array(-jnp.inf, jnp.float32),
     )
 
 
-def _split(batch: Batch, parts: int) -> Batch:
-    """Stacks the parts of a batch; each part knows the denominators of the whole."""
-
-    def split(x):  # Rows 0, m, 2m, ... come first, so that no row leaves its device.
-        return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
-
-    weight = batch["weight"]
-    total = {"rows": weight, "tokens": batch["attention_mask"] * weight[:, None]}
-    total = {n: jnp.broadcast_to(x.sum() / parts, parts) for n, x in total.items()}
-    return jax.tree.map(split, batch) | {"total": total, "part": jnp.arange(parts)}
-
-
-def _gradients(objective, micro_batches, trainable, frozen, context, batch, key):
-    """Returns ((loss, metrics), gradients) of a batch that is taken in equal parts.
-
-    `optax.microbatching` splits alike, but its parts know neither their number, which
-    their dropout needs, nor the denominators of the whole batch.
-    """
-
-    def differentiate(part):
-        function = jax.value_and_grad(objective, has_aux=True)
-        return function(trainable, frozen, context, part, key)
-
-    if micro_batches == 1:
-        return differentiate(batch)
-    parts = _split(batch, micro_batches)
-    like = jax.eval_shape(differentiate, jax.tree.map(lambda x: x[0], parts))
-
-    def add(total, part):
-        found = differentiate(part)
-        return jax.tree.map(lambda a, b: a + b / micro_batches, total, found), None
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    return jax.lax.scan(add, zeros, parts)[0]
-
-
 def train_step(
+    objective: Objective,
+    micro_batches: int,
     state: TrainState,
     context: dict,
     batch: Batch,
-    *,
-    objective: Objective,
-    micro_batches: int,
 ) -> tuple[TrainState, Metrics]:
-    """Makes one step of the min-max game; see `make_step`."""
+    """One step of a stage, and its loss, metrics and gradient norm; see `make_step`."""
     key = jax.random.fold_in(state.key, state.step)
     context = dict(context, step=state.step)
-    (loss, metrics), gradients = _gradients(
-        objective, micro_batches, state.trainable, state.frozen, context, batch, key
+    differentiate = functools.partial(
+        jax.value_and_grad(objective, has_aux=True),
+        state.trainable,
+        state.frozen,
+        context,
     )
-    rates = {name: rate.at(state.step) for name, rate in state.rates.items()}
-    rates = dict.fromkeys(("gates", "multipliers"), 0.0) | rates
-    down, up = _players(state.trainable)
-    down_gradients, up_gradients = _players(gradients)
-    updates, descent_state = descent(rates).update(down_gradients, state.descent, down)
-    trainable = optax.apply_updates(down, updates)
+    if micro_batches == 1:
+        (loss, metrics), gradients = differentiate(batch, key)
+    else:
+        (loss, metrics), gradients = _in_parts(differentiate, micro_batches, batch, key)
+    updates, optimizer_state = optimizer().update(
+        gradients, state.optimizer, state.trainable
+    )
+    trainable = optax.apply_updates(state.trainable, updates)
     if "log_alpha" in trainable:
-        clamped = jax.tree.map(hard_concrete.clamp, trainable["log_alpha"])
-        trainable["log_alpha"] = clamped
-    ascent_state = state.ascent
-    if up:
-        updates, ascent_state = ascent(rates).update(up_gradients, state.ascent, up)
-        trainable["multipliers"] = optax.apply_updates(up, updates)
+        trainable["log_alpha"] = jax.tree.map(
+            hard_concrete.clamp, trainable["log_alpha"]
+        )
     state = state.replace(
-        step=state.step + 1,
-        trainable=trainable,
-        descent=descent_state,
-        ascent=ascent_state,
+        step=state.step + 1, trainable=trainable, optimizer=optimizer_state
     )
     # A finite loss may have an infinite gradient, which would spoil the state.
-    norm = optax.tree.norm(down_gradients)
+    descending = {k: v for k, v in gradients.items() if k != "multipliers"}
+    norm = optax.tree.norm(descending)
     return state, {"loss": loss, **metrics, "gradient_norm": norm}
 
 
-def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
-    """Returns the jitted `step(state, context, batch) -> (state, metrics)`.
+def _in_parts(differentiate, parts, batch, key):
+    """The means of `differentiate` over `parts` of the batch, one after the other."""
+    weight = batch["weight"]
+    total = {"rows": weight, "tokens": batch["attention_mask"] * weight[:, None]}
+    total = {name: x.sum() / parts for name, x in total.items()}
 
-    The step donates `state`: its arrays are gone afterwards.
+    def of_part(rows, part):
+        return differentiate(rows | {"total": total, "part": part[0]}, key)
+
+    # Part m has the rows m, m + parts, ...: no row leaves its device.
+    return microbatching.microbatch(
+        of_part,
+        argnums=(0, 1),
+        microbatch_size=len(weight) // parts,
+        accumulator=microbatching.AccumulationType.MEAN,
+    )(batch, jnp.arange(len(weight)) % parts)
+
+
+def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
+    """The jitted `step(state, context, batch) -> (state, metrics)`; donates `state`.
 
     Args:
-      objective: the function that is differentiated.
-      micro_batches: the number of parts, one after the other, in which a batch that
-        does not fit the memory is taken; B is a multiple of it. Losses and gradients
-        are those of the whole batch except for rounding, dropout and the layers that
-        are matched, which each part chooses by its own rows.
+      objective: the loss that is differentiated.
+      micro_batches: the number of parts that a batch is worked through in, one after
+        the other, where the whole does not fit into memory; it divides B. Losses and
+        gradients are those of the whole batch, except for rounding, for dropout, and
+        for the matching of layers, which each part does by its own rows.
     """
-    step = functools.partial(
-        train_step, objective=objective, micro_batches=micro_batches
-    )
+    step = functools.partial(train_step, objective, micro_batches)
     return jax.jit(step, donate_argnums=0)

@@ -1,11 +1,11 @@
-"""The teacher's outputs for each batch, and a cache that keeps them between epochs.
+"""The teacher's outputs for each batch, and the cache that keeps them between epochs.
 
-    batch["teacher_outputs"] = forward(teacher's params, batch)
+    batch["teacher_outputs"] = teacher_forward(teacher's params, batch)
 
 The teacher never changes, and its outputs for a row do not depend on the other rows of
-the batch, so kept outputs have the same bits as recomputed ones. They do depend on the
-padded length. So only batches are kept whose rows are all padded to the bucket of their
-own length; a batch with a row that `batches.epoch_plan` moved up is computed again.
+the batch: outputs that were kept have the same bits as outputs that are computed again.
+They do depend on the padded length. So only batches whose rows are all in their own
+bucket are kept; a batch with a row that `epoch_plan` moved up is computed each time.
 """
 
 import math
@@ -31,11 +31,11 @@ TeacherOutputs = dict[str, jax.Array]
 def make_teacher_forward(
     teacher: Encoder, distill: Distill
 ) -> Callable[[dict, Batch], TeacherOutputs]:
-    """Returns the jitted `forward(params, batch)` with the outputs that are imitated.
+    """Makes the jitted `teacher_forward(params, batch)`.
 
-    The outputs are `logits`, as the model's, and `states` (B, T, K, D), those of the
-    taught layers, or of all layers if the taught ones are drawn at random. A term of
-    weight 0 is left out.
+    Its result holds what `distill` needs: `logits`, which are those of the model, and
+    `states` (B, T, K, D), the outputs of the taught layers, or of all layers where the
+    taught ones are drawn at random.
     """
     layers = len(teacher.config.heads)
     taught = taught_layers(layers, distill.num_layers)
@@ -43,118 +43,204 @@ def make_teacher_forward(
         taught = range(layers)
 
     @jax.jit
-    def forward(params, batch):
-        output, found = teacher.apply({"params": params}, batch), {}
+    def teacher_forward(params, batch):
+        output = teacher.apply({"params": params}, batch)
+        outputs = {}
         if distill.logits:
-            found["logits"] = output.logits
+            outputs["logits"] = output.logits
         if distill.layers:
-            found["states"] = jnp.stack(
-                [output.hidden_states[k + 1] for k in taught], 2
-            )
-        return found
+            states = [output.hidden_states[k + 1] for k in taught]
+            outputs["states"] = jnp.stack(states, 2)
+        return outputs
 
-    return forward
+    return teacher_forward
 
 
 class TeacherCache:
-    """A teacher that gives its outputs for batches of the training rows.
+    """A teacher and what it has said about the training rows.
 
     Args:
       teacher: the module.
       params: its parameters.
-      distill: the terms that are imitated; `cache` says where outputs are kept: none,
-        host or device.
+      distill: the outputs that are needed; `cache` says where they are kept: "none",
+        "host" or "device".
     """
 
     def __init__(self, teacher: Encoder, params: dict, distill: Distill):
-        self._forward = make_teacher_forward(teacher, distill)
+        self._teach = make_teacher_forward(teacher, distill)
         self._params, self._cache = distributed.replicate(params), distill.cache
-        self._key, self._rows = None, None
+        self._key, self._store = None, None
 
     def of(
         self, examples: batches.Examples, buckets: Sequence[int], batch_size: int
     ) -> Callable[[np.ndarray, Batch], TeacherOutputs]:
-        """Returns `(rows, batch) -> outputs` for batches of `examples`, on the device.
+        """`(rows, batch) -> teacher_outputs` for batches of `examples`, on the device.
 
-        Stages with the same rows and batch size share what is kept, because sums of
-        other shapes may be rounded differently. With other rows or another size, the
-        outputs that were kept are forgotten.
+        Stages of the same rows and the same batch size share what is kept (a batch of
+        another shape may be rounded otherwise); for others, it is forgotten.
         """
         if self._cache == "none":
-            return lambda rows, batch: self._forward(self._params, batch)
+            return lambda rows, batch: self._teach(self._params, batch)
         key = distributed.digest(examples.input_ids), len(examples), batch_size
         if key != self._key:
-            like = _output_of_a_row(self._forward, self._params, examples)
-            self._key, self._rows = key, None  # The old arrays go before new ones come.
-            self._rows = _Rows(like, examples, buckets, self._cache)
-        kept = self._rows
+            places = _Places(self._teach, self._params, examples)
+            # The memory of the stage before is freed first.
+            self._key, self._store = key, None
+            make_store = _DeviceStore if self._cache == "device" else _HostStore
+            kept = np.zeros(len(examples), bool)
+            self._store = places, make_store(places.shapes()), kept
+        places, store, kept = self._store
+        own_bucket = np.asarray(buckets)[np.searchsorted(buckets, examples.lengths)]
 
-        def outputs(rows, batch):
-            found = kept.read(rows, batch)
-            if found is None:
-                found = self._forward(self._params, batch)
-                kept.write(rows, batch, found)
-            return found
+        def teacher_outputs(rows, batch):
+            fits = (own_bucket[rows] == batch["input_ids"].shape[1]).all()
+            if fits and kept[rows].all():
+                return store.read(places.of(rows, batch))
+            outputs = self._teach(self._params, batch)
+            if fits:
+                store.write(places.of(rows, batch), outputs)
+                kept[rows] = True
+            return outputs
 
-        return outputs
+        return teacher_outputs
 
 
-class _Rows:
-    """The outputs of rows, or of their real tokens, in a store on host or device."""
+def check_teacher_cache(
+    config: Config, sizes: EncoderConfig, train: batches.Examples
+) -> None:
+    """Checks that a run's teacher outputs fit into memory, and prints their size.
 
-    def __init__(self, like, examples, buckets, cache):
-        lengths = examples.lengths
-        self._lengths = lengths
-        self._starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        self._own = np.asarray(buckets)[np.searchsorted(buckets, lengths)]
-        self._kept = np.zeros(len(lengths), bool)
-        self._of_tokens = {name: x.ndim > 2 for name, x in like.items()}
-        shapes = _shapes(like, examples)
-        arrays = {n: np.zeros(shapes[n], x.dtype) for n, x in like.items()}
-        self._store = (_DeviceStore if cache == "device" else _HostStore)(arrays)
+    Args:
+      config: the run's.
+      sizes: those of the teacher.
+      train: the training rows that the stages choose from.
 
-    def read(self, rows, batch):
-        """Returns the outputs, or None where those of a row are not kept."""
-        if not self._kept[rows].all() or not self._in_own_bucket(rows, batch):
-            return None
-        return self._store.read(self._index(rows, batch))
+    Raises:
+      UserError: where less memory is free.
+    """
+    chosen = {}
+    for field in ("prune", "finetune"):
+        stage = getattr(config, field)
+        rows = batches.first_rows(train, stage.train_rows, field=f"{field}.train_rows")
+        chosen[len(rows), stage.batch_size] = rows
+    check_memory(sizes, config.distill, list(chosen.values()))
 
-    def write(self, rows, batch, outputs):
-        """Keeps the outputs, if all of the rows are in their own bucket."""
-        if self._in_own_bucket(rows, batch):
-            self._store.write(self._index(rows, batch), outputs)
-            self._kept[rows] = True
 
-    def _in_own_bucket(self, rows, batch):
-        return (self._own[rows] == batch["input_ids"].shape[1]).all()
+def check_memory(
+    teacher: EncoderConfig, distill: Distill, examples: Sequence[batches.Examples]
+) -> None:
+    """As `check_teacher_cache`, of the rows of each stage; one stage's are kept."""
+    if distill.cache == "none" or not (distill.logits or distill.layers):
+        return
+    teach = make_teacher_forward(Encoder(teacher), distill)
+    params = abstract_params(teacher)
 
-    def _index(self, rows, batch):
-        """Returns the places of each output: (B,) for rows, (B, T) for tokens."""
+    def size_of(rows):
+        shapes = _Places(teach, params, rows).shapes().values()
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
+
+    most = max(examples, key=size_of)
+    size, count, tokens = size_of(most), len(most), int(most.lengths.sum())
+    if distill.cache == "device" and jax.process_count() > 1:
+        legal = "must be host or none where a run has several processes"
+        raise reject("distill.cache", distill.cache, legal)
+    free = _free_memory(distill.cache)
+    if size > free:
+        needed, free = f"{size / 1e9:.2f}", f"{free / 1e9:.2f}"
+        legal = f"the teacher outputs need {needed} GB, {free} GB are free"
+        raise reject("distill.cache", distill.cache, legal)
+    print(
+        f"teacher_cache: {count:,} rows of {tokens:,} tokens take up to "
+        f"{size / 1e9:.2f} GB of the {distill.cache}'s memory",
+        flush=True,
+    )
+
+
+# A container's memory: its limit, what it uses, and the prefix of what it holds of
+# files, as version 2 and version 1 of Linux's control groups tell.
+_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", ""),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_",
+    ),
+)
+
+
+def _free_memory(where):
+    """Bytes that can still be had, as far as the system says."""
+    stats = jax.local_devices()[0].memory_stats()
+    if where == "device" and stats:  # a CPU has none: its memory is the host's
+        return stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
+    free = psutil.virtual_memory().available
+    for limit, used, stat, prefix in _GROUPS:
+        root = pathlib.Path("/sys/fs/cgroup")
+        try:
+            limit, used = (int((root / name).read_text()) for name in (limit, used))
+            lines = (root / stat).read_text().splitlines()
+            parts = {name: int(n) for name, n in map(str.split, lines)}
+        except (OSError, ValueError):  # no such group, or no limit
+            continue
+        # The kernel counts the page cache as used, but gives it up when it must.
+        files = (f"{prefix}inactive_file", f"{prefix}active_file")
+        free = min(free, limit - used + sum(parts.get(name, 0) for name in files))
+    return free
+
+
+class _Places:
+    """Where outputs stand in arrays of all N rows or, if of tokens, of all tokens.
+
+    There is one place more than there are tokens: padding is written to and read from
+    it. It has weight 0 in every loss, but must be finite.
+    """
+
+    def __init__(self, teach, params, examples):
+        self._lengths = examples.lengths
+        self._starts = np.cumsum(self._lengths, dtype=np.int64) - self._lengths
+        self._tokens = int(self._lengths.sum())
+        length, row = int(self._lengths[0]), np.zeros(1, np.int32)
+        batch = batches.make_batch(examples, row, length=length, batch_size=1)
+        self._like = jax.eval_shape(teach, params, batch)
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays that hold all outputs, by name."""
+        rows, tokens = len(self._lengths), self._tokens + 1
+        return {
+            name: jax.ShapeDtypeStruct(
+                (tokens, *x.shape[2:]) if x.ndim > 2 else (rows, *x.shape[1:]), x.dtype
+            )
+            for name, x in self._like.items()
+        }
+
+    def of(self, rows: np.ndarray, batch: Batch) -> dict[str, np.ndarray]:
+        """The index of a batch's outputs in these arrays, (B,) or (B, T)."""
         size, length = batch["input_ids"].shape
-        rows = batches.fill_up(rows, size)
-        column = np.arange(length)
+        rows, column = batches.fill_up(rows, size), np.arange(length)
         tokens = self._starts[rows][:, None] + column
-        tokens[column >= self._lengths[rows][:, None]] = self._lengths.sum()
-        of_tokens = self._of_tokens.items()
-        return {name: tokens if is_token else rows for name, is_token in of_tokens}
+        tokens[column >= self._lengths[rows][:, None]] = self._tokens
+        return {name: tokens if x.ndim > 2 else rows for name, x in self._like.items()}
 
 
 class _HostStore:
-    """NumPy arrays. A write waits until the next call, while the device is at work."""
+    """Outputs in the host's memory."""
 
-    def __init__(self, arrays):
-        self._arrays, self._pending = arrays, None
+    def __init__(self, shapes):
+        self._arrays = {n: np.zeros(x.shape, x.dtype) for n, x in shapes.items()}
+        self._pending = None
 
     def read(self, index):
-        self._finish_write()
-        found = {name: x[index[name]] for name, x in self._arrays.items()}
-        return distributed.shard(found)
+        """The outputs at `index`, on the device."""
+        self._fetch_pending()
+        return distributed.shard({n: x[index[n]] for n, x in self._arrays.items()})
 
     def write(self, index, outputs):
-        self._finish_write()
+        """Keeps the outputs; they are waited for when the device works on the step."""
+        self._fetch_pending()
         self._pending = index, outputs
 
-    def _finish_write(self):
+    def _fetch_pending(self):
         if self._pending:
             index, outputs = self._pending
             for name, values in distributed.fetch(outputs).items():
@@ -163,17 +249,22 @@ class _HostStore:
 
 
 class _DeviceStore:
-    """Arrays on the device, a copy on each; a write takes their place."""
+    """Outputs in the memory of every device."""
 
-    def __init__(self, arrays):
-        self._arrays = distributed.replicate(arrays)
-        placement = distributed.replicated()
-        self._set = jax.jit(_set, donate_argnums=0, out_shardings=placement)
+    def __init__(self, shapes):
+        self._arrays = distributed.replicate(
+            {n: np.zeros(x.shape, x.dtype) for n, x in shapes.items()}
+        )
+        self._set = jax.jit(
+            _set, donate_argnums=0, out_shardings=distributed.replicated()
+        )
 
     def read(self, index):
+        """The outputs at `index`."""
         return distributed.shard(_get(self._arrays, distributed.replicate(index)))
 
     def write(self, index, outputs):
+        """Keeps the outputs."""
         self._arrays = self._set(self._arrays, distributed.replicate(index), outputs)
 
 
@@ -184,113 +275,3 @@ def _get(arrays, index):
 
 def _set(arrays, index, outputs):
     return {name: x.at[index[name]].set(outputs[name]) for name, x in arrays.items()}
-
-
-def check_teacher_cache(
-    config: Config, sizes: EncoderConfig, train: batches.Examples
-) -> None:
-    """Prints the memory that the cache needs for the rows of the largest stage.
-
-    Args:
-      config: the run's config.
-      sizes: those of the teacher.
-      train: the training rows.
-
-    Raises:
-      UserError: where less memory is free.
-    """
-    stages = {}
-    for field in ("prune", "finetune"):
-        stage = getattr(config, field)
-        rows = batches.first_rows(train, stage.train_rows, field=f"{field}.train_rows")
-        stages[len(rows), stage.batch_size] = rows
-    check_memory(sizes, config.distill, list(stages.values()))
-
-
-def check_memory(
-    teacher: EncoderConfig, distill: Distill, examples: Sequence[batches.Examples]
-) -> None:
-    """Prints the memory for the outputs of all rows of `examples`, if they are kept.
-
-    Args:
-      teacher: its sizes.
-      distill: the terms, and `cache`.
-      examples: the rows of each stage; the outputs of one stage are kept at a time.
-
-    Raises:
-      UserError: where less memory is free.
-    """
-    if distill.cache == "none" or not (distill.logits or distill.layers):
-        return
-    forward = make_teacher_forward(Encoder(teacher), distill)
-    params = abstract_params(teacher)
-
-    def size_of(rows):
-        like = _output_of_a_row(forward, params, rows)
-        shapes = _shapes(like, rows).items()
-        return sum(math.prod(shape) * like[n].dtype.itemsize for n, shape in shapes)
-
-    most = max(examples, key=size_of)
-    size, count, tokens = size_of(most), len(most), int(most.lengths.sum())
-    if distill.cache == "device" and jax.process_count() > 1:
-        legal = "must be host or none where a run has several processes"
-        raise reject("distill.cache", distill.cache, legal)
-    free = _free_memory(distill.cache)
-    if size > free:
-        legal = f"the teacher's outputs need {size / 1e9:.2f} GB, "
-        raise reject(
-            "distill.cache", distill.cache, f"{legal}{free / 1e9:.2f} are free"
-        )
-    print(
-        f"teacher's outputs: {count:,} rows of {tokens:,} tokens take up to "
-        f"{size / 1e9:.2f} GB of the {distill.cache}'s memory",
-        flush=True,
-    )
-
-
-def _free_memory(where):
-    """Returns the bytes that can still be had, as far as the system knows."""
-    stats = jax.local_devices()[0].memory_stats()
-    if where == "device" and stats:  # A CPU has none: its memory is the host's.
-        return stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
-    free, group = psutil.virtual_memory().available, pathlib.Path("/sys/fs/cgroup")
-    for limit, used, stat, prefix in (  # the two versions of control groups
-        ("memory.max", "memory.current", "memory.stat", ""),
-        (
-            "memory/memory.limit_in_bytes",
-            "memory/memory.usage_in_bytes",
-            "memory/memory.stat",
-            "total_",
-        ),
-    ):
-        try:
-            most = int((group / limit).read_text())
-            taken = int((group / used).read_text())
-            lines = (group / stat).read_text().split("\n")
-            pages = dict(line.split() for line in lines if line)
-        except (OSError, ValueError):  # There is no such file, or no limit.
-            continue
-        # The kernel gives up pages of files, its cache, before it refuses memory.
-        cache = sum(
-            int(pages.get(f"{prefix}{k}_file", 0)) for k in ("active", "inactive")
-        )
-        free = min(free, most - taken + cache)
-    return free
-
-
-def _output_of_a_row(forward, params, examples):
-    """Returns the shapes and dtypes of the outputs for one row."""
-    length, rows = int(examples.lengths[0]), np.zeros(1, np.int32)
-    batch = batches.make_batch(examples, rows, length=length, batch_size=1)
-    return jax.eval_shape(forward, params, batch)
-
-
-def _shapes(like, examples):
-    """Returns the shapes of arrays for the outputs of all rows or of all tokens."""
-    tokens, rows = int(examples.lengths.sum()), len(examples)
-    # There is one more place than there are tokens: padding is written to it and read
-    # from it. Padding has weight 0 in every loss, but it must be finite.
-    return {
-        name: (tokens + 1, *x.shape[2:]) if x.ndim > 2 else (rows, *x.shape[1:])
-        for name, x in like.items()
-    }
