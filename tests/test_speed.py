@@ -285,37 +285,25 @@ def test_figures_of_a_pass():
     assert found["speedup"] == 2 and found["ours_is_faster"] == 3
 
 
-def test_every_instant_belongs_to_the_innermost_span():
-    spans = [
-        ("other", 0.0, 10.0),
-        ("imports", 0.0, 2.0),
-        ("load", 3.0, 7.0),
-        ("compile", 4.0, 6.0),
-        ("read", 5.5, 6.0),
-        ("compile", 8.0, 9.0),
-    ]
-    found = startup.partition(spans)
-    expected = {"other": 3, "imports": 2, "load": 2, "compile": 2.5, "read": 0.5}
-    assert found == expected and sum(found.values()) == 10
+def test_spans_within_others_count_once():
+    """A program is traced within that which calls it."""
+    spans = [(4.0, 5.0), (3.0, 7.0), (3.0, 4.0), (8.0, 9.5), (7.0, 7.25)]
+    assert startup.outermost(spans) == 4 + 1.5 + 0.25
+    assert startup.outermost([]) == 0
 
 
 def test_starts_are_compared_turn_by_turn():
-    def start(kind, seconds, **parts):
-        return {"kind": kind, "seconds": seconds, "parts": parts}
+    def start(whole, trace, read):
+        return {"whole": whole, "trace": trace, "read": read}
 
-    starts = [
-        start("cold", 9.0, step=1.0, compile=8.0),
-        start("warm", 3.0, step=1.0, read=2.0),
-        start("cold", 40.0, step=2.0, compile=38.0),
-        start("warm", 10.0, step=6.0, read=4.0),
-        start("cold", 10.0, step=1.0, compile=9.0),
-        start("warm", 2.0, step=1.0, read=1.0),
-    ]
+    starts = {
+        "cold": [start(9.0, 1.0, 0.0), start(40.0, 2.0, 0.0), start(10.0, 1.0, 0.0)],
+        "warm": [start(3.0, 1.0, 2.0), start(10.0, 6.0, 4.0), start(2.0, 1.0, 1.0)],
+    }
     found = startup.summary(starts)
-    assert found["seconds"] == {"cold": 10, "warm": 3}
+    assert found["seconds"]["cold"] == {"whole": 10, "trace": 1, "read": 0}
+    assert found["seconds"]["warm"] == {"whole": 3, "trace": 1, "read": 2}
     assert found["warm_is_faster"] == 4
-    assert found["parts"]["cold"] == {"step": 1, "compile": 9, "read": 0}
-    assert found["parts"]["warm"] == {"step": 1, "compile": 0, "read": 2}
     assert "4.00 times" in startup.table(found)
 
 
@@ -475,11 +463,14 @@ def test_memory_of_each_kind_in_a_process(tmp_path):
 def test_startup_of_the_demo(tmp_path):
     file = tmp_path / "startup.json"
     assert run("startup", *SIZES, "--repeats=1", f"--json={file}") == 0
-    result = json.loads(file.read_text())
-    assert [start["kind"] for start in result["starts"]] == ["cold", "warm"]
-    for start in result["starts"]:
-        assert sum(start["parts"].values()) == pytest.approx(start["seconds"])
-        assert {"imports", "rows", "trace", "step"} <= start["parts"].keys()
+    starts = json.loads(file.read_text())["starts"]
+    for kind in ("cold", "warm"):
+        (seconds,) = starts[kind]
+        assert 0 < seconds["trace"] + seconds["lower"] < seconds["whole"]
+    (cold,), (warm,) = starts.values()
+    compiled = "compile or read the cache"
+    assert cold["read the cache"] < warm["read the cache"] < warm[compiled]
+    assert warm["whole"] < cold["whole"]
 
 
 def test_positions_of_a_random_model_suffice():

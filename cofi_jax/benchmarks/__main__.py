@@ -194,12 +194,7 @@ def _inference(options) -> tuple[dict[str, Any], str]:
 def _startup(options) -> tuple[dict[str, Any], str]:
     subject, task = workload.to_start(options)
     result = startup.measure(
-        subject.dense,
-        subject.dense_params,
-        subject.tokenizer,
-        task,
-        batch_size=options.batch_size,
-        repeats=options.repeats,
+        subject, task, batch_size=options.batch_size, repeats=options.repeats
     )
     sizes = workload.described(subject.dense, subject.dense)
     result |= {"batch_size": options.batch_size, "task": task.name, "dense": sizes}
