@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cofi_jax.benchmarks import text
 from cofi_jax.benchmarks.workload import Subject
 from cofi_jax.checkpoints import saved_model
 from cofi_jax.data.tasks import Task
@@ -156,8 +157,7 @@ def summary(starts: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Returns the result of `measure` as text for people."""
     cold, warm = result["seconds"].values()
-    lines = [f"{'seconds':28}{'cold':>9}{'warm':>9}"]
-    lines += [f"{name:28}{cold[name]:9.2f}{warm[name]:9.2f}" for name in cold]
-    low, high = result["warm_is_faster_spread"]
-    times = f"{result['warm_is_faster']:.2f} times ({low:.2f} to {high:.2f})"
-    return "\n".join([*lines, "", f"the warm start is {times} as fast"])
+    rows = [(name, f"{cold[name]:.2f}", f"{warm[name]:.2f}") for name in cold]
+    ratio = text.times(result["warm_is_faster"], result["warm_is_faster_spread"])
+    table = text.aligned([("seconds", "cold", "warm"), *rows])
+    return f"{table}\n\nthe warm start is {ratio} as fast"
