@@ -1,6 +1,7 @@
 """The sizes of an encoder: dense ones, and ragged ones where it was sliced."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,26 @@ class EncoderConfig:
     model_type: str = "bert"  # as Hugging Face calls the family
     position_offset: int = 0  # the position table's row for the first token
     head: str = ""  # the tokens that the head reads: first, every, or "": by `problem`
+
+    @classmethod
+    def dense(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        hidden_size: int,
+        intermediate_size: int,
+        **others: Any,
+    ) -> "EncoderConfig":
+        """Returns the sizes of a model of equal layers; `others` are further fields."""
+        return cls(
+            hidden_size=hidden_size,
+            heads=(num_heads,) * num_layers,
+            head_size=hidden_size // num_heads,
+            intermediate=(intermediate_size,) * num_layers,
+            pooler_size=hidden_size,
+            **others,
+        )
 
     @classmethod
     def from_json(cls, fields: dict) -> "EncoderConfig":
