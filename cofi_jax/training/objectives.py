@@ -22,8 +22,8 @@ from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import constraint
-from cofi_jax.pruning import cost as cost_lib
 from cofi_jax.pruning import masks as masks_lib
+from cofi_jax.pruning.cost import PARAMETERS, Cost
 from cofi_jax.training.losses import (
     _layers,
     alive_layers,
@@ -122,7 +122,7 @@ def distillation_objective(student: Encoder, distill: Distill) -> Objective:
 def pruning_objective(
     student: Encoder,
     distill: Distill,
-    cost: cost_lib.Cost = cost_lib.cost,
+    cost: Cost = PARAMETERS,
 ) -> Objective:
     """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
 

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from cofi_jax.models.bert import Batch
-from cofi_jax.pruning import hard_concrete
+from cofi_jax.pruning import masks
 from cofi_jax.training.objectives import Objective
 
 _MAX_GRADIENT_NORM = 1.0
@@ -203,9 +203,7 @@ def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
         )
         trainable = optax.apply_updates(down, updates)
         if "log_alpha" in trainable:
-            trainable["log_alpha"] = jax.tree.map(
-                hard_concrete.clamp, trainable["log_alpha"]
-            )
+            trainable["log_alpha"] = masks.clamp(trainable["log_alpha"])
         if up:
             updates, ascent_state = ascent(rates).update(up_gradients, state.ascent, up)
             trainable["multipliers"] = optax.apply_updates(up, updates)
