@@ -6,12 +6,14 @@ mean over the parts is then the mean over the batch. The losses of the logits ar
 methods of each `data.problems.Problem`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from cofi_jax.data.problems.base import weighted_mean
+from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import masks as masks_lib
 
 # A matcher maps the distances (K, L) of K taught teacher layers to L student layers,
@@ -137,17 +139,7 @@ def take_layers(outputs: jax.Array, ids: jax.Array | Sequence[int]) -> jax.Array
     )
 
 
-def alive_layers(config, masks: masks_lib.Masks) -> jax.Array:
+def alive_layers(config: EncoderConfig, masks: masks_lib.Masks) -> jax.Array:
     """(L,) booleans: the layer has a block that is not absent."""
-    alive = jnp.zeros(len(config.heads), bool)
-    for block, inner, widths in (
-        ("mha", "head", config.heads),
-        ("ffn", "intermediate", config.intermediate),
-    ):
-        present = jnp.asarray(widths) > 0
-        if block in masks:
-            present &= masks[block] > 0
-        if inner in masks:
-            present &= (masks[inner] > 0).any(-1)
-        alive |= present
-    return alive
+    present = masks_lib.present_blocks(masks, config).values()
+    return functools.reduce(jnp.logical_or, present)

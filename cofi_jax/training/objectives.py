@@ -25,8 +25,8 @@ from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.pruning import constraint
-from cofi_jax.pruning import cost as cost_lib
 from cofi_jax.pruning import masks as masks_lib
+from cofi_jax.pruning.cost import PARAMETERS, Cost
 from cofi_jax.training.losses import (
     MATCHERS,
     alive_layers,
@@ -151,7 +151,7 @@ class PruningObjective:
 
     student: Encoder
     distill: Distill
-    cost: cost_lib.Cost = cost_lib.cost
+    cost: Cost = PARAMETERS
 
     def __call__(
         self, trainable: dict, frozen: dict, context: dict, batch: Batch, key: jax.Array

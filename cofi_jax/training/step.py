@@ -22,7 +22,7 @@ import optax
 from optax import microbatching
 
 from cofi_jax.models.bert import Batch
-from cofi_jax.pruning import hard_concrete
+from cofi_jax.pruning import masks
 from cofi_jax.training.objectives import Metrics, Objective
 
 _MAX_GRADIENT_NORM = 1.0
@@ -184,9 +184,7 @@ def train_step(
     )
     trainable = optax.apply_updates(state.trainable, updates)
     if "log_alpha" in trainable:
-        trainable["log_alpha"] = jax.tree.map(
-            hard_concrete.clamp, trainable["log_alpha"]
-        )
+        trainable["log_alpha"] = masks.clamp(trainable["log_alpha"])
     state = state.replace(
         step=state.step + 1, trainable=trainable, optimizer=optimizer_state
     )
