@@ -383,7 +383,7 @@ BAD = {
     "cut off": (["{top}/cut"], ["cut/report.json", "damaged"]),
     "not text": (["{top}/binary"], ["binary/report.json", "damaged"]),
     "a list": (["{top}/list"], ["list/report.json", "not the report of a run"]),
-    "no params": (["{top}/part"], ["part/report.json", "params.encoder"]),
+    "no params": (["{top}/part"], ["part/report.json", "'params'"]),
     "no score": (["{top}/null"], ["null/report.json", "not the report of a run"]),
     "twice": (["{top}/run", "{top}/run"], ["twice"]),
     "twice, spelt anew": (["{top}/run", "{top}/run/../run/."], ["twice"]),
