@@ -196,11 +196,8 @@ def _broadcast(text, source):
     size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size), is_source))
     # Each size is compiled for, so there are few of them; the rest is filled up.
     filled = np.resize(data, -(-size // 1024) * 1024)
-    return (
-        multihost_utils.broadcast_one_to_all(filled, is_source)[:size]
-        .tobytes()
-        .decode()
-    )
+    filled = multihost_utils.broadcast_one_to_all(filled, is_source)
+    return filled[:size].tobytes().decode()
 
 
 def digest(tree: Any) -> int:

@@ -11,7 +11,7 @@ import pytest
 from conftest import random_params
 
 from cofi_jax.checkpoints.state import Checkpoints
-from cofi_jax.config import Distill
+from cofi_jax.config import Config, Distill
 from cofi_jax.data import batches
 from cofi_jax.errors import UserError
 from cofi_jax.models.bert import Encoder
@@ -173,20 +173,20 @@ def test_stages_share_what_is_kept_only_in_the_same_shapes(tiny, tiny_params, ex
 def test_the_memory_is_said_before(tiny, examples, capsys, monkeypatch, cache):
     tokens = sum(map(len, examples.input_ids)) + 1  # one for padding
     need = (tokens * 2 * 16 + 22 * 3) * 4  # two layers of width 16, three classes
-    distill = Distill(num_layers=2, cache=cache)
+    config = Config(distill=Distill(num_layers=2, cache=cache))
     for free, enough in ((need, True), (need - 1, False)):
         monkeypatch.setattr(teacher_lib, "_free_memory", lambda where, free=free: free)
         if enough:
-            teacher_lib.check_memory(tiny, distill, [examples])
+            teacher_lib.check_teacher_cache(config, tiny, examples)
             assert f"22 rows of {tokens - 1} tokens" in capsys.readouterr().out
         else:
             with pytest.raises(UserError, match=f"distill.cache='{cache}'.* GB are"):
-                teacher_lib.check_memory(tiny, distill, [examples])
+                teacher_lib.check_teacher_cache(config, tiny, examples)
 
 
 def test_nothing_is_said_where_nothing_is_kept(tiny, examples, capsys):
-    teacher_lib.check_memory(tiny, Distill(), [examples])
-    teacher_lib.check_memory(tiny, Distill(0.0, 0.0, cache="host"), [examples])
+    for distill in (Distill(), Distill(0.0, 0.0, cache="host")):
+        teacher_lib.check_teacher_cache(Config(distill=distill), tiny, examples)
     assert not capsys.readouterr().out
 
 

@@ -110,7 +110,9 @@ class TeacherCache:
 def check_teacher_cache(
     config: Config, sizes: EncoderConfig, train: batches.Examples
 ) -> None:
-    """Checks that a run's teacher outputs fit into memory, and prints their size.
+    """Checks that the teacher's outputs fit into memory, and prints their size.
+
+    Those of one stage are kept at a time, so the stage that needs the most decides.
 
     Args:
       config: the run's.
@@ -120,33 +122,21 @@ def check_teacher_cache(
     Raises:
       UserError: where less memory is free.
     """
-    chosen = {}
-    for field in ("prune", "finetune"):
-        stage = getattr(config, field)
-        rows = batches.first_rows(train, stage.train_rows, field=f"{field}.train_rows")
-        chosen[len(rows), stage.batch_size] = rows
-    check_memory(sizes, config.distill, list(chosen.values()))
-
-
-def check_memory(
-    teacher: EncoderConfig, distill: Distill, examples: Sequence[batches.Examples]
-) -> None:
-    """As `check_teacher_cache`, of the rows of each stage; one stage's are kept."""
+    distill = config.distill
     if distill.cache == "none" or not (distill.logits or distill.layers):
         return
-    teach = make_teacher_forward(Encoder(teacher), distill)
-    params = abstract_params(teacher)
-
-    def size_of(rows):
-        shapes = _Places(teach, params, rows).shapes().values()
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
-
-    most = max(examples, key=size_of)
-    size, count, tokens = size_of(most), len(most), int(most.lengths.sum())
     if distill.cache == "device" and jax.process_count() > 1:
         legal = "must be host or none where a run has several processes"
         raise reject("distill.cache", distill.cache, legal)
-    free = _free_memory(distill.cache)
+    teach = make_teacher_forward(Encoder(sizes), distill)
+    params, needs = abstract_params(sizes), []
+    for field in ("prune", "finetune"):
+        count = getattr(config, field).train_rows
+        rows = batches.first_rows(train, count, field=f"{field}.train_rows")
+        arrays = _Places(teach, params, rows).shapes().values()
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+        needs.append((size, len(rows), int(rows.lengths.sum())))
+    (size, count, tokens), free = max(needs), _free_memory(distill.cache)
     if size > free:
         needed, free = f"{size / 1e9:.2f}", f"{free / 1e9:.2f}"
         legal = f"the teacher outputs need {needed} GB, {free} GB are free"
@@ -158,37 +148,30 @@ def check_memory(
     )
 
 
-# A container's memory: its limit, what it uses, and the prefix of what it holds of
-# files, as version 2 and version 1 of Linux's control groups tell.
-_GROUPS = (
-    ("memory.max", "memory.current", "memory.stat", ""),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_",
-    ),
-)
-
-
 def _free_memory(where):
     """Bytes that can still be had, as far as the system says."""
     stats = jax.local_devices()[0].memory_stats()
     if where == "device" and stats:  # a CPU has none: its memory is the host's
         return stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
     free = psutil.virtual_memory().available
-    for limit, used, stat, prefix in _GROUPS:
-        root = pathlib.Path("/sys/fs/cgroup")
+    # A container may have less, as version 2 or 1 of Linux's control groups says.
+    for group, limit, used, prefix in (
+        ("memory", "max", "current", ""),
+        ("memory/memory", "limit_in_bytes", "usage_in_bytes", "total_"),
+    ):
         try:
-            limit, used = (int((root / name).read_text()) for name in (limit, used))
-            lines = (root / stat).read_text().splitlines()
-            parts = {name: int(n) for name, n in map(str.split, lines)}
-        except (OSError, ValueError):  # no such group, or no limit
+            # The kernel counts the page cache as used, but gives it up when it must.
+            parts = dict(map(str.split, _group(f"{group}.stat").splitlines()))
+            cache = (parts[f"{prefix}{kind}_file"] for kind in ("inactive", "active"))
+            used = int(_group(f"{group}.{used}")) - sum(map(int, cache))
+            free = min(free, int(_group(f"{group}.{limit}")) - used)
+        except (OSError, ValueError, KeyError):  # no such group, or no limit
             continue
-        # The kernel counts the page cache as used, but gives it up when it must.
-        files = (f"{prefix}inactive_file", f"{prefix}active_file")
-        free = min(free, limit - used + sum(parts.get(name, 0) for name in files))
     return free
+
+
+def _group(name):
+    return pathlib.Path("/sys/fs/cgroup", name).read_text()
 
 
 class _Places:
@@ -208,13 +191,13 @@ class _Places:
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The arrays that hold all outputs, by name."""
-        rows, tokens = len(self._lengths), self._tokens + 1
-        return {
-            name: jax.ShapeDtypeStruct(
-                (tokens, *x.shape[2:]) if x.ndim > 2 else (rows, *x.shape[1:]), x.dtype
-            )
-            for name, x in self._like.items()
-        }
+
+        def of_all(x):
+            if x.ndim > 2:
+                return x.update(shape=(self._tokens + 1, *x.shape[2:]))
+            return x.update(shape=(len(self._lengths), *x.shape[1:]))
+
+        return {name: of_all(x) for name, x in self._like.items()}
 
     def of(self, rows: np.ndarray, batch: Batch) -> dict[str, np.ndarray]:
         """The index of a batch's outputs in these arrays, (B,) or (B, T)."""
