@@ -3,8 +3,8 @@
     saved model -> write -> load in its own runtime -> compare -> measure -> <format>/
 
 Each is compared with the masked model: the dense model's sizes, the sliced weights put
-back where they came from, and hard masks. A `check.json` beside each part holds what was
-found. The model card is written anew from all of them.
+back where they came from, and hard masks. A `check.json` in each folder holds the
+results, from which the model card is written anew.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Comparisons of an exported model, in its own runtime, with the masked model.
 
-The masked model has the dense one's sizes and hard masks. The logits of both are compared
-and scored on the same rows. The time of a pass is measured beside the dense model's.
+The masked model has the dense one's sizes and hard masks. The logits of both are
+compared and scored on the same rows. A pass is timed beside one of the dense model.
 """
 
 import dataclasses
