@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    # Beneath a damaged file the storage library prints hundreds of lines there.
+    # orbax logs hundreds of lines there when it meets a damaged file.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     parser = _Parser(usage=_USAGE, description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="a saved model")
