@@ -6,17 +6,25 @@ import pathlib
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies
 import pytest
 from test_report import make_metrics, make_report
 
 from cofi_jax import config as config_lib
+from cofi_jax.report import compare, figures, pages, tables
 from cofi_jax.report import html as html_lib
-from cofi_jax.report import pages, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 VOID = {"meta", "link", "img", "br"}
+
+
+# Punctuation above all, and what is longer or wider than one character in some form.
+st_characters = hypothesis.strategies.sampled_from(
+    "\\`*_{}[]()<>#+-.!|&~$:;\"'/ aZ9\u00e9\u2192\n\t"
+)
 
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=y>&amp;$x^"
@@ -69,7 +77,7 @@ def check(text):
         "html head meta link title style body main h1 h2 h3 p section".split()
     )
     allowed |= set("div table thead tbody tr th td figure img dl dt dd".split())
-    allowed |= {"details", "summary", "pre"}
+    allowed |= {"details", "summary", "pre", "code", "ul", "li", "strong"}
     assert {tag for tag, _ in found.tags} <= allowed  # no script, no frame, no form
     for _, attrs in found.tags:
         assert not any(name.startswith("on") or name == "style" for name in attrs)
@@ -218,9 +226,41 @@ def test_hostile_text_is_only_text(recwarn):
 
 
 def test_attributes_are_escaped():
-    found = Page(html_lib.table('a"b<c>&d', ["x"], [["<i>"]]))
-    assert found.all("div")[0]["aria-label"] == 'a"b<c>&d'
+    table = tables.Table("<", ["x"], [["<i>"]])
+    text = f"# {tables.escape(HOSTILE)}\n\n{table}\n\n![x](y)"
+    chart = html_lib.Chart(HOSTILE, figures.new_figure(1, 1), HOSTILE)
+    found = check(html_lib.page(text, {"y": [chart]}, generator=HOSTILE))
+    assert found.all("div")[0]["aria-label"] == HOSTILE
+    assert found.all("img")[0]["alt"] == HOSTILE
+    assert {"name": "generator", "content": HOSTILE} in found.all("meta")
     assert found.rows == [["x"], ["<i>"]]
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(hypothesis.strategies.text(st_characters, max_size=12))
+def test_any_text_is_shown_as_it_is(foreign):
+    """In a table, in a list and in a sentence, but for runs of spaces."""
+    shown = " ".join(foreign.split())
+    escaped = tables.escape(foreign)
+    parts = [
+        f"# Title {escaped}.",
+        str(tables.Table("<>", ["a", foreign], [[foreign, "b"]])),
+        tables.items([(f"b{foreign}", foreign)]),
+        f"So {escaped}.",
+    ]
+    found = Page(html_lib.page("\n\n".join(parts), {}, generator=""))
+    assert found.rows == [["a", shown], [shown, "b"]]
+    for text in (f"Title {shown}.", f"So {shown}.", f"b{foreign}".strip()):
+        assert " ".join(text.split()) in " ".join(found.text.split())
+    tags = {tag for tag, _ in found.tags}
+    assert not tags & {"em", "a", "img", "code", "s", "script", "blockquote", "br"}
+
+
+def test_only_our_own_markup_is_let_through():
+    text = "# t\n\n<div onclick=x>\n\n<details>\n<summary><b>x</b></summary>\n\na <i>b"
+    found = check(html_lib.page(text, {}, generator=""))
+    for markup in ("<div onclick=x>", "<summary><b>x</b></summary>", "a <i>b"):
+        assert markup in found.text
 
 
 # Several runs
@@ -236,7 +276,8 @@ def test_comparison_has_a_row_for_each_run_and_charts_for_each_task():
     runs = [("a", variant()), ("b", variant(target=0.6)), ("c", variant(task="mrpc"))]
     found = check(pages.compare_page(runs))
     head, *rows = found.rows
-    assert tuple(head) == tables.RUNS and [row[0] for row in rows] == ["a", "b", "c"]
+    assert head == compare.runs_table(runs).head
+    assert [row[0] for row in rows] == ["a", "b", "c"]
     assert rows[0][1:8] == [
         *("sst2", "accuracy", "0.9243", "0.8100", "-0.1143", "95.0 %", "12.3x")
     ]
@@ -341,7 +382,7 @@ BAD = {
     "cut off": (["{top}/cut"], ["cut/report.json", "damaged"]),
     "not text": (["{top}/binary"], ["binary/report.json", "damaged"]),
     "a list": (["{top}/list"], ["list/report.json", "not the report of a run"]),
-    "no params": (["{top}/part"], ["part/report.json", "'params'"]),
+    "no params": (["{top}/part"], ["part/report.json", "params.encoder"]),
     "no score": (["{top}/null"], ["null/report.json", "not the report of a run"]),
     "twice": (["{top}/run", "{top}/run"], ["twice"]),
     "twice, spelt anew": (["{top}/run", "{top}/run/../run/."], ["twice"]),

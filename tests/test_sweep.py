@@ -62,9 +62,11 @@ def table(content):
     """The cells of `table.md` by heading, and what stands below the table."""
     text = sweep.markdown(content)
     grid, _, below = text.partition("\n\n")
-    lines = [line.strip("| ").split(" | ") for line in grid.splitlines()]
+    assert len({len(line) for line in grid.splitlines()}) == 1  # it is lined up
+    lines = [line.strip("|").split("|") for line in grid.splitlines()]
+    lines = [[cell.strip() for cell in line] for line in lines]
     assert {len(line) for line in lines} == {len(lines[0])}
-    assert set(lines[1]) == {"---"}
+    assert all(set(cell) <= set("-:") for cell in lines[1])
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]], below
 
 

@@ -1,24 +1,28 @@
-"""Several finished runs side by side: which belong together, and their pictures.
+"""Several finished runs side by side: which belong together, tables and pictures.
 
 A run is a name and the content of its `report.json`. Runs of one name, task and target
-are seeds of one config, and make one point of a chart, one column of a heat map.
+are seeds of one config, and make one point of a chart and one column of a heat map.
 """
 
 import itertools
 import os
+import pathlib
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cofi_jax.report import figures
+from cofi_jax import files
+from cofi_jax.report import figures, tables
 from cofi_jax.report.figures import GREY, INK
+from cofi_jax.report.tables import TOTALS, Report, Table, percent
 
-Report = dict[str, Any]
+Runs = Sequence[tuple[str, Report]]
 
 
 class Point(NamedTuple):
-    """One config: the runs of it differ by their seed alone."""
+    """One config, whose runs differ by their seed alone."""
 
     name: str
     task: str  # and its metric
@@ -26,15 +30,16 @@ class Point(NamedTuple):
     reports: list[Report]
 
     def mean(self, of: Callable[[Report], float]) -> float:
-        """Over the seeds."""
+        """The mean over the seeds."""
         return statistics.fmean(map(of, self.reports))
 
     def sd(self, of: Callable[[Report], float]) -> float:
-        """The standard deviation over the seeds; 0 of one."""
+        """The standard deviation over the seeds; 0 for a single one."""
         values = list(map(of, self.reports))
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+# What the score is traded for: the label of the axis, its value, and the dense model's.
 TRADES = {
     "speedup": (
         "times as fast as the dense model",
@@ -49,14 +54,84 @@ TRADES = {
 }
 
 
-# What is counted over the layers, in the dense model as in the pruned one.
-TOTALS = {
-    "heads": lambda widths: sum(widths["heads"]),
-    "FFN width": lambda widths: sum(widths["intermediate"]),
-    "hidden width": lambda widths: widths["hidden"],
-    "attention\nblocks": lambda widths: sum(map(bool, widths["heads"])),
-    "FFN blocks": lambda widths: sum(map(bool, widths["intermediate"])),
-}
+def names(paths: Sequence[pathlib.Path], reports: Sequence[Report]) -> list[str]:
+    """The names of the runs in these folders: one for all seeds of a config.
+
+    Runs are seeds of one config if `sweep` named their folders `<config>-seed<n>`, side
+    by side, and all but the seed agrees. All other names differ, by as many of the last
+    parts of the path as it takes.
+    """
+    groups: dict[pathlib.Path, list[Report]] = {}
+    cut = [path.parent / re.sub(r"(?<=.)-seed\d+$", "", path.name) for path in paths]
+    for path, report in zip(cut, reports, strict=True):
+        groups.setdefault(path, []).append(report)
+    keys = ("task", "metric", "target_sparsity")
+    alike = {
+        path
+        for path, group in groups.items()
+        if path not in paths
+        and len({str([report[key] for key in keys]) for report in group}) == 1
+        and len({report["seed"] for report in group}) == len(group)
+    }
+    pairs = zip(cut, paths, strict=True)
+    return files.short_names(
+        [short if short in alike else path for short, path in pairs]
+    )
+
+
+def runs_table(runs: Runs) -> Table:
+    """A row for each run."""
+    rows = []
+    for name, report in runs:
+        dense, pruned = report["teacher"]["score"], report["pruned"]["score"]
+        kept, encoder = report["kept"], report["params"]["encoder"]
+        rows.append(
+            {
+                "run": name,
+                "task": report["task"],
+                "metric": report["metric"],
+                "dense": f"{dense:.4f}",
+                "pruned": f"{pruned:.4f}",
+                "change": f"{pruned - dense:+.4f}",
+                "sparsity": percent(report["sparsity"]),
+                "speedup": f"{report['speedup']:.1f}x",
+                "its 5th to 95th percentile": tables.spread(report),
+                "encoder parameters": f"{tables.count(encoder['pruned'])} of "
+                f"{tables.count(encoder['dense'])}",
+                **{
+                    name: f"{TOTALS[name](kept)} of {len(kept['heads'])}"
+                    for name in ("attention blocks", "FFN blocks")
+                },
+                "hidden width": f"{kept['hidden']} of {report['dense']['hidden']}",
+                "target": percent(report["target_sparsity"]),
+                "seed": str(report["seed"]),
+                "timed on": tables.where(report),
+            }
+        )
+    return Table("<<<>>>>>>>>>>>><", list(rows[0]), [list(r.values()) for r in rows])
+
+
+def configs_table(points: Sequence[Point]) -> Table:
+    """A row for each config: means over its seeds, and deviations if it has several."""
+
+    def show(point, of, form, unit=""):
+        sd = f" \N{PLUS-MINUS SIGN} {point.sd(of):{form}}"
+        return f"{point.mean(of):{form}}{unit}{sd if len(point.reports) > 1 else ''}"
+
+    rows = [
+        (
+            point.name,
+            point.task,
+            str(len(point.reports)),
+            show(point, score, ".4f"),
+            percent(point.mean(lambda report: report["sparsity"])),
+            show(point, lambda report: report["speedup"], ".1f", "x"),
+            percent(point.target),
+        )
+        for point in points
+    ]
+    head = ("config", "task", "seeds", "score", "sparsity", "speedup", "target")
+    return Table("<<>>>>>", head, rows)
 
 
 def score(report: Report) -> float:
@@ -64,7 +139,7 @@ def score(report: Report) -> float:
     return report["pruned"]["score"]
 
 
-def tasks(runs: Sequence[tuple[str, Report]]) -> dict[str, list[Point]]:
+def tasks(runs: Runs) -> dict[str, list[Point]]:
     """The points of each task and metric, by target, then in the order of the runs."""
     points: dict[tuple, Point] = {}
     for name, report in runs:
@@ -141,7 +216,7 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
     figures.finish(axes, label, figures.plain(reports[0]["metric"]))
     axes.margins(0.25, 0.14)  # of x: room for the labels
     if key == "size":
-        figures.log_scale(axes, "x", _short)
+        figures.log_scale(axes, "x", lambda size: tables.count(size, ".9g"))
     else:
         axes.set_xlim(0, 1.25 * axes.dataLim.xmax)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
@@ -177,7 +252,9 @@ def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     hue = LinearSegmentedColormap.from_list("kept", ["#F1F5F8", figures.BLUE])
-    rows = list(TOTALS) if key == "totals" else list(range(1, _layers(columns) + 1))
+    rows = [textwrap.fill(name, 12) for name in TOTALS]  # in lines that fit
+    if key != "totals":
+        rows = list(range(1, _layers(columns) + 1))
     for column, (_, point) in enumerate(columns):
         for row, (kept, dense) in enumerate(_cells(point, key)):
             share = kept / dense if dense else 0.0
@@ -205,13 +282,6 @@ def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
     bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
     what = {"heads": "heads", "intermediate": "FFN width", "totals": "counts"}[key]
     bar.set_label(f"kept share of the dense {what}", color=INK)
-
-
-def _short(number):
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size * (1 - 1e-9):  # of a tick, which may be a hair beside it
-            return f"{number / size:.9g}{unit}"
-    return f"{number:.9g}"
 
 
 def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
