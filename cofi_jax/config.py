@@ -181,7 +181,6 @@ def validate(config: Config) -> None:
         "distill.match": ("closest", "ordered", "fixed"),
         "distill.taught": ("even", "random"),
         "distill.cache": ("none", "host", "device"),
-        "data.problem": ("classification", "regression"),
     }
     flat = flatten(config)
     for field, legal in choices.items():

@@ -40,7 +40,9 @@ def own(*columns, **fields):
 
 def test_one_column(tokenizer):
     columns = {"sentence": SENTENCES, "label": np.array([1, 0, 1], np.int32)}
-    examples = batches.tokenise(columns, tasks.TASKS["sst2"], tokenizer, max_length=20)
+    examples = tasks.find(config.Data("sst2", max_length=20)).tokenise(
+        columns, tokenizer
+    )
     assert len(examples) == 3 and examples.pad_id == 1
     assert examples.questions is None
     assert examples.lengths.tolist() == [2 + len(s.split()) for s in SENTENCES]
@@ -64,7 +66,7 @@ def test_two_columns_in_the_order_of_the_task(tokenizer):
     }
     for names in (("first", "second"), ("second", "first")):
         task = own(*names, label_column="answer")
-        examples = batches.tokenise(columns, task, tokenizer, max_length=20)
+        examples = task.tokenise(columns, tokenizer)
         expected = tokenizer(*(columns[name][0] for name in names))
         assert examples.input_ids[0].tolist() == expected["input_ids"]
         assert examples.token_type_ids[0].tolist() == [0, 0, 0, 0, 1, 1, 1]
@@ -75,7 +77,7 @@ def test_values_stay_values(tokenizer):
     labels = np.array([0.5, -2, 3.25], np.float32)
     columns = {"text": SENTENCES, "label": labels}
     task = own("text", problem="regression")
-    examples = batches.tokenise(columns, task, tokenizer, max_length=20)
+    examples = task.tokenise(columns, tokenizer)
     assert examples.labels.dtype == np.float32
     assert examples.labels.tolist() == labels.tolist()
 
@@ -83,14 +85,13 @@ def test_values_stay_values(tokenizer):
 @pytest.mark.parametrize("training", [False, True])
 def test_rows_are_cut(tokenizer, training):
     one = {"a": SENTENCES, "b": SENTENCES[::-1], "label": np.zeros(3, np.int32)}
-    for task in (own("a"), own("a", "b")):
-        examples = batches.tokenise(
-            one, task, tokenizer, max_length=5, training=training
-        )
+    for columns in (("a",), ("a", "b")):
+        task = own(*columns, max_length=5)
+        examples = task.tokenise(one, tokenizer, training=training)
         assert len(examples) == 3
         assert examples.lengths.max() == 5
         assert all(ids[-1] == tokenizer.sep_token_id for ids in examples.input_ids)
-        whole = batches.tokenise(one, task, tokenizer, max_length=50)
+        whole = own(*columns, max_length=50).tokenise(one, tokenizer)
         assert whole.lengths.max() > 5
 
 
@@ -114,13 +115,8 @@ ASKED = {
 
 
 def windows(tokenizer, *, max_length, training=False):
-    return batches.tokenise(
-        ASKED,
-        tasks.TASKS["squad"],
-        tokenizer,
-        max_length=max_length,
-        training=training,
-    )
+    task = tasks.find(config.Data("squad", max_length=max_length))
+    return task.tokenise(ASKED, tokenizer, training=training)
 
 
 def test_questions_by_hand(tokenizer, capsys):
@@ -143,7 +139,7 @@ def test_questions_by_hand(tokenizer, capsys):
     logits = np.zeros((3, 16, 2))
     for row, label in zip(logits, examples.labels, strict=True):
         row[label, [0, 1]] = 1
-    scores = tasks.scores(tasks.TASKS["squad"], logits, examples)
+    scores = tasks.TASKS["squad"].scores(logits, examples)
     assert scores["exact_match"] == pytest.approx(2 / 3)
     assert capsys.readouterr().err == ""
 
@@ -212,7 +208,7 @@ def test_take_keeps_fields_together():
 )
 def test_bucket_lengths(buckets, max_length, expected):
     setting = config.Data(buckets=buckets, max_length=max_length)
-    assert batches.bucket_lengths(setting, np.array([3])) == expected
+    assert batches.bucket_lengths(tasks.find(setting), np.array([3])) == expected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +223,8 @@ def test_bucket_lengths_end_in_the_task_s_own(task, expected):
     columns = ("text",) if task == "own" else ()
     setting = config.Data(task=task, columns=columns)
     assert (
-        batches.bucket_lengths(setting, np.array([9, 13] * 50 + [32] * 50)) == expected
+        batches.bucket_lengths(tasks.find(setting), np.array([9, 13] * 50 + [32] * 50))
+        == expected
     )
 
 
@@ -256,7 +253,7 @@ def test_chosen_buckets_are_the_best_of_their_number(lengths, longest):
 
 def test_chosen_buckets_of_nothing():
     setting = config.Data(max_length=30)
-    assert batches.bucket_lengths(setting, np.array([], int)) == (30,)
+    assert batches.bucket_lengths(tasks.find(setting), np.array([], int)) == (30,)
 
 
 @pytest.mark.parametrize("n, batch_size", [(1, 4), (4, 4), (999, 32), (70, 64)])

@@ -18,6 +18,7 @@ import eval
 from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import Data
 from cofi_jax.data import tasks, toy
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.evaluation import evaluate as evaluate_lib
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
@@ -330,19 +331,19 @@ def test_models_side_by_side_at_every_size(there, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "backend, spans, longest, expected",
+    "backend, problem, longest, expected",
     [
-        ("gpu", False, 512, (128, 128)),
-        ("gpu", True, 512, (128, 384)),
-        ("cpu", False, 512, (32, 64)),
-        ("cpu", True, 512, (8, 384)),
-        ("cpu", True, 256, (8, 256)),
-        ("gpu", False, 20, (128, 20)),
+        ("gpu", "regression", 512, (128, 128)),
+        ("gpu", "span", 512, (128, 384)),
+        ("cpu", "regression", 512, (32, 64)),
+        ("cpu", "span", 512, (8, 384)),
+        ("cpu", "span", 256, (8, 256)),
+        ("gpu", "regression", 20, (128, 20)),
     ],
 )
-def test_usual_sizes(backend, spans, longest, expected, monkeypatch):
+def test_usual_sizes(backend, problem, longest, expected, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert evaluate_lib.usual_sizes(spans=spans, longest=longest) == expected
+    assert evaluate_lib.usual_sizes(PROBLEMS[problem], longest) == expected
 
 
 def test_each_model_has_its_own_tokenizer_and_length(there, tmp_path):

@@ -426,7 +426,7 @@ def test_checks_of_other_kinds(other):
         assert check["scores"] == pytest.approx(check["reference_scores"], abs=1e-5)
     if kind == "roberta":
         return
-    task = tasks.TASKS[saved_model.saved_data(str(path)).task]
+    task = saved_model.saved_task(str(path))
     rows = parquet.read_table(path.parent / "validation.parquet").to_pylist()
     found = answer([tuple(row[column] for column in task.columns) for row in rows])
     found = [value for each in found for value in each.values()]
@@ -514,7 +514,7 @@ def test_results_that_the_hub_shows(copy, task, ids):
     for model in ("teacher", "pruned"):
         result[model]["scores"] = {"validation": scores}
     fields = json.loads((copy / "model.json").read_text())
-    fields["config"]["problem"] = row.problem
+    fields["config"]["problem"] = row.problem.name
     fields["about"] |= {"task": task, "labels": list(row.labels), "report": result}
     fields["about"]["data"]["task"] = task
     (copy / "model.json").write_text(json.dumps(fields))

@@ -6,6 +6,19 @@ from sklearn.linear_model import LogisticRegression
 from cofi_jax.data import toy
 
 
+def label_of(sentence):
+    """Reads the label off a sentence, by the rules in the docstring of `toy`."""
+    words = sentence.split()
+    if "but" in words:
+        words = words[words.index("but") + 1 :]
+    elif words[0] == "although":
+        words = words[words.index(",") + 1 :]
+    elif "although" in words:
+        words = words[: words.index("although")]
+    flips = sum(word in ("not", "never") for word in words)
+    return int(words[-1] in toy.PRAISE) ^ (flips % 2)
+
+
 @pytest.fixture(scope="module")
 def splits():
     return {split: toy.demo_rows(split) for split in ("train", "validation")}
@@ -34,11 +47,11 @@ def tokenizer():
     ],
 )
 def test_label_by_hand(sentence, label):
-    assert toy.label_of(sentence) == label
+    assert label_of(sentence) == label
 
 
 def test_parser_agrees_with_generator():
-    assert all(toy.label_of(s) == label for s, label in toy.generate(5000, 3))
+    assert all(label_of(s) == label for s, label in toy.generate(5000, 3))
 
 
 def test_same_seed_same_sentences():

@@ -27,7 +27,7 @@ def classified(right, seed=0):
 
 
 def scored(task, logits, labels):
-    count, score = evaluate.scorer(task, logits, examples_of(labels))
+    count, score = task.scorer(logits, examples_of(labels))
     values = {"validation": score(np.arange(count))}
     draws = {"validation": evaluate.resampled(score, count)}
     return evaluate.Scored(values, draws, {"validation": count})
@@ -116,13 +116,13 @@ def test_scorer_is_the_score_of_those_rows(name):
     task = tasks.TASKS[name]
     logits = RNG.standard_normal((60, max(task.num_outputs, 1)))
     labels = RNG.integers(2, size=60)
-    if task.problem == "regression":
+    if task.problem.name == "regression":
         labels = labels + RNG.random(60)
-    count, score = evaluate.scorer(task, logits, examples_of(labels))
+    count, score = task.scorer(logits, examples_of(labels))
     assert count == 60
     for rows in (np.arange(60), RNG.integers(60, size=60), np.array([3, 3, 7, 9])):
         there = examples_of(labels[rows])
-        assert score(rows) == tasks.scores(task, logits[rows], there)
+        assert score(rows) == task.scores(logits[rows], there)
 
 
 def test_of_spans_questions_are_drawn_whatever_windows_they_have():
@@ -137,9 +137,9 @@ def test_of_spans_questions_are_drawn_whatever_windows_they_have():
     questions = Questions(contexts, answers, of_row, offsets)
     logits = RNG.standard_normal((6, 4, 2))
     examples = types.SimpleNamespace(questions=questions)
-    count, score = evaluate.scorer(tasks.TASKS["squad"], logits, examples)
+    count, score = tasks.TASKS["squad"].scorer(logits, examples)
     assert count == 3
-    whole = tasks.scores(tasks.TASKS["squad"], logits, examples)
+    whole = tasks.TASKS["squad"].scores(logits, examples)
     assert score(np.arange(3)) == whole
     single = [score(np.array([i])) for i in range(3)]
     for metric in whole:

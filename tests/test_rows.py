@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from cofi_jax import config, errors
-from cofi_jax.data import sources, toy
+from cofi_jax.data import sources, tasks, toy
 
 SENTENCES = ["the film was good", 'a "quoted, word', "2001", "NA", "2020-01-01"]
 
@@ -40,13 +40,17 @@ def write_labels(folder, split="train", *labels):
     return write_parquet(folder, f"{split}.parquet", sentence=texts, label=list(labels))
 
 
+def load(setting, splits):
+    return sources.load(tasks.find(setting), splits)
+
+
 def labels_of(setting, split="train", column="label"):
-    return sources.load(setting, (split,))[1][split][column]
+    return load(setting, (split,))[1][split][column]
 
 
 def complaint(setting, *splits):
     with pytest.raises(errors.UserError) as caught:
-        sources.load(setting, splits or ("train",))
+        load(setting, splits or ("train",))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -77,7 +81,7 @@ def test_all_formats_give_the_same_columns(tmp_path):
         (folder / f"train.{suffix}").write_text(text)
         folders.append(folder.parent)
     for folder in folders:
-        task, found = sources.load(settings(folder), ("train",))
+        task, found = load(settings(folder), ("train",))
         assert task.labels == ("negative", "positive")
         assert list(found) == ["train"]
         assert set(found["train"]) == {"sentence", "label"}
@@ -89,18 +93,30 @@ def test_all_formats_give_the_same_columns(tmp_path):
 def test_json_of_one_object_a_line(tmp_path):
     text = '{"sentence": "a\\u2028b", "label": 1}\n{"sentence": "c", "label": 0}'
     write(tmp_path, text, "validation.json")
-    _, found = sources.load(settings(tmp_path), ("validation",))
+    _, found = load(settings(tmp_path), ("validation",))
     assert found["validation"]["sentence"] == ["a\u2028b", "c"]
 
 
 def test_demo_is_generated():
-    task, found = sources.load(config.Data(task="demo"), ("train", "validation"))
+    task, found = load(config.Data(task="demo"), ("train", "validation"))
     assert task.labels == ("blame", "praise")
     assert list(found) == ["train", "validation"]
     for split, columns in found.items():
         expected = toy.demo_rows(split)
         assert columns["sentence"] == expected["sentence"]
         assert columns["label"].tolist() == expected["label"]
+
+
+# Data sets on the hub, and their subsets; one called default needs no name.
+SUBSETS = {
+    "nyu-mll/glue": ["cola", "sst2", "mnli"],
+    "some-one/glue": ["cola", "sst2", "mrpc"],
+    "some-one/sst2": ["default"],
+    "some-one/versions": ["v1", "v2"],
+    "rajpurkar/squad": ["plain_text"],
+    "another/squad.v2": ["squad_v2"],
+    "a-name": ["default"],
+}
 
 
 @pytest.fixture
@@ -119,6 +135,9 @@ def hub(monkeypatch):
 
     def load_dataset(*args, **kwargs):
         calls.append((args, kwargs))
+        path, subset = args
+        if subset not in (SUBSETS[path] if len(SUBSETS[path]) > 1 else (None,)):
+            raise ValueError(f"Config {subset} not found.\nThere is {SUBSETS[path]}")
         if "squad" in args[0]:
             return datasets.Dataset.from_dict(squad)
         table = {"sentence": ["x", "y", "z"], "label": [0, 0, 1]}
@@ -126,6 +145,7 @@ def hub(monkeypatch):
         return datasets.Dataset.from_dict(table, features).select([2, 1])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", SUBSETS.__getitem__)
     return calls
 
 
@@ -134,6 +154,8 @@ def hub(monkeypatch):
     [
         (config.Data(), ("nyu-mll/glue", "sst2")),
         (config.Data(path="some-one/glue"), ("some-one/glue", "sst2")),
+        (config.Data(path="nyu-mll/glue"), ("nyu-mll/glue", "sst2")),
+        (config.Data(path="some-one/sst2"), ("some-one/sst2", None)),
         (config.Data(task="squad"), ("rajpurkar/squad", None)),
         (
             config.Data(task="squad", path="another/squad.v2"),
@@ -145,7 +167,7 @@ def hub(monkeypatch):
 def test_hub_name_is_passed_on(hub, data, expected, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     splits = ("train", "validation")
-    _, found = sources.load(data, splits)
+    _, found = load(data, splits)
     assert hub == [(expected, {"split": split}) for split in splits]
     for split in splits:
         if data.task == "squad":
@@ -157,8 +179,15 @@ def test_hub_name_is_passed_on(hub, data, expected, monkeypatch, tmp_path):
             assert found[split]["label"].tolist() == [1, 0]
 
 
+def test_a_data_set_without_a_subset_for_the_task(hub):
+    """One line says which there are."""
+    message = complaint(config.Data(path="some-one/versions"))
+    assert message.startswith("data.path='some-one/versions'")
+    assert "There is ['v1', 'v2']" in message
+
+
 def test_a_folder_goes_before_the_hub(hub, tmp_path):
-    sources.load(settings(write_labels(tmp_path, "train", 0, 1)), ("train",))
+    load(settings(write_labels(tmp_path, "train", 0, 1)), ("train",))
     assert hub == []
 
 
@@ -171,7 +200,7 @@ def test_both_validation_splits_are_read(tmp_path):
     message = complaint(data, *splits)
     assert "validation_mismatched.parquet" in message and "0 found" in message
     write(tmp_path, "hypothesis,premise,label\nh,q,0\n", "validation_mismatched.csv")
-    _, found = sources.load(data, splits)
+    _, found = load(data, splits)
     assert tuple(found) == splits
     assert [found[split]["label"].tolist() for split in splits] == [[2], [1], [0]]
     assert [found[split]["premise"] for split in splits] == [["p"], ["p"], ["q"]]
@@ -218,7 +247,7 @@ def test_three_classes_by_name(tmp_path):
 def test_classes_are_read_off_the_training_rows(tmp_path, labels, names, numbers):
     write_labels(tmp_path, "train", *labels)
     write_labels(tmp_path, "validation", *labels[:1])
-    task, found = sources.load(own(tmp_path), ("train", "validation"))
+    task, found = load(own(tmp_path), ("train", "validation"))
     assert task.labels == names and task.num_outputs == len(names)
     assert found["train"]["label"].tolist() == numbers
     assert found["validation"]["label"].tolist() == numbers[:1]
@@ -227,7 +256,7 @@ def test_classes_are_read_off_the_training_rows(tmp_path, labels, names, numbers
 
 def test_classes_in_a_given_order(tmp_path):
     write_labels(tmp_path, "train", "dog", "cat", "dog")
-    task, found = sources.load(own(tmp_path, labels=("dog", "cat", "eel")), ("train",))
+    task, found = load(own(tmp_path, labels=("dog", "cat", "eel")), ("train",))
     assert task.labels == ("dog", "cat", "eel")
     assert found["train"]["label"].tolist() == [0, 1, 0]
     write_labels(tmp_path, "train", 2, 0)  # or their numbers
@@ -245,7 +274,7 @@ def test_given_classes_need_no_training_rows(tmp_path):
 def test_another_label_column_and_a_pair(tmp_path):
     write(tmp_path, "first,second,answer\nthe film,was good,yes\na,b,no\n")
     data = own(tmp_path, columns=("second", "first"), label_column="answer")
-    task, found = sources.load(data, ("train",))
+    task, found = load(data, ("train",))
     assert task.labels == ("no", "yes")
     assert found["train"]["first"] == ["the film", "a"]
     assert found["train"]["second"] == ["was good", "b"]
@@ -306,9 +335,7 @@ def test_labels_that_are_no_classes(tmp_path, labels):
 
 
 def test_a_thousand_classes(tmp_path):
-    task, _ = sources.load(
-        own(write_labels(tmp_path, "train", *range(1000))), ("train",)
-    )
+    task, _ = load(own(write_labels(tmp_path, "train", *range(1000))), ("train",))
     assert task.num_outputs == 1000
 
 
@@ -335,7 +362,7 @@ def test_a_missing_class_is_not_the_class_none(tmp_path):
 def test_classes_are_read_alike_in_every_file(tmp_path):
     write(tmp_path, "sentence,label\na,1.0\nb,x\nc,007\n")
     write(tmp_path, "sentence,label\na,1.0\nb,007\n", "validation.csv")
-    task, found = sources.load(own(tmp_path), ("train", "validation"))
+    task, found = load(own(tmp_path), ("train", "validation"))
     assert task.labels == ("007", "1", "x")
     assert found["validation"]["label"].tolist() == [1, 0]
 
@@ -402,7 +429,7 @@ def test_label_of_another_type(tmp_path, labels, shown):
 )
 def test_values(tmp_path, labels):
     write_labels(tmp_path, "train", *labels)
-    task, found = sources.load(own(tmp_path, problem="regression"), ("train",))
+    task, found = load(own(tmp_path, problem="regression"), ("train",))
     assert task.labels == () and task.num_outputs == 1
     assert found["train"]["label"].dtype == np.float32
     assert found["train"]["label"].tolist() == np.float32(labels).tolist()
@@ -456,14 +483,14 @@ def test_answers_stay_as_they_are(tmp_path):
         {"text": [], "answer_start": []},
     ]
     data = settings(write_answers(tmp_path, *answers), "squad")
-    assert labels_of(data, column="answers") == answers
+    assert labels_of(data, column="answers").tolist() == answers
     lines = [
         json.dumps({"id": 1, "question": "q", "context": "c", "answers": answer})
         for answer in answers
     ]
     (tmp_path / "train.parquet").unlink()
     write(tmp_path, "\n".join(lines), "train.jsonl")
-    assert labels_of(data, column="answers") == answers
+    assert labels_of(data, column="answers").tolist() == answers
 
 
 @pytest.mark.parametrize(
@@ -504,7 +531,7 @@ def test_extra_rows_follow_those_of_training(tmp_path):
     write(tmp_path, "sentence,label\nv,1\n", "validation.csv")
     write(tmp_path, "label\tsentence\n0\tc\n1\td\n0\te\n", "more.tsv")
     data = settings(tmp_path, extra_file=str(tmp_path / "more.tsv"))
-    _, found = sources.load(data, ("train", "validation"))
+    _, found = load(data, ("train", "validation"))
     assert found["train"]["sentence"] == list("abcde")
     assert found["train"]["label"].tolist() == [1, 0, 0, 1, 0]
     assert found["train"]["label"].dtype == np.int32
@@ -521,7 +548,7 @@ def test_extra_rows_are_not_read_without_training(tmp_path):
 def test_extra_rows_to_generated_ones(tmp_path):
     write(tmp_path, "sentence,label\nthe film was good,praise\n", "x.csv")
     data = config.Data(task="demo", extra_file=str(tmp_path / "x.csv"))
-    train = sources.load(data, ("train",))[1]["train"]
+    train = load(data, ("train",))[1]["train"]
     assert len(train["sentence"]) == len(train["label"]) == 1 + toy.SIZES["train"]
     assert train["sentence"][-1] == "the film was good" and train["label"][-1] == 1
 
@@ -540,7 +567,7 @@ def test_extra_rows_have_classes_alike(tmp_path, labels, more, names, numbers):
     write_labels(tmp_path, "train", *labels)
     write_labels(tmp_path, "more", *more)
     data = own(tmp_path, extra_file=str(tmp_path / "more.parquet"))
-    task, found = sources.load(data, ("train",))
+    task, found = load(data, ("train",))
     assert task.labels == names
     assert found["train"]["label"].tolist() == numbers
 
@@ -560,7 +587,7 @@ def test_extra_rows_of_values_and_of_answers(tmp_path):
     data = settings(
         tmp_path, "squad", extra_file=str(tmp_path / "more" / "train.parquet")
     )
-    assert labels_of(data, column="answers") == [answer] * 3
+    assert labels_of(data, column="answers").tolist() == [answer] * 3
 
 
 @pytest.mark.parametrize(
@@ -643,6 +670,7 @@ def test_hub_out_of_reach(monkeypatch, path):
         raise ConnectionError("Couldn't reach the Hub\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", load_dataset)
     message = complaint(config.Data(path=path))
     assert message.startswith(f"data.path={path!r}")
     assert "Couldn't reach the Hub at all" in message and "sst2" in message

@@ -1,13 +1,14 @@
 """Each row of the task table is whole; what `own` describes is checked as well."""
 
+import dataclasses
 import types
 
 import numpy as np
 import pytest
 
 from cofi_jax import config, errors
+from cofi_jax.data import batches, squad, tasks
 from cofi_jax.data import metrics as metrics_lib
-from cofi_jax.data import squad, tasks
 
 ONE_QUESTION = squad.Questions(
     contexts=["a bc d"],
@@ -22,7 +23,8 @@ def own(**fields):
 
 
 def labelled(*labels, dtype=np.int32):
-    return types.SimpleNamespace(labels=np.array(labels, dtype))
+    ids = [np.zeros(1, np.int32)] * len(labels)
+    return batches.Examples(ids, ids, np.array(labels, dtype))
 
 
 def complaint(data):
@@ -38,19 +40,20 @@ def complaint(data):
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_a_row_of_the_table(name):
     task = tasks.find(config.Data(task=name))
-    assert task is tasks.TASKS[name] and name != tasks.OWN
+    assert task == dataclasses.replace(tasks.TASKS[name], name=name)
+    assert name != tasks.OWN
     assert len(task.columns) in (1, 2) and len(set(task.columns)) == len(task.columns)
     assert task.label_column not in task.columns
     assert task.metrics and task.validation and task.hub
     assert task.max_length >= 3
-    assert task.problem in ("classification", "regression", "span")
-    if task.problem == "classification":
+    assert task.problem.name in ("classification", "regression", "span")
+    if task.problem.name == "classification":
         assert len(set(task.labels)) == len(task.labels) >= 2
         assert task.num_outputs == len(task.labels)
     else:
         assert task.labels == ()
-        assert task.num_outputs == {"regression": 1, "span": 2}[task.problem]
-    if "f1" in task.metrics and task.problem == "classification":
+        assert task.num_outputs == {"regression": 1, "span": 2}[task.problem.name]
+    if "f1" in task.metrics and task.problem.name == "classification":
         assert len(task.labels) == 2
 
 
@@ -58,18 +61,18 @@ def test_a_row_of_the_table(name):
 def test_every_task_can_be_scored(name):
     """By its own metrics, in their order; a model that is right has 1 in each."""
     task = tasks.TASKS[name]
-    if task.problem == "span":
+    if task.problem.name == "span":
         logits = np.zeros((1, 7, 2))
         logits[0, 2] = 1
         examples = types.SimpleNamespace(questions=ONE_QUESTION)
-    elif task.problem == "regression":
+    elif task.problem.name == "regression":
         logits = np.array([[0.5], [3.0], [4.5]])
         examples = labelled(0.5, 3.0, 4.5, dtype=np.float32)
     else:
         assert set(task.metrics) <= set(metrics_lib.METRICS)
         logits = np.eye(len(task.labels))
         examples = labelled(*range(len(task.labels)))
-    scores = tasks.scores(task, logits, examples)
+    scores = task.scores(logits, examples)
     assert tuple(scores) == task.metrics
     assert scores == pytest.approx(dict.fromkeys(task.metrics, 1.0))
     assert {type(score) for score in scores.values()} == {float}
@@ -78,18 +81,18 @@ def test_every_task_can_be_scored(name):
 def test_scores_by_hand():
     # Of 4 rows 3 are right; class 1: 2 found, 1 too many, 0 missed.
     logits = np.array([[0, 1], [0, 1], [0, 1], [1, 0]])
-    scores = tasks.scores(tasks.TASKS["mrpc"], logits, labelled(1, 1, 0, 0))
+    scores = tasks.TASKS["mrpc"].scores(logits, labelled(1, 1, 0, 0))
     assert scores == pytest.approx({"accuracy": 3 / 4, "f1": 4 / 5})
     # The order is kept, the distances are not.
     values, labels = np.array([[1.0], [2.0], [4.0], [8.0]]), [0.0, 1.0, 2.0, 3.0]
-    scores = tasks.scores(tasks.TASKS["stsb"], values, labelled(*labels, dtype=float))
+    scores = tasks.TASKS["stsb"].scores(values, labelled(*labels, dtype=float))
     pearson = 11.5 / np.sqrt(28.75 * 5)  # covariance, variances: times 4
     assert scores == pytest.approx({"spearman": 1, "pearson": pearson})
     # Of "bc" and "bc d" one word of two is shared.
     logits = np.zeros((1, 4, 2))
     logits[0, 2, 0] = logits[0, 3, 1] = 1
     examples = types.SimpleNamespace(questions=ONE_QUESTION)
-    scores = tasks.scores(tasks.TASKS["squad"], logits, examples)
+    scores = tasks.TASKS["squad"].scores(logits, examples)
     assert scores == pytest.approx({"f1": 2 / 3, "exact_match": 0})
 
 
@@ -114,7 +117,8 @@ def test_a_task_of_the_table_is_not_described_again(field, value):
         message = complaint(config.Data(task=name, **{field: value}))
         assert message.startswith(f"data.{field}={value!r}")
         assert "own" in message and name in message
-    assert getattr(tasks.find(own(**{field: value})), field) == value
+    found = getattr(tasks.find(own(**{field: value})), field)
+    assert getattr(found, "name", found) == value
 
 
 # The task that the config describes
@@ -125,7 +129,7 @@ def test_own_has_one_or_two_columns(columns):
     task = tasks.find(own(columns=columns))
     assert task.columns == columns
     assert task.labels == () and task.label_column == "label"
-    assert task.problem == "classification" and task.metrics == ("accuracy",)
+    assert task.problem.name == "classification" and task.metrics == ("accuracy",)
     assert task.validation == ("validation",)
     # A config that was read from JSON may hold lists.
     assert tasks.find(own(columns=list(columns))) == task
@@ -172,7 +176,7 @@ def test_a_column_is_named_once(columns):
 
 def test_f1_needs_two_classes():
     task = tasks.find(own(labels=("no", "yes"), metrics=("f1",)))
-    assert tasks.scores(task, np.eye(2), labelled(0, 1)) == {"f1": 1}
+    assert task.scores(np.eye(2), labelled(0, 1)) == {"f1": 1}
     message = complaint(own(labels=("no", "yes", "both"), metrics=("accuracy", "f1")))
     assert message.startswith("data.metrics=")
 
@@ -197,8 +201,8 @@ def test_outputs_of_own():
 
 
 def test_max_length():
-    assert tasks.max_length(config.Data(task="sst2")) == 128
-    assert tasks.max_length(config.Data(task="squad")) == 384
-    assert tasks.max_length(own()) == 128
+    assert tasks.find(config.Data(task="sst2")).max_length == 128
+    assert tasks.find(config.Data(task="squad")).max_length == 384
+    assert tasks.find(own()).max_length == 128
     for task in ("sst2", "squad"):
-        assert tasks.max_length(config.Data(task=task, max_length=50)) == 50
+        assert tasks.find(config.Data(task=task, max_length=50)).max_length == 50

@@ -192,17 +192,17 @@ def _inference(options) -> tuple[dict[str, Any], str]:
 
 
 def _startup(options) -> tuple[dict[str, Any], str]:
-    subject, data = workload.to_start(options)
+    subject, task = workload.to_start(options)
     result = startup.measure(
         subject.dense,
         subject.dense_params,
         subject.tokenizer,
-        data,
+        task,
         batch_size=options.batch_size,
         repeats=options.repeats,
     )
     sizes = workload.described(subject.dense, subject.dense)
-    result |= {"batch_size": options.batch_size, "task": data.task, "dense": sizes}
+    result |= {"batch_size": options.batch_size, "task": task.name, "dense": sizes}
     return result, startup.table(result)
 
 

@@ -20,6 +20,7 @@ from cofi_jax.checkpoints import huggingface
 from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
 from cofi_jax.config import Distill
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.evaluation import timing
 from cofi_jax.export import to_onnx, to_transformers
@@ -49,7 +50,8 @@ def unfit(config: EncoderConfig) -> str:
         return f"{gone} not installed"
     if lost := without_device():
         return lost
-    return "" if config.problem == "classification" else "is for classification only"
+    single = PROBLEMS[config.problem].problem_type == "single_label_classification"
+    return "" if single else "is for classification only"
 
 
 def without_device() -> str:

@@ -123,7 +123,7 @@ def _ours(config, params):
 def _runtimes(dense, torch_compile):
     """What makes a pass of (config, params), by name; and who is left out, and why."""
     found, left_out = {_OURS: _ours}, {}
-    span = "a span task" if dense.problem == "span" else ""
+    tokens = "its head reads every token" if dense.reads_every_token else ""
 
     def offer(name, make, reason):
         if reason:
@@ -132,13 +132,13 @@ def _runtimes(dense, torch_compile):
             found[name] = lambda config, params: make(params, config)
 
     gone = baselines.missing("torch", "transformers")
-    reason = f"{gone} not installed" if gone else span or baselines.without_device()
+    reason = f"{gone} not installed" if gone else tokens or baselines.without_device()
     offer("pytorch", baselines.pytorch_pass, reason)
     if torch_compile:
         compiled = functools.partial(baselines.pytorch_pass, compiled=True)
         offer("pytorch compiled", compiled, reason)
     gone = baselines.missing("onnx", "onnxruntime")
-    reason = f"{gone} not installed" if gone else span
+    reason = f"{gone} not installed" if gone else tokens
     if jax.default_backend() != "cpu" or dense.dtype != "float32":
         reason = "is run on a CPU in float32 only"
     offer("onnxruntime", baselines.onnx_pass, reason)

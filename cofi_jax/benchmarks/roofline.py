@@ -90,7 +90,7 @@ def pass_bytes(config: EncoderConfig, *, batch_size: int, seq_length: int) -> in
     blocks = sum(h > 0 for h in config.heads) + sum(f > 0 for f in config.intermediate)
     norms = 2 * width * (blocks + 1)
     head = (config.pooler_size + 1) * config.num_labels
-    if config.problem == "span":
+    if config.reads_every_token:
         head = (width + 1) * config.num_labels
     else:
         head += (width + 1) * config.pooler_size

@@ -21,12 +21,11 @@ import jax
 import numpy as np
 
 from cofi_jax.checkpoints import saved_model
-from cofi_jax.config import Data
-from cofi_jax.data import tasks
 from cofi_jax.errors import UserError, reject
 from cofi_jax.evaluation import timing
 from cofi_jax.evaluation.timing import Timing
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.task.names import Task
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -37,7 +36,7 @@ _KINDS = ("cold", "warm")
 # Functions that train.py calls, and what their time is called.
 _PHASES = (
     ("data.sources", "load", "rows"),
-    ("data.batches", "tokenise", "tokenise"),
+    ("task.names", "Task.tokenise", "tokenise"),
     ("run.setup", "load_teacher", "load the teacher"),
     ("run.stages", "Run.scores", "score the teacher"),
     ("checkpoints.saved_model", "save_model", "save the teacher"),
@@ -60,7 +59,7 @@ def measure(
     config: EncoderConfig,
     params: dict,
     tokenizer: Any,
-    data: Data,
+    task: Task,
     *,
     batch_size: int,
     repeats: int,
@@ -71,7 +70,7 @@ def measure(
       config: sizes of the teacher.
       params: its parameters.
       tokenizer: its tokenizer.
-      data: the rows; the task demo needs none.
+      task: where the rows come from; the task demo needs no path.
       batch_size: of the first step.
       repeats: starts of each kind.
 
@@ -86,23 +85,23 @@ def measure(
     if not (_ROOT / "train.py").is_file():
         legal = "must be a checkout, with the train.py that is started"
         raise reject("startup", str(_ROOT), legal)
-    recipe = "demo.py" if data.task == "demo" else f"paper.py:{data.task},0.95"
+    recipe = "demo.py" if task.name == "demo" else f"paper.py:{task.name},0.95"
     starts = []
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        about = {"task": data.task, "labels": list(tasks.find(data).labels)}
+        about = {"task": task.name, "labels": list(task.labels)}
         saved_model.save_model(
             folder / "teacher",
             params,
             config,
             tokenizer=tokenizer,
-            about=about | {"data": vars(data)},
+            about=about | {"data": {"task": task.name, "path": task.path}},
         )
         arguments = [
             f"--config={_ROOT / 'configs' / recipe}",
             f"--config.teacher.path={folder / 'teacher'}",
-            f"--config.data.path={data.path}",
-            f"--config.data.max_length={data.max_length}",
+            f"--config.data.path={task.path}",
+            f"--config.data.max_length={task.max_length}",
             f"--config.model.dtype={config.dtype}",
             f"--config.prune.batch_size={batch_size}",
             "--config.prune.prepruning_epochs=0",

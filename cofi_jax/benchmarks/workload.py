@@ -93,7 +93,7 @@ def load(
             folder,
             field="model",
             num_labels=task.num_outputs,
-            problem=task.problem,
+            problem=task.problem.name,
             model=Model(),
             key=key,
         )
@@ -127,10 +127,10 @@ def training_work(
     if dtype := options.torch_dtype:
         if dtype not in DTYPES:
             raise reject("torch_dtype", dtype, f"must be one of {', '.join(DTYPES)}")
-    settings, task, tokenizer = _asked(options)
+    task, tokenizer = _asked(options)
     length = options.seq_length or _SEQ_LENGTH
     if options.data:
-        length = tasks.max_length(settings)
+        length = task.max_length
     found = load(
         options,
         task=task,
@@ -145,14 +145,12 @@ def training_work(
         chosen = np.arange(count).reshape(batches, -1)
         return found, examples, [(length, rows) for rows in chosen]
     tokenizer = found.tokenizer or tokenizer
-    _, columns = sources.load(settings, ("train",))
-    examples = batches_lib.tokenise(
-        columns["train"], task, tokenizer, max_length=length, training=True
-    )
+    task, columns = sources.load(task, ("train",))
+    examples = task.tokenise(columns["train"], tokenizer, training=True)
     plan = batches_lib.epoch_plan(
         examples.lengths,
         batch_size=options.batch_size,
-        buckets=batches_lib.bucket_lengths(settings, examples.lengths),
+        buckets=batches_lib.bucket_lengths(task, examples.lengths),
         seed=0,
         epoch=0,
     )
@@ -161,34 +159,34 @@ def training_work(
     return found, examples, plan
 
 
-def to_start(options: argparse.Namespace) -> tuple[Subject, Data]:
-    """The models, with a tokenizer, and the data of a run: without `data` the demo's.
+def to_start(options: argparse.Namespace) -> tuple[Subject, tasks.Task]:
+    """The models, with a tokenizer, and the task of a run: without `data` the demo's.
 
     Raises:
       UserError: as of `training_work`.
     """
-    settings, task, tokenizer = _asked(options)
+    task, tokenizer = _asked(options)
     if not options.data:
-        settings, tokenizer = Data("demo"), toy.demo_tokenizer()
-        settings.max_length = options.seq_length
-        task = tasks.find(settings)
+        task = tasks.find(Data("demo", max_length=options.seq_length))
+        tokenizer = toy.demo_tokenizer()
         if options.model:
             raise reject("model", options.model, "needs --data, a folder of a task")
-    length = tasks.max_length(settings)
-    found = load(options, task=task, longest=length, tokenizer=tokenizer, texts=True)
-    return found._replace(tokenizer=found.tokenizer or tokenizer), settings
+    found = load(
+        options, task=task, longest=task.max_length, tokenizer=tokenizer, texts=True
+    )
+    return found._replace(tokenizer=found.tokenizer or tokenizer), task
 
 
 def _asked(options):
-    """The data's settings, their task, and the tokenizer in `vocab`."""
-    settings = Data(options.task, options.data, max_length=options.seq_length)
-    task, tokenizer = tasks.find(settings), None
+    """The task, and the tokenizer in `vocab`."""
+    data = Data(options.task, options.data, max_length=options.seq_length)
+    task, tokenizer = tasks.find(data), None
     if options.vocab:
         folder = huggingface.resolve(options.vocab, "vocab")
         tokenizer = huggingface.load_tokenizer(folder, "vocab")
     elif options.data and not options.model:
         raise reject("vocab", "", "must name a tokenizer's folder, or give --model")
-    return settings, task, tokenizer
+    return task, tokenizer
 
 
 def random_rows(count: int, length: int, vocab_size: int) -> Examples:

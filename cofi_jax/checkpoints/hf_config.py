@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from cofi_jax.config import Model
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.layers import ACTIVATIONS
@@ -61,6 +62,7 @@ def from_fields(
         raise UnsupportedCheckpoint(
             f"config.json: layer_norm_eps is {epsilon!r}, must be a float"
         )
+    head = PROBLEMS[problem].head
     layers, family = size("num_hidden_layers"), fields["model_type"]
     # RoBERTa's rows up to that of the padding token are never those of a token.
     offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
@@ -70,7 +72,7 @@ def from_fields(
         heads=(heads,) * layers,
         head_size=hidden // heads,
         intermediate=(size("intermediate_size"),) * layers,
-        pooler_size=0 if problem == "span" else hidden,
+        pooler_size=hidden if head == "first" else 0,
         num_labels=num_labels,
         max_positions=size("max_position_embeddings", least=offset + 1),
         type_vocab_size=size("type_vocab_size"),
@@ -78,6 +80,7 @@ def from_fields(
         dropout=model.dropout,
         dtype=model.dtype,
         problem=problem,
+        head=head,
         activation=fields.get("hidden_act", "gelu"),
         model_type=family,
         position_offset=offset,
@@ -92,24 +95,15 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
     """
     hidden, units = config.hidden_size, set(config.intermediate)
     attention = {heads * config.head_size for heads in config.heads}
-    pooler = config.problem == "span" or config.pooler_size == hidden
+    pooler = config.reads_every_token or config.pooler_size == hidden
     if attention != {hidden} or len(units) != 1 or 0 in units or not pooler:
         raise UnsupportedCheckpoint(
             "must be a dense model's; transformers cannot hold a sliced one"
         )
-    labels = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
-    if len(labels) != config.num_labels:
-        raise UnsupportedCheckpoint(
-            f"has {config.num_labels} classes, labels has {len(labels)}"
-        )
     name, _ = FAMILIES[config.model_type]
-    head = "QuestionAnswering" if config.problem == "span" else "SequenceClassification"
-    problems = {
-        "classification": "single_label_classification",
-        "regression": "regression",
-    }
+    problem = PROBLEMS[config.problem]
     return {
-        "architectures": [f"{name}For{head}"],
+        "architectures": [f"{name}For{problem.auto_model}"],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": hidden,
@@ -122,11 +116,27 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
         "max_position_embeddings": config.max_positions,
         "type_vocab_size": config.type_vocab_size,
         "layer_norm_eps": config.layer_norm_eps,
-        "pad_token_id": max(config.position_offset - 1, 0),
+        "pad_token_id": config.pad_token_id,
         "position_embedding_type": "absolute",
+        "problem_type": problem.problem_type,
+        **class_fields(config, labels),
+    }
+
+
+def class_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
+    """The fields that name the classes: `labels`, or without these LABEL_0, ...
+
+    Raises:
+      UnsupportedCheckpoint: where there are not as many labels as outputs.
+    """
+    labels = labels or [f"LABEL_{row}" for row in range(config.num_labels)]
+    if len(labels) != config.num_labels:
+        raise UnsupportedCheckpoint(
+            f"has {config.num_labels} classes, labels has {len(labels)}"
+        )
+    return {
         "id2label": {str(row): label for row, label in enumerate(labels)},
         "label2id": {label: row for row, label in enumerate(labels)},
-        "problem_type": problems.get(config.problem),
     }
 
 

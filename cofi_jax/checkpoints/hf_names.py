@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from cofi_jax.checkpoints.hf_config import FAMILIES, UnsupportedCheckpoint, to_fields
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
@@ -87,8 +88,8 @@ def find_prefix(names: Iterable[str]) -> str:
 
 def head_modules(config: EncoderConfig, prefix: str) -> dict[str, str]:
     """PyTorch's names for the modules of our head, in their order."""
-    if config.problem == "span":
-        return {"classifier": "qa_outputs"}
+    if config.reads_every_token:
+        return {"classifier": PROBLEMS[config.problem].classifier}
     if config.model_type == "bert":
         return {"pooler": f"{prefix}pooler.dense", "classifier": "classifier"}
     return {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}

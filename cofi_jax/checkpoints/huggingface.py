@@ -24,6 +24,7 @@ from cofi_jax.checkpoints.hf_config import (
 )
 from cofi_jax.checkpoints.hf_names import to_hugging_face
 from cofi_jax.config import Model
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import init_params
 from cofi_jax.models.config import EncoderConfig
@@ -98,7 +99,7 @@ def load_encoder(
         `model.safetensors` or else `pytorch_model.bin`.
       field: the config field that named the folder, for messages.
       num_labels: C; 1 for regression, 2 for span.
-      problem: classification, regression or span.
+      problem: a key of `data.problems.PROBLEMS`.
       model: `dropout` and `dtype` are taken from here.
       key: for what has to be initialised.
 
@@ -144,7 +145,7 @@ def load_classifier(
     Args:
       folder: as in `load_encoder`; config.json has the sizes of the dense model.
       field: the config field that named the folder, for messages.
-      problem: classification, regression or span.
+      problem: a key of `data.problems.PROBLEMS`.
       labels: the task's classes in its order, the order of the logits that come
         back; () takes what the folder has, and is for regression and span.
       label_order: the same classes in the order of the folder's logits; () takes
@@ -166,7 +167,7 @@ def load_classifier(
         prefix = hf_names.find_prefix(shapes)
         config = hf_names.infer_encoder(shapes, dense, prefix)
         config = hf_names.infer_head(shapes, config, prefix)
-        wanted = {"regression": 1, "span": 2}.get(problem, len(labels))
+        wanted = PROBLEMS[problem].num_outputs(labels)
         if wanted and config.num_labels != wanted:
             raise UnsupportedCheckpoint(
                 f"has {config.num_labels} classes, the task has {wanted}"

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from cofi_jax import config as config_lib
 from cofi_jax.checkpoints import huggingface, saved_model
-from cofi_jax.checkpoints.saved_model import saved_data
 from cofi_jax.config import DTYPES, Data
 from cofi_jax.data import tasks
 from cofi_jax.errors import reject
@@ -18,7 +17,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import cost
 
-_DESCRIBES_TASK = ("task", "columns", "label_column", "problem", "labels")
+_DESCRIBES_TASK = ("name", "columns", "label_column", "problem", "labels")
 
 
 class Loaded(NamedTuple):
@@ -29,7 +28,7 @@ class Loaded(NamedTuple):
     model: Encoder
     params: dict
     tokenizer: Any
-    data: Data
+    task: tasks.Task
     dense: EncoderConfig
 
 
@@ -53,64 +52,67 @@ def load(
     """
     if dtype not in ("", *DTYPES):
         raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
-    known = [saved_data(p) if saved_model.is_model(p) else None for p in paths]
+    known = [
+        saved_model.saved_task(p) if saved_model.is_model(p) else None for p in paths
+    ]
     for flag, value in (("task", task), ("labels", tuple(labels))):
         if value and all(known):
             legal = "is for Hugging Face models; a saved model knows its own"
             raise reject(flag, value, legal)
-    data = next(filter(None, known), None)
-    if task and not (data and data.task == task):
-        data = Data(task=task)
+    wanted = next(filter(None, known), None)
+    if task and not (wanted and wanted.name == task):
+        wanted = tasks.find(Data(task=task))
     for path, own in zip(paths, known, strict=True):
-        for field in _DESCRIBES_TASK if data else ():
-            mine, wanted = (getattr(d or data, field) for d in (own, known[0]))
-            if mine != wanted:
-                legal = f"its data.{field} is {mine!r}, that of {paths[0]} {wanted!r}"
+        for field in _DESCRIBES_TASK if wanted else ():
+            mine, first = (getattr(t or wanted, field) for t in (own, known[0]))
+            if mine != first:
+                legal = f"its {field} is {mine!r}, that of {paths[0]} {first!r}"
                 raise reject("model", path, f"{legal}; all must be of one task")
     return [
-        _load_saved(path, own, dtype) if own else _load_other(path, data, labels, dtype)
+        _load_saved(path, own, dtype)
+        if own
+        else _load_other(path, wanted, labels, dtype)
         for path, own in zip(paths, known, strict=True)
     ]
 
 
-def _load_saved(path, data, dtype):
+def _load_saved(path, task, dtype):
     model, params, spec = saved_model.load_model(path, dtype=dtype)
     dense = model.config
     if spec:
         dense = EncoderConfig.from_json(saved_model.read_about(path)[2]["dense"])
     tokenizer = saved_model.load_tokenizer(path)
     folder = pathlib.Path(path).expanduser()
-    return Loaded(path, folder, model, params, tokenizer, data, dense)
+    return Loaded(path, folder, model, params, tokenizer, task, dense)
 
 
-def _load_other(path, data, labels, dtype):
+def _load_other(path, task, labels, dtype):
     folder = pathlib.Path(path).expanduser()
     local = path.startswith((".", "/", "~")) or path.count("/") > 1
     described = (folder / "config.json").exists()
-    if (folder.is_dir() or local and not data) and not described:
+    if (folder.is_dir() or local and not task) and not described:
         saved_model.read_about(path)  # says what it found instead
-    if not data:
+    if not task:
         legal = f"must name the task that {path} was made for: {', '.join(tasks.TASKS)}"
         raise reject("task", "", legal)
-    row = tasks.find(data)
     folder = huggingface.resolve(path, "model")
     settings = config_lib.Model(dtype=dtype or "float32")
     config, params = huggingface.load_classifier(
         folder,
         field="model",
-        problem=row.problem,
-        labels=row.labels,
+        problem=task.problem.name,
+        labels=task.labels,
         label_order=tuple(labels),
         model=settings,
     )
     params = jax.tree.map(lambda x: jnp.asarray(x, settings.dtype), params)
-    sizes = row.num_outputs, settings, row.problem
+    sizes = task.num_outputs, settings, task.problem.name
     dense = huggingface.read_config(folder, "model", *sizes)
     tokenizer = huggingface.load_tokenizer(folder, "model")
     huggingface.check_tokenizer(tokenizer, config, field="model", path=path)
-    length = min(row.max_length, config.longest)
-    data = dataclasses.replace(data, max_length=length)
-    return Loaded(path, folder, Encoder(config), params, tokenizer, data, dense)
+    length = min(task.max_length, config.longest)
+    task = dataclasses.replace(task, max_length=length)
+    return Loaded(path, folder, Encoder(config), params, tokenizer, task, dense)
 
 
 def disk_bytes(loaded: Loaded) -> int:

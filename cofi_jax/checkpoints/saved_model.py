@@ -189,14 +189,19 @@ def load_tokenizer(path: str | Path) -> Any:
     return huggingface.load_tokenizer(Path(path).expanduser() / "tokenizer", "model")
 
 
-def saved_data(path: str) -> Data:
-    """The data that a saved model was made for; a UserError where it says none."""
+def saved_task(path: str) -> tasks.Task:
+    """The task that a saved model was made for.
+
+    Raises:
+      UserError: where its description says none.
+    """
     _, spec, about = read_about(path)
     wanted = {"data"} | ({"dense"} if spec else set())
     if missing := sorted(wanted - about.keys()):
         legal = f"saved without {', '.join(missing)} in `about`, needed here"
         raise reject("model", path, legal)
     data = config_lib.section(Data, about["data"], field="model", path=path)
-    if not tasks.find(data).num_outputs:
+    task = tasks.find(data)
+    if not task.num_outputs:
         raise reject("model", path, "saved without the names of its classes")
-    return data
+    return task

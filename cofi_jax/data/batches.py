@@ -1,41 +1,42 @@
-"""From rows to padded batches: token ids, epoch plan, batch.
+"""Padded batches of tokenised rows.
 
-    tokenise -> epoch_plan(seed, epoch) -> make_batch
+    Task.tokenise -> epoch_plan(seed, epoch) -> make_batch
 
-An epoch is a pure function of (seed, epoch), so resuming is recomputing. Batches are
-padded to one of a few bucket lengths, so that a step is compiled a few times only;
-which ones, the rows themselves decide.
+An epoch is a pure function of (seed, epoch), so that a resumed run recomputes its
+batches. Each batch is padded to one of a few lengths, the buckets, so that a step is
+compiled only a few times. The lengths are chosen for the rows at hand.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cofi_jax import config, errors
-from cofi_jax.data import squad, tasks
+from cofi_jax import errors
 
-_LEAST_GAIN = 0.05
+if TYPE_CHECKING:
+    from cofi_jax.data.tasks import Task
+
+_LEAST_GAIN = 0.05  # of the tokens, for which one more program is worth compiling
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N tokenised rows, not yet padded; of spans, N windows of the contexts."""
+    """N tokenised rows that are not padded yet; questions have N windows instead."""
 
-    input_ids: list[np.ndarray]  # N int32 arrays
-    token_type_ids: list[np.ndarray]  # of the same lengths
-    labels: np.ndarray  # (N,) int32 classes or float32 values; (N, 2) int32 of spans
+    input_ids: list[np.ndarray]  # N int32 arrays, one of the length of each row
+    token_type_ids: list[np.ndarray]  # N int32 arrays of the same lengths
+    labels: np.ndarray  # (N, ...): (N,) int32 classes, or whatever the problem encodes
     pad_id: int = 0
-    questions: squad.Questions | None = None  # that all N windows belong to
+    questions: Any = None  # the squad.Questions to which all N windows belong
 
     def __len__(self) -> int:  # noqa: D105
         return len(self.labels)
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,) tokens of each row."""
+        """(N,) int32 numbers of tokens."""
         return np.array([len(ids) for ids in self.input_ids], np.int32)
 
     def take(self, rows: np.ndarray) -> "Examples":
@@ -48,53 +49,13 @@ class Examples:
         )
 
 
-def tokenise(
-    columns: dict[str, Any],
-    task: tasks.Task,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    training: bool = False,
-) -> Examples:
-    """The rows that `rows.load` read as token ids.
-
-    Rows are cut at `max_length` tokens; of a question's context as many windows are
-    made as it takes. `tokenizer` is one of Hugging Face's transformers. With
-    `training` questions are left out whose answer is not in their context.
-    """
-    if task.problem == "span":
-        found = squad.windows(
-            columns, tokenizer, max_length=max_length, training=training
-        )
-        if found.skipped:
-            warning = "questions skipped: their answer is not in their context"
-            print(f"warning: {found.skipped} {warning}", file=sys.stderr)
-        return Examples(
-            found.input_ids,
-            found.token_type_ids,
-            found.labels,
-            tokenizer.pad_token_id,
-            found.questions,
-        )
-    labels, ids, types = columns[task.label_column], [], []
-    for first in range(0, len(labels), 1000):  # not all at once: lists are large
-        encoded = tokenizer(
-            *(columns[name][first : first + 1000] for name in task.columns),
-            truncation=True,
-            max_length=max_length,
-            return_token_type_ids=True,
-            return_attention_mask=False,
-        )
-        ids += [np.array(row, np.int32) for row in encoded["input_ids"]]
-        types += [np.array(row, np.int32) for row in encoded["token_type_ids"]]
-    return Examples(ids, types, labels, tokenizer.pad_token_id)
-
-
 def first_rows(examples: Examples, rows: int, *, field: str) -> Examples:
-    """A fixed random choice of `rows` examples; all, in their order, when 0.
+    """A fixed random choice of `rows` examples, or with 0 all of them in their order.
 
-    Smaller choices are the beginnings of larger ones. `field` is where `rows` comes
-    from, for the UserError when there are fewer.
+    A smaller choice is the beginning of a larger one.
+
+    Raises:
+      UserError: there are fewer; it names the `field` that asked for them.
     """
     if rows == 0:
         return examples
@@ -103,26 +64,27 @@ def first_rows(examples: Examples, rows: int, *, field: str) -> Examples:
     return examples.take(np.random.default_rng(0).permutation(len(examples))[:rows])
 
 
-def bucket_lengths(data: config.Data, lengths: np.ndarray) -> tuple[int, ...]:
-    """The padded lengths in use, ending in the longest that a row may have.
+def bucket_lengths(task: "Task", lengths: np.ndarray) -> tuple[int, ...]:
+    """The padded lengths in use; the last one is the longest that a row may have.
 
-    They are `data.buckets`; where none are given, chosen for rows of `lengths` (N,).
+    They are `task.buckets`, or where there are none chosen for rows of `lengths` (N,).
     """
-    longest = tasks.max_length(data)
-    buckets = data.buckets or choose_buckets(lengths, longest)
+    longest = task.max_length
+    buckets = task.buckets or choose_buckets(lengths, longest)
     return (*(b for b in buckets if b < longest), longest)
 
 
 def choose_buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
-    """Padded lengths for rows of `lengths` (N,), multiples of 8 or `longest`.
+    """Padded lengths for rows of `lengths` (N,), each a multiple of 8 or `longest`.
 
-    A step is compiled for each of them, so there are as few as may be: one more only
-    where it saves 5 % of the tokens. As many as there are, they are the best ones.
+    A step is compiled for each of them, so there is one more only where it saves 5 % of
+    the tokens. Of all choices of that many lengths, this one pads least.
     """
     multiples = np.minimum(-(-np.asarray(lengths) // 8) * 8, longest)
     widths, counts = np.unique(multiples, return_counts=True)
     before = np.concatenate([[0], np.cumsum(counts)])  # rows shorter than each width
-    # By the end e: the fewest tokens that rows up to widths[e - 1] take, and how.
+    # tokens[e] is the fewest tokens that the rows up to widths[e - 1] take, and
+    # chosen[e] are the lengths that achieve it, all by dynamic programming.
     tokens, chosen = np.full(len(before), np.inf), [()] * len(before)
     tokens[0], best = 0, (np.inf, ())
     for _ in widths:
@@ -139,7 +101,7 @@ def choose_buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
-    """The length of every `epoch_plan`: batches, the short one included."""
+    """The number of batches in every `epoch_plan`, the short one included."""
     return -(-rows // batch_size)
 
 
@@ -151,11 +113,18 @@ def epoch_plan(
     seed: int,
     epoch: int,
 ) -> list[tuple[int, np.ndarray]]:
-    """Decides which rows make up which batch; a pure function of its arguments.
+    """Decides which rows make up which batch, as a pure function of its arguments.
 
-    Each row goes to the smallest bucket that holds it, each bucket is cut into full
-    batches, and what is left of it moves up to the next. So each row comes once, and
-    only one batch may be short. No length may be above the last bucket.
+    Each row goes to the smallest bucket that holds it, and each bucket is cut into full
+    batches; the rows that are left over move up to the next bucket. So each row comes
+    once and at most one batch is short.
+
+    Args:
+      lengths: (N,) tokens of each row, none above the last bucket.
+      batch_size: rows in a full batch.
+      buckets: the padded lengths in rising order.
+      seed: the run's.
+      epoch: its number.
 
     Returns:
       `steps_per_epoch(N, batch_size)` pairs (padded length, rows), in random order.
@@ -164,7 +133,7 @@ def epoch_plan(
     order = rng.permutation(len(lengths))
     bucket_of = np.searchsorted(buckets, lengths)[order]
     plan, rest = [], order[:0]
-    for bucket in range(bucket_of.max() + 1):  # longer than all rows: never used
+    for bucket in range(bucket_of.max() + 1):
         rows = np.concatenate([rest, order[bucket_of == bucket]])
         full = len(rows) - len(rows) % batch_size
         plan += [(buckets[bucket], r) for r in rows[:full].reshape(-1, batch_size)]
@@ -175,7 +144,7 @@ def epoch_plan(
 
 
 def fill_up(rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """(B,) `rows`, and where they are fewer than B, copies of the first after them."""
+    """(B,) `rows`, followed by copies of the first where they are fewer than B."""
     return np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows))])
 
 
@@ -184,12 +153,12 @@ def make_batch(
 ) -> dict[str, np.ndarray]:
     """Pads the examples at `rows` to one (B, T) batch.
 
-    Fewer than B rows are filled up with copies of the first at weight 0 (not with
-    blank rows: a softmax over nothing is nan). T is at least the longest row's length.
+    Fewer than B rows are filled up with copies of the first, at weight 0; blank rows
+    would not do, since a softmax over nothing is nan. No row may be longer than T.
 
     Returns:
-      `input_ids`, `attention_mask`, `token_type_ids` (B, T) int32, `labels` as in
-      `Examples`, B of them, and `weight` (B,) float32.
+      `input_ids`, `attention_mask`, `token_type_ids` (B, T) int32, `labels` (B, ...)
+      as in `Examples`, and `weight` (B,) float32.
     """
     filled = fill_up(rows, batch_size)
     ids = np.full((batch_size, length), examples.pad_id, np.int32)
@@ -209,15 +178,19 @@ def make_batch(
 
 
 def eval_batches(
-    examples: Examples, *, batch_size: int, buckets: Sequence[int]
+    examples: Examples, *, batch_size: int, buckets: Sequence[int], shrink: bool = False
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
     """Yields (rows, batch) over all examples once, by rising length.
 
-    `scores[rows] = logits[: len(rows)]` puts a batch's logits where they belong.
+    `scores[rows] = logits[: len(rows)]` puts a batch's logits where they belong. With
+    `shrink` the last batch is filled up to a power of two only, not to `batch_size`.
     """
     lengths = examples.lengths
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
+        size = batch_size
+        if shrink:
+            size = min(batch_size, 1 << (len(rows) - 1).bit_length())
         length = buckets[np.searchsorted(buckets, lengths[rows[-1]])]
-        yield rows, make_batch(examples, rows, length=length, batch_size=batch_size)
+        yield rows, make_batch(examples, rows, length=length, batch_size=size)

@@ -1,7 +1,7 @@
-"""Task metrics: `METRICS[name](logits, labels)` is one float, higher is better.
+"""Metrics of rows: `METRICS[name](logits, labels)` is a float, and higher is better.
 
-For classes logits are (N, C) and labels (N,); the prediction is the class with the
-largest logit. For numbers logits are (N, 1), the prediction itself, and labels (N,).
+Labels are (N,). For classes logits are (N, C), and the class with the largest one is
+the prediction; for values logits are (N, 1), and they are the predictions themselves.
 """
 
 import warnings
@@ -18,7 +18,7 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def f1(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The F1 of class 1 of two, in [0, 1]; 0 where it is in neither of the two."""
+    """The F1 of class 1 of two, in [0, 1]; 0 where no row has or is given class 1."""
     from sklearn.metrics import f1_score
 
     return float(f1_score(labels, np.argmax(logits, axis=-1), zero_division=0))
@@ -28,7 +28,7 @@ def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
     """Matthews' correlation coefficient in [-1, 1]; 0 for a constant prediction."""
     from sklearn.metrics import matthews_corrcoef
 
-    with warnings.catch_warnings():  # of a single class
+    with warnings.catch_warnings():  # It warns where there is a single class.
         warnings.simplefilter("ignore")
         return float(matthews_corrcoef(labels, np.argmax(logits, axis=-1)))
 
@@ -50,7 +50,7 @@ def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
 def _correlation(rule: Callable, logits: np.ndarray, labels: np.ndarray) -> float:
     if len(labels) < 2:
         return 0.0
-    with warnings.catch_warnings():  # of a constant prediction, whose result is nan
+    with warnings.catch_warnings():  # It warns that a constant one's result is nan.
         warnings.simplefilter("ignore")
         result = rule(np.float64(logits[:, 0]), np.float64(labels))
     return float(np.nan_to_num(result.statistic))
@@ -66,6 +66,6 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 
 def main_score(scores: dict) -> float:
-    """The first value in `scores`, which may be grouped by split."""
+    """The first value in `scores`, which may be grouped by split: it decides."""
     first = next(iter(scores.values()))
     return main_score(first) if isinstance(first, dict) else first

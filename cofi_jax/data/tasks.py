@@ -1,4 +1,4 @@
-"""The task table: a classification task of the hub's GLUE is one row of `TASKS`."""
+"""Tasks: what is read, predicted and scored; GLUE's and SQuAD are rows of a table."""
 
 import dataclasses
 from typing import Any
@@ -6,37 +6,66 @@ from typing import Any
 import numpy as np
 
 from cofi_jax import config, errors
-from cofi_jax.data import squad
-from cofi_jax.data.metrics import METRICS
+from cofi_jax.data.batches import Examples
+from cofi_jax.data.problems import PROBLEMS, Problem
+from cofi_jax.data.problems.base import Scorer
 
 GLUE = "nyu-mll/glue"
-
-
 OWN = "own"  # the task that `config.Data` itself describes
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One row of the task table."""
+    """A row of the table below; `find` fills in what the config says beside it."""
 
     columns: tuple[str, ...]  # of text: one sentence, or a pair
     labels: tuple[str, ...]  # the name of class 0, 1, ...; () where there are none
-    metrics: tuple[str, ...]  # of metrics.METRICS, or squad.score; the first decides
-    max_length: int = 128  # tokens
-    problem: str = "classification"  # or regression, span
+    metrics: tuple[str, ...]  # that the problem can score; the first one decides
+    problem: Problem = PROBLEMS["classification"]
+    max_length: int = 128  # tokens of a row at most, special ones included
     label_column: str = "label"
     validation: tuple[str, ...] = ("validation",)  # splits; the first one decides
-    hub: str = GLUE
+    hub: str = GLUE  # the data set's name; "" where there is none
+
+    name: str = ""
+    path: str = ""  # a folder, or another name on the hub; "" for `hub`
+    extra_file: str = ""  # more training rows
+    buckets: tuple[int, ...] = ()  # padded lengths; () to choose them for the rows
 
     @property
     def num_outputs(self) -> int:
-        """The width of the logits."""
-        widths = {"classification": len(self.labels), "regression": 1, "span": 2}
-        return widths[self.problem]
+        """The width of the logits (C)."""
+        return self.problem.num_outputs(self.labels)
+
+    def tokenise(
+        self, columns: dict[str, Any], tokenizer: Any, *, training: bool = False
+    ) -> Examples:
+        """The rows that `sources.load` read, as token ids.
+
+        Args:
+          columns: texts and labels.
+          tokenizer: one of Hugging Face's transformers.
+          training: leave out rows that nothing can be learnt from: questions whose
+            answer is not in their context.
+        """
+        return self.problem.tokenise(columns, self, tokenizer, training=training)
+
+    def scorer(self, logits: np.ndarray, examples: Examples) -> tuple[int, Scorer]:
+        """The number of examples, and the metrics as a function of a choice of them."""
+        return self.problem.scorer(logits, examples, self.metrics)
+
+    def scores(self, logits: np.ndarray, examples: Examples) -> dict[str, float]:
+        """Each of the task's metrics, the one that decides first; higher is better.
+
+        Args:
+          logits: (N, C), or (N, T, C) where the head reads every token.
+          examples: the N rows that they belong to.
+        """
+        count, score = self.scorer(logits, examples)
+        return score(np.arange(count))
 
 
 _PAIR = ("sentence1", "sentence2")
-
 
 TASKS = {
     "demo": Task(("sentence",), ("blame", "praise"), ("accuracy",)),
@@ -57,22 +86,16 @@ TASKS = {
     ),
     "rte": Task(_PAIR, ("entailment", "not_entailment"), ("accuracy",)),
     "wnli": Task(_PAIR, ("not_entailment", "entailment"), ("accuracy",)),
-    "stsb": Task(_PAIR, (), ("spearman", "pearson"), problem="regression"),
+    "stsb": Task(_PAIR, (), ("spearman", "pearson"), PROBLEMS["regression"]),
     "squad": Task(
         ("question", "context"),
         (),
         ("f1", "exact_match"),
+        PROBLEMS["span"],
         max_length=384,
-        problem="span",
         label_column="answers",
         hub="rajpurkar/squad",
     ),
-}
-
-
-_OWN_METRICS = {
-    "classification": ("accuracy", "matthews", "f1"),
-    "regression": ("spearman", "pearson"),
 }
 
 
@@ -82,16 +105,30 @@ def find(data: config.Data) -> Task:
     Raises:
       UserError: for an unknown task, and for fields that do not describe one.
     """
-    if data.task != OWN:
-        if data.task not in TASKS:
-            legal = f"must be one of {', '.join(TASKS)}, or {OWN}"
-            raise errors.reject("data.task", data.task, legal)
-        for field in ("columns", "label_column", "problem", "labels", "metrics"):
-            value = getattr(data, field)
-            if value != getattr(config.Data(), field):
-                legal = f"only the task {OWN} takes it, not {data.task}"
-                raise errors.reject(f"data.{field}", value, legal)
-        return TASKS[data.task]
+    task = _own(data) if data.task == OWN else _of_the_table(data)
+    return dataclasses.replace(
+        task,
+        max_length=data.max_length or task.max_length,
+        name=data.task,
+        path=data.path,
+        extra_file=data.extra_file,
+        buckets=tuple(data.buckets),
+    )
+
+
+def _of_the_table(data):
+    if data.task not in TASKS:
+        legal = f"must be one of {', '.join(TASKS)}, or {OWN}"
+        raise errors.reject("data.task", data.task, legal)
+    for field in ("columns", "label_column", "problem", "labels", "metrics"):
+        value = getattr(data, field)
+        if value != getattr(config.Data(), field):
+            legal = f"only the task {OWN} takes it, not {data.task}"
+            raise errors.reject(f"data.{field}", value, legal)
+    return TASKS[data.task]
+
+
+def _own(data):
     if len(data.columns) not in (1, 2):
         legal = "the task own needs the names of one or two columns of text"
         raise errors.reject("data.columns", data.columns, legal)
@@ -100,42 +137,26 @@ def find(data: config.Data) -> Task:
             f"names a column twice, data.label_column={data.label_column!r} included"
         )
         raise errors.reject("data.columns", data.columns, legal)
+    problems = {name: each for name, each in PROBLEMS.items() if each.own_metrics}
+    if data.problem not in problems:
+        legal = f"must be one of {', '.join(problems)}"
+        raise errors.reject("data.problem", data.problem, legal)
+    problem = problems[data.problem]
     if len(set(data.labels)) != len(data.labels):
         raise errors.reject("data.labels", data.labels, "names a class twice")
-    if len(data.labels) == 1 or (data.labels and data.problem == "regression"):
-        legal = "must name two classes or more; for regression, none"
+    if len(data.labels) == 1 or (data.labels and not problem.names_classes):
+        legal = "must name two classes or more; for values such as a regression's, none"
         raise errors.reject("data.labels", data.labels, legal)
-    if data.problem not in _OWN_METRICS:
-        legal = f"must be one of {', '.join(_OWN_METRICS)}"
-        raise errors.reject("data.problem", data.problem, legal)
-    legal = _OWN_METRICS[data.problem]
-    if not set(data.metrics) <= set(legal):
-        raise errors.reject("data.metrics", data.metrics, f"must be among {legal}")
+    if not set(data.metrics) <= set(problem.own_metrics):
+        legal = f"must be among {problem.own_metrics}"
+        raise errors.reject("data.metrics", data.metrics, legal)
     if "f1" in data.metrics and len(data.labels) > 2:
         raise errors.reject("data.metrics", data.metrics, "f1 is for two classes")
     return Task(
         columns=tuple(data.columns),
         labels=tuple(data.labels),
-        metrics=tuple(data.metrics) or legal[:1],
-        problem=data.problem,
+        metrics=tuple(data.metrics) or problem.own_metrics[:1],
+        problem=problem,
         label_column=data.label_column,
         hub="",
     )
-
-
-def max_length(data: config.Data) -> int:
-    """The most tokens in a row: `data.max_length`, or the task's own."""
-    return data.max_length or find(data).max_length
-
-
-def scores(task: Task, logits: np.ndarray, examples: Any) -> dict[str, float]:
-    """Each of the task's metrics, the one that decides first; higher is better.
-
-    Args:
-      task: a row of the table.
-      logits: (N, C), or (N, T, 2) for spans.
-      examples: the N `data.Examples`.
-    """
-    if task.problem == "span":
-        return squad.score(logits, examples.questions)
-    return {name: METRICS[name](logits, examples.labels) for name in task.metrics}

@@ -89,19 +89,6 @@ def _clause(rng: random.Random, sign: int, *, negated: bool) -> str:
     return " ".join(words)
 
 
-def label_of(sentence: str) -> int:
-    """Reads the label off a sentence, by the rules in this module's docstring."""
-    words = sentence.split()
-    if "but" in words:
-        words = words[words.index("but") + 1 :]
-    elif words[0] == "although":
-        words = words[words.index(",") + 1 :]
-    elif "although" in words:
-        words = words[: words.index("although")]
-    flips = sum(word in ("not", "never") for word in words)
-    return int(words[-1] in PRAISE) ^ (flips % 2)
-
-
 def demo_rows(split: str) -> dict[str, list]:
     """The columns `sentence` and `label` of "train" or "validation".
 

@@ -1,15 +1,15 @@
-"""What saved models, and those of others, are and do: loading, scores, sizes, speed.
+"""Scores, sizes and speed of several models, saved ones or Hugging Face's, compared.
 
-A score is of the examples at hand; on others it would be another. How far off, says the
-bootstrap: the score of n examples drawn from the n with replacement, again and again.
-The draws are the same for every model, so the difference of two models, taken draw by
-draw, has its own standard error, smaller than those of the scores where both models
-fail on the same examples.
+A score belongs to the examples at hand, and on others it would differ. The bootstrap
+estimates by how much: it scores n examples that are drawn from the n with replacement,
+again and again. The draws are the same for every model, so that the difference of two
+models, taken draw by draw, has a standard error of its own. It is smaller than those of
+the scores where both models fail on the same examples.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,8 +18,9 @@ import numpy as np
 from cofi_jax import files
 from cofi_jax.checkpoints import load
 from cofi_jax.checkpoints.load import Loaded
-from cofi_jax.data import batches, metrics, sources, squad, tasks
-from cofi_jax.data.metrics import METRICS
+from cofi_jax.data import metrics, sources
+from cofi_jax.data.problems import Problem
+from cofi_jax.data.problems.base import Scorer
 from cofi_jax.errors import reject
 from cofi_jax.evaluation import latency
 from cofi_jax.evaluation import predict as predict_lib
@@ -28,9 +29,9 @@ RESAMPLES = 200
 
 
 def names(paths: Sequence[str]) -> list[str]:
-    """The ends of the paths, as short as they can be and still differ.
+    """Names for the paths: their ends, as short as they can be and still differ.
 
-    A path that comes again is numbered.
+    The second and later copies of a path get a number.
     """
     here = pathlib.Path.cwd().name
     ends = files.short_names([p if pathlib.PurePath(p).parts else here for p in paths])
@@ -39,35 +40,25 @@ def names(paths: Sequence[str]) -> list[str]:
 
 
 class Scored(NamedTuple):
-    """What a model reaches, by validation split and metric."""
+    """What a model reaches on each validation split, by metric."""
 
     values: dict[str, dict[str, float]]
-    draws: dict[str, dict[str, np.ndarray]]  # (RESAMPLES,) on resampled examples
-    examples: dict[str, int]  # of SQuAD, questions; by split
+    draws: dict[str, dict[str, np.ndarray]]  # (RESAMPLES,) values on resampled examples
+    examples: dict[str, int]  # how many there are; for SQuAD, questions
 
 
-def scored(loaded: Loaded, task: tasks.Task, columns: dict[str, Any]) -> Scored:
-    """The metrics of a model on the splits that `rows.load` read."""
-    predict = predict_lib.make_predict(loaded.model)
+def scored(loaded: Loaded, columns: dict[str, Any]) -> Scored:
+    """The metrics of a model on the splits that `sources.load` read."""
+    predict, task = predict_lib.make_predict(loaded.model), loaded.task
     found = Scored({}, {}, {})
     for split in task.validation:
-        examples = batches.tokenise(
-            columns[split],
-            task,
-            loaded.tokenizer,
-            max_length=tasks.max_length(loaded.data),
-        )
-        logits = predict_lib.predict_all(
-            predict,
-            loaded.params,
-            {},
-            examples,
-            batch_size=64,
-            buckets=batches.bucket_lengths(loaded.data, examples.lengths),
+        examples = task.tokenise(columns[split], loaded.tokenizer)
+        logits = predict_lib.logits(
+            predict, loaded.params, task, examples, batch_size=64
         )
         if np.isnan(logits).any():
             raise reject("model", loaded.path, "gives logits that are not numbers")
-        count, score = scorer(task, logits, examples)
+        count, score = task.scorer(logits, examples)
         found.values[split] = score(np.arange(count))
         found.draws[split] = resampled(score, count)
         found.examples[split] = count
@@ -99,30 +90,8 @@ def compared(scored: Scored, first: Scored) -> dict[str, Any]:
     }
 
 
-def scorer(
-    task: tasks.Task, logits: np.ndarray, examples: batches.Examples
-) -> tuple[int, Callable[[np.ndarray], dict[str, float]]]:
-    """The number of examples, and `tasks.scores` as a function of a choice of them."""
-    if task.problem == "span":
-        questions = examples.questions
-        texts = squad.best_answers(logits, questions)
-        values = {
-            rule.__name__: np.array([*map(rule, texts, questions.answers)])
-            for rule in (squad.f1, squad.exact_match)
-        }
-        return len(texts), lambda rows: {
-            name: float(np.mean(value[rows])) for name, value in values.items()
-        }
-    return len(examples), lambda rows: {
-        name: METRICS[name](logits[rows], examples.labels[rows])
-        for name in task.metrics
-    }
-
-
-def resampled(
-    score: Callable[[np.ndarray], dict[str, float]], count: int
-) -> dict[str, np.ndarray]:
-    """The score of `count` rows drawn with replacement, the same for every model."""
+def resampled(score: Scorer, count: int) -> dict[str, np.ndarray]:
+    """(RESAMPLES,) values of each metric, on rows drawn alike for every model."""
     draws = [
         score(np.random.default_rng((0, draw)).integers(count, size=count))
         for draw in range(RESAMPLES)
@@ -189,32 +158,31 @@ def evaluate(
     """
     paths = [str(path) for path in paths]
     loaded = load.load(paths, task=task, labels=labels, dtype=dtype)
-    data = loaded[0].data
+    first = loaded[0].task
     if data_path:
-        data = dataclasses.replace(data, path=data_path)
-    spans = tasks.find(data).problem == "span"
+        first = dataclasses.replace(first, path=data_path)
     shortest = min(loaded, key=lambda one: one.model.config.longest)
     longest = shortest.model.config.longest
-    batch_size, seq_length = usual_sizes(spans=spans, longest=longest)
+    batch_size, seq_length = usual_sizes(first.problem, longest)
     batch_sizes, seq_lengths = batch_sizes or [batch_size], seq_lengths or [seq_length]
     if max(seq_lengths) > longest:
         legal = f"must be at most {longest}, the positions of {shortest.path}"
         raise reject("seq_length", max(seq_lengths), legal)
-    row, columns = sources.load(data, tasks.find(data).validation)
+    _, columns = sources.load(first, first.validation)
 
     short_names = names(paths)
     models = {
         name: (one.model, one.params)
         for name, one in zip(short_names, loaded, strict=True)
     }
-    found_scores = [scored(one, row, columns) for one in loaded]
+    found_scores = [scored(one, columns) for one in loaded]
     grid = latency.grid(
         models, batch_sizes=batch_sizes, seq_lengths=seq_lengths, repeats=repeats
     )
     return {
-        "task": data.task,
-        "metric": row.metrics[0],
-        "data": data.path or row.hub or data.task,
+        "task": first.name,
+        "metric": first.metrics[0],
+        "data": first.path or first.hub or first.name,
         "examples": found_scores[0].examples,
         "models": [
             {"model": one.path, "name": name}
@@ -227,15 +195,13 @@ def evaluate(
     }
 
 
-def usual_sizes(*, spans: bool, longest: int) -> tuple[int, int]:
-    """Batch size and length: those of the paper on a GPU, smaller ones on a CPU.
+def usual_sizes(problem: Problem, longest: int) -> tuple[int, int]:
+    """Batch size and length of timed passes: the paper's on a GPU, smaller on a CPU.
 
     Args:
-      spans: whether the task is SQuAD.
+      problem: that of the task.
       longest: the most tokens that the models take.
     """
     on_cpu = jax.default_backend() == "cpu"
-    batch_size, seq_length = (32, 64) if on_cpu else (128, 128)
-    if spans:
-        batch_size, seq_length = 8 if on_cpu else 128, 384
+    batch_size, seq_length = problem.timed_on_cpu if on_cpu else problem.timed_on_gpu
     return batch_size, min(seq_length, longest)

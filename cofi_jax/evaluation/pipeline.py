@@ -1,14 +1,12 @@
-"""Texts in, answers out: a saved model as a function."""
+"""A saved model as a function from texts to answers."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import jax
-import numpy as np
+from typing import Any
 
 from cofi_jax import errors
 from cofi_jax.checkpoints import saved_model
-from cofi_jax.data import batches, squad, tasks
+from cofi_jax.data.tasks import Task
 from cofi_jax.evaluation import predict as predict_lib
 
 Text = str | tuple[str, str]
@@ -17,59 +15,41 @@ Text = str | tuple[str, str]
 def pipeline(
     path: str | Path, *, dtype: str = "", batch_size: int = 32
 ) -> Callable[[Sequence[Text]], list[dict]]:
-    """A saved model as a function from texts to what it says of each.
+    """Loads a saved model as a function from texts to an answer for each.
+
+    A program is compiled for each padded length and each power of two of texts that
+    come together, up to `batch_size`, when they first come.
 
     Args:
       path: a folder that `save_model` wrote.
-      dtype: as of `load_model`.
-      batch_size: texts at a time; the last batch is filled up.
+      dtype: of parameters and matrix work, as in `load_model`.
+      batch_size: the most texts in a batch.
 
     Returns:
-      Takes a list of texts, or of pairs where the task has two columns (of SQuAD
-      question and context), and gives for each `label` and `score`, its probability;
-      the `value` of a regression; the `answer` to a question.
+      A function of a list of texts, or of pairs where the task has two columns (for
+      SQuAD a question and its context). For each it gives a dict: the `label` and its
+      probability, the `score`; or the `value` of a regression; or the `answer`.
 
     Raises:
-      UserError: where there is no such model; its function, for other inputs.
+      UserError: where there is no such model; the function, for other inputs.
     """
-    data = saved_model.saved_data(str(path))
-    task = tasks.find(data)
+    task = saved_model.saved_task(str(path))
     model, params, _ = saved_model.load_model(path, dtype=dtype)
     tokenizer = saved_model.load_tokenizer(path)
     predict = predict_lib.make_predict(model)
 
     def run(texts: Sequence[Text]) -> list[dict]:
-        examples = batches.tokenise(
-            _columns(texts, task),
-            task,
-            tokenizer,
-            max_length=tasks.max_length(data),
+        examples = task.tokenise(_columns(texts, task), tokenizer)
+        logits = predict_lib.logits(
+            predict, params, task, examples, batch_size=batch_size, shrink=True
         )
-        logits = predict_lib.predict_all(
-            predict,
-            params,
-            {},
-            examples,
-            batch_size=batch_size,
-            buckets=batches.bucket_lengths(data, examples.lengths),
-        )
-        if task.problem == "span":
-            answers = squad.best_answers(logits, examples.questions)
-            return [{"answer": answer} for answer in answers]
-        if task.problem == "regression":
-            return [{"value": float(value)} for (value,) in logits]
-        scores = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
-        best = scores.argmax(-1)
-        return [
-            {"label": task.labels[k], "score": float(row[k])}
-            for k, row in zip(best, scores, strict=True)
-        ]
+        return task.problem.decode(logits, examples, task.labels)
 
     return run
 
 
-def _columns(texts, task):
-    """The texts as `rows.load` would have read them, without labels."""
+def _columns(texts: Sequence[Text], task: Task) -> dict[str, Any]:
+    """The columns that `sources.load` would have read, with no real labels."""
     wanted = len(task.columns)
     legal = f"must be a list of {'texts' if wanted == 1 else 'pairs of texts'}"
     given = [] if isinstance(texts, str) else list(texts)
@@ -80,6 +60,4 @@ def _columns(texts, task):
         if len(part) != wanted or not all(isinstance(text, str) for text in part):
             raise errors.reject("texts", part, legal)
     columns = dict(zip(task.columns, map(list, zip(*parts, strict=True)), strict=True))
-    none = [{"text": [], "answer_start": []}] * len(parts)
-    labels = none if task.problem == "span" else np.zeros(len(parts), np.int32)
-    return columns | {task.label_column: labels}
+    return columns | {task.label_column: task.problem.unlabelled(len(parts))}

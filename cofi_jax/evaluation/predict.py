@@ -1,4 +1,4 @@
-"""Logits of all rows."""
+"""The logits of all rows of a task."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,16 +8,20 @@ import numpy as np
 
 from cofi_jax import distributed
 from cofi_jax.data import batches
+from cofi_jax.data.tasks import Task
 from cofi_jax.models.bert import Encoder
 
 
-@functools.cache  # stages of one model share what is compiled
-def make_predict(model: Encoder) -> Callable:
-    """The jitted `predict(params, masks, batch) -> logits`, 0 at padding in spans."""
+@functools.cache  # The stages of a run share what is compiled for a model.
+def make_predict(model: Encoder) -> Callable[..., jax.Array]:
+    """The jitted `predict(params, masks, batch)`, which gives the logits of a batch.
+
+    They are (B, C), or (B, T, C) where the head reads every token, and 0 at padding.
+    """
 
     def predict(params, masks, batch):
         logits = model.apply({"params": params, "masks": masks}, batch).logits
-        if model.config.problem == "span":
+        if model.config.reads_every_token:
             logits = logits * (batch["attention_mask"] > 0)[..., None]
         return logits
 
@@ -27,24 +31,36 @@ def make_predict(model: Encoder) -> Callable:
 def predict_all(
     predict: Callable,
     params: dict,
-    gates: Mapping[str, jax.Array],
+    masks: Mapping[str, jax.Array],
     examples: batches.Examples,
     *,
     batch_size: int,
     buckets: Sequence[int],
     put: Callable = jax.device_put,
+    shrink: bool = False,
 ) -> np.ndarray:
-    """Logits (N, C) of all `examples`, in their order; of spans (N, T, 2).
+    """The logits of N examples, in their order.
 
-    T is the last of the `buckets`, padded with zeros. `put` brings a batch to where
-    `params` are.
+    Args:
+      predict: what `make_predict` gives.
+      params: the parameters.
+      masks: by kind; {} for a model that is not masked.
+      examples: the N rows.
+      batch_size: rows in a batch; the last one is filled up.
+      buckets: the padded lengths.
+      put: brings a batch to the devices that hold `params`.
+      shrink: fill the last batch up to a power of two only.
+
+    Returns:
+      (N, C), or (N, T, C) where the head reads every token. T is the last of the
+      `buckets`, and the logits of what lies beyond a batch's own length are 0.
     """
     rows, outputs = [], []
     for chosen, batch in batches.eval_batches(
-        examples, batch_size=batch_size, buckets=buckets
+        examples, batch_size=batch_size, buckets=buckets, shrink=shrink
     ):
         rows.append(chosen)
-        outputs.append(predict(params, gates, put(batch)))
+        outputs.append(predict(params, masks, put(batch)))
     logits = np.concatenate(
         [
             _pad(logits[: len(chosen)], buckets[-1])
@@ -58,3 +74,18 @@ def _pad(logits, length):
     if logits.ndim < 3:
         return logits
     return np.pad(logits, ((0, 0), (0, length - logits.shape[1]), (0, 0)))
+
+
+def logits(
+    predict: Callable,
+    params: dict,
+    task: Task,
+    examples: batches.Examples,
+    *,
+    batch_size: int,
+    shrink: bool = False,
+) -> np.ndarray:
+    """Like `predict_all`, without masks and with the task's padded lengths."""
+    buckets = batches.bucket_lengths(task, examples.lengths)
+    sizes = {"batch_size": batch_size, "buckets": buckets, "shrink": shrink}
+    return predict_all(predict, params, {}, examples, **sizes)

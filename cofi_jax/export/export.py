@@ -84,9 +84,9 @@ def export(
     path = Path(path).expanduser().absolute()
     _check_formats(formats)
     config, spec, about = saved_model.read_about(path)
-    data = saved_model.saved_data(str(path))
+    task = saved_model.saved_task(str(path))
     if data_path:
-        data = dataclasses.replace(data, path=data_path)
+        task = dataclasses.replace(task, path=data_path)
     if dtype not in DTYPES:
         raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     seq_length = seq_length or min(64, config.longest)
@@ -98,7 +98,7 @@ def export(
         _, params, _ = saved_model.load_model(
             path, sharding=jax.sharding.SingleDeviceSharding(cpu)
         )
-        read = verify.validation(data, saved_model.load_tokenizer(path), num_rows)
+        read = verify.validation(task, saved_model.load_tokenizer(path), num_rows)
 
         def prepare(params):
             """The model, the dense one it was cut from, and what to compare with."""

@@ -26,6 +26,7 @@ import numpy as np
 
 from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_torch
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import Batch
 from cofi_jax.models.config import EncoderConfig
@@ -57,12 +58,12 @@ def write(
       UserError: where there is not one label for each class.
     """
     folder = Path(folder)
-    pad = max(config.position_offset - 1, 0)  # as in the family that it is of
+    pad = config.pad_token_id  # as in the family that it is of
     params, config = bert_form(params, config)
     fields = _describe(config, labels) | {"pad_token_id": pad}
     graph, inputs, outputs = _encoder(params, config)
     _save(graph, inputs, outputs, folder / "model.onnx")
-    manifest = _manifest(fields["architectures"][0], inputs, outputs)
+    manifest = _manifest(fields["architectures"][0], inputs, outputs, config)
     for name, content in (("config", fields), ("export", manifest)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -132,7 +133,7 @@ def _encoder(params, config):
         return graph("Gather", graph("Reshape", x, shape), np.int64(0), axis=1)
 
     attending = [i for i, heads in enumerate(config.heads) if heads]
-    last = attending[-1] if attending and config.problem != "span" else None
+    last = attending[-1] if attending and not config.reads_every_token else None
     widths = zip(config.heads, config.intermediate, strict=True)
     for i, (heads, width) in enumerate(widths):
         at = f"bert.encoder.layer.{i}"
@@ -145,10 +146,15 @@ def _encoder(params, config):
             y = _ACTIVATIONS[config.activation](graph, y)
             y = _linear(graph, f"{at}.output.dense", y)
             x = _norm(graph, f"{at}.output", graph("Add", x, y), config)
-    if config.problem == "span":
-        y = _linear(graph, "qa_outputs", x)
-        outputs = {"start_logits": _DIMS, "end_logits": _DIMS}
-        columns = graph("Split", y, axis=1, to=("start", "end"))
+    problem = PROBLEMS[config.problem]
+    if config.reads_every_token:
+        y = _linear(graph, problem.classifier, x)  # (B * T, C)
+        if len(problem.outputs) == 1:
+            shape = graph("Concat", lengths, np.array([config.num_labels]), axis=0)
+            graph("Reshape", y, shape, to=problem.outputs)
+            return graph, inputs, {problem.outputs[0]: [*_DIMS, config.num_labels]}
+        outputs = dict.fromkeys(problem.outputs, _DIMS)
+        columns = graph("Split", y, axis=1, to=[f"{name}_column" for name in outputs])
         for column, name in zip(columns, outputs, strict=True):
             graph("Reshape", column, lengths, to=(name,))
         return graph, inputs, outputs
@@ -292,10 +298,9 @@ def _describe(config, labels):
         raise reject("labels", tuple(labels), str(error)) from error
 
 
-def _manifest(architecture, inputs, outputs):
+def _manifest(architecture, inputs, outputs, config):
     """What `ExportedModel` asks: the inputs, and the class of its result."""
-    span = "start_logits" in outputs
-    kind = "QuestionAnsweringModelOutput" if span else "SequenceClassifierOutput"
+    kind = PROBLEMS[config.problem].output_class
     leaf = {"type": None, "context": None, "children_spec": []}
     spec = {
         "type": f"transformers.modeling_outputs.{kind}",

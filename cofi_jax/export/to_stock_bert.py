@@ -66,7 +66,7 @@ def stock_config(config: EncoderConfig) -> EncoderConfig:
         heads=(hidden // head_size,) * layers,
         head_size=head_size,
         intermediate=(max(units, 1),) * layers,
-        pooler_size=0 if config.problem == "span" else hidden,
+        pooler_size=0 if config.reads_every_token else hidden,
         layer_norm_eps=config.layer_norm_eps * (config.hidden_size / hidden),
     )
 
@@ -276,7 +276,7 @@ def write(
 
     tensors, fields = to_hugging_face(*to_stock(params, config), labels)
     # BERT's form has lost it with the rows of the position table.
-    fields["pad_token_id"] = max(config.position_offset - 1, 0)
+    fields["pad_token_id"] = config.pad_token_id
     stored = save(tensors, metadata={"format": "pt"})
     (folder / "model.safetensors").write_bytes(stored)
     (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
@@ -292,8 +292,7 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
     import transformers
 
     fields = json.loads((folder / "config.json").read_text())
-    span = fields["architectures"][0].endswith("QuestionAnswering")
-    kind = "QuestionAnswering" if span else "SequenceClassification"
+    kind = fields["architectures"][0].partition("For")[2]
     auto = getattr(transformers, f"AutoModelFor{kind}")
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -301,8 +300,8 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
         inputs = {k: torch.from_numpy(np.array(v, np.int64)) for k, v in batch.items()}
         with torch.inference_mode():
             output = model(**inputs)
-        if span:
-            return torch.stack([output.start_logits, output.end_logits], -1).numpy()
-        return output.logits.numpy()
+        if "logits" in output:
+            return output.logits.numpy()
+        return torch.stack([output.start_logits, output.end_logits], -1).numpy()
 
     return logits

@@ -13,8 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints import hf_names
+from cofi_jax.checkpoints import hf_config, hf_names
 from cofi_jax.config import DTYPES
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import Batch
 from cofi_jax.models.config import EncoderConfig
@@ -26,15 +27,6 @@ _CODE = Path(__file__).with_name("hub_code")
 
 
 _CONFIGURATION, _MODELING = "configuration_cofi.py", "modeling_cofi.py"
-
-
-_HEADS = {"span": "QuestionAnswering"}  # else SequenceClassification
-
-
-_PROBLEMS = {
-    "classification": "single_label_classification",
-    "regression": "regression",
-}
 
 
 def write(
@@ -60,10 +52,10 @@ def write(
 
     if dtype not in DTYPES:
         raise reject("dtype", dtype, f"must be {' or '.join(DTYPES)}")
-    labels = list(labels) or [f"LABEL_{row}" for row in range(config.num_labels)]
-    if len(labels) != config.num_labels:
-        raise reject("labels", labels, f"must be {config.num_labels}, as the logits")
-    fields = _fields(config, labels) | {"dtype": dtype}
+    try:
+        fields = _fields(config, labels) | {"dtype": dtype}
+    except hf_config.UnsupportedCheckpoint as error:
+        raise reject("labels", tuple(labels), str(error)) from error
     params, bert = hf_names.bert_form(jax.tree.map(np.asarray, params), config)
     tensors = {
         # safetensors writes the memory as it lies.
@@ -83,7 +75,8 @@ def write(
 
 def _fields(config, labels):
     """config.json, read by `CofiConfig`; `config` is not in BERT's form."""
-    head = _HEADS.get(config.problem, "SequenceClassification")
+    problem = PROBLEMS[config.problem]
+    head = problem.auto_model
     module = _MODELING.removesuffix(".py")
     return {
         "architectures": [f"CofiFor{head}"],
@@ -110,10 +103,9 @@ def _fields(config, labels):
         "max_position_embeddings": config.longest,
         "type_vocab_size": config.type_vocab_size,
         "layer_norm_eps": config.layer_norm_eps,
-        "pad_token_id": max(config.position_offset - 1, 0),
-        "id2label": {str(row): label for row, label in enumerate(labels)},
-        "label2id": {label: row for row, label in enumerate(labels)},
-        "problem_type": _PROBLEMS.get(config.problem),
+        "pad_token_id": config.pad_token_id,
+        "problem_type": problem.problem_type,
+        **hf_config.class_fields(config, labels),
     }
 
 

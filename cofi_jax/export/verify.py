@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cofi_jax import config as config_lib
-from cofi_jax.data import batches, sources, tasks
+from cofi_jax.data import batches, sources
+from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject
 from cofi_jax.evaluation import predict as predict_lib
 from cofi_jax.evaluation import timing as timing_lib
@@ -38,9 +38,8 @@ class Model(NamedTuple):
 class Validation(NamedTuple):
     """The rows that models are compared on, and the masked model's logits."""
 
-    task: tasks.Task
+    task: Task
     examples: batches.Examples
-    buckets: Sequence[int]
     split: str
     against: str  # what the model is called whose logits these are
     logits: np.ndarray
@@ -55,27 +54,24 @@ def in_jax(params: dict, config: EncoderConfig, masks: Masks | None = None) -> M
 
 
 def validation(
-    data: config_lib.Data, tokenizer: Any, num_rows: int
+    task: Task, tokenizer: Any, num_rows: int
 ) -> Callable[[Model, str], Validation]:
     """Reads rows to compare models on: a function of the reference and its name.
 
     Args:
-      data: where they come from; the first validation split is taken.
+      task: where they come from; the first validation split is taken.
       tokenizer: the models'.
       num_rows: 0, or more than there are, for all of them; questions come all.
     """
-    split = tasks.find(data).validation[0]
-    task, columns = sources.load(data, (split,))
-    examples = batches.tokenise(
-        columns[split], task, tokenizer, max_length=tasks.max_length(data)
-    )
-    if not examples.questions:  # which are scored by all their windows
+    split = task.validation[0]
+    task, columns = sources.load(task, (split,))
+    examples = task.tokenise(columns[split], tokenizer)
+    if not examples.questions:  # These are scored by all their windows.
         wanted = min(num_rows, len(examples))
         examples = batches.first_rows(examples, wanted, field="rows")
-    buckets = batches.bucket_lengths(data, examples.lengths)
 
     def of(reference, against):
-        found = Validation(task, examples, buckets, split, against, np.empty(0))
+        found = Validation(task, examples, split, against, np.empty(0))
         return found._replace(logits=_logits(reference.predict, found))
 
     return of
@@ -97,14 +93,10 @@ def check_tokenizer(tokenizer: Any, original: Any) -> None:
 
 
 def _logits(predict, rows):
-    return predict_lib.predict_all(
-        lambda params, masks, batch: predict(batch),
-        {},
-        {},
-        rows.examples,
-        batch_size=32,
-        buckets=rows.buckets,
-    )
+    def of_batch(params, masks, batch):
+        return predict(batch)
+
+    return predict_lib.logits(of_batch, {}, rows.task, rows.examples, batch_size=32)
 
 
 def compare(name: str, model: Model, validation: Validation) -> dict[str, Any]:
@@ -116,7 +108,7 @@ def compare(name: str, model: Model, validation: Validation) -> dict[str, Any]:
     task, examples, _, split, against, expected = validation
     found = _logits(model.predict, validation)
     difference = np.abs(found - expected)
-    if task.problem == "span":  # what is said of padding is never read
+    if difference.ndim == 3:  # What a model says of padding is never read.
         for row, length in zip(difference, examples.lengths, strict=True):
             row[length:] = 0
     worst, scale = float(difference.max()), max(1.0, float(np.abs(expected).max()))
@@ -130,8 +122,8 @@ def compare(name: str, model: Model, validation: Validation) -> dict[str, Any]:
         "rows": len(examples),
         "max_abs_difference": worst,
         "tolerance": TOLERANCE * scale,
-        "scores": tasks.scores(task, found, examples),
-        "reference_scores": tasks.scores(task, expected, examples),
+        "scores": task.scores(found, examples),
+        "reference_scores": task.scores(expected, examples),
     }
 
 

@@ -36,7 +36,7 @@ _INIT = nn.initializers.normal(0.02)
 class Output(NamedTuple):
     """Logits and L + 1 hidden states (B, T, D), the embeddings' first.
 
-    Logits are (B, C); of spans (B, T, 2), for the start and the end of the answer.
+    Logits are (B, C), or (B, T, C) where the head reads every token.
     """
 
     logits: jax.Array
@@ -163,7 +163,7 @@ def _traced_once(layer, train, params, gates, noise, x, attention_mask):
 
 
 class Encoder(nn.Module):
-    """An encoder with a head: on the first token, or for spans on every token.
+    """An encoder with a head on the first token or on every token.
 
     `apply({"params": params, "masks": masks}, batch)` with `batch` of
     input_ids, attention_mask and token_type_ids, each (B, T) int32; `masks` may be
@@ -201,7 +201,7 @@ class Encoder(nn.Module):
                 layer = Layer(*widths, config, parent=None)
                 x = _traced_once(layer, train, params, gates, noise, x, attention_mask)
             states.append(x)
-        if config.problem != "span":
+        if not config.reads_every_token:
             first = nn.Dense(
                 config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
             )(x[:, 0])

@@ -19,10 +19,11 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
     dtype: str = "float32"  # of the matrix work; parameters stay float32
-    problem: str = "classification"  # or regression, span
+    problem: str = "classification"  # a key of data.problems.PROBLEMS
     activation: str = "gelu"  # a key of pointwise.ACTIVATIONS
     model_type: str = "bert"  # as Hugging Face calls the family
     position_offset: int = 0  # the position table's row for the first token
+    head: str = ""  # the tokens that the head reads: first, every, or "": by `problem`
 
     @classmethod
     def from_json(cls, fields: dict) -> "EncoderConfig":
@@ -34,6 +35,17 @@ class EncoderConfig:
     def longest(self) -> int:
         """The most tokens that the position table has rows for."""
         return self.max_positions - self.position_offset
+
+    @property
+    def reads_every_token(self) -> bool:
+        """Whether the head reads every token, not the first one through a pooler."""
+        # Descriptions that are older than `head` do not name it.
+        return (self.head or {"span": "every"}.get(self.problem)) == "every"
+
+    @property
+    def pad_token_id(self) -> int:
+        """The padding token's id in the family's own vocabularies."""
+        return max(self.position_offset - 1, 0)
 
     def widths(self) -> dict:
         """JSON-able `hidden`, and `heads` and `intermediate` per layer."""

@@ -79,7 +79,7 @@ def multiply_adds(config, seq_length: int) -> int:
     joined = sum(config.heads) * config.head_size
     total = 4 * tokens * width * joined + 2 * tokens**2 * joined
     total += 2 * tokens * width * sum(config.intermediate)
-    if config.problem == "span":
+    if config.reads_every_token:
         return total + tokens * width * config.num_labels
     return total + (width + config.num_labels) * config.pooler_size
 

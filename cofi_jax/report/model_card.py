@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cofi_jax.data import tasks
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
 
@@ -110,10 +111,9 @@ def _metadata(config, about, task):
     """The YAML by which the hub finds the model and shows its scores."""
     from huggingface_hub import EvalResult, ModelCardData  # slow to import
 
-    span = config.problem == "span"
     fields = {
         "library_name": "cofi-jax",
-        "pipeline_tag": "question-answering" if span else "text-classification",
+        "pipeline_tag": PROBLEMS[config.problem].pipeline_tag,
         "tags": ["cofi-jax", "jax", "structured-pruning", "arxiv:2204.00408"],
         "base_model": about.get("base_model") or None,
     }
@@ -151,13 +151,11 @@ def _structure(config, about):
 
 def _usage(part, config, task, about):
     columns = task.columns if task else about.get("data", {}).get("columns", ("text",))
-    words = ["A gripping film.", "It is worth seeing."][: len(columns)]
-    if config.problem == "span":
-        words = ["Who wrote it?", "It was written by a sailor."]
+    problem = PROBLEMS[config.problem]
+    words = problem.example[: len(columns)]
     texts = ", ".join(json.dumps(word) for word in words)
-    head = "QuestionAnswering" if config.problem == "span" else "SequenceClassification"
     snippet = _SNIPPETS[part].format(
-        auto=f"AutoModelFor{head}",
+        auto=f"AutoModelFor{problem.auto_model}",
         texts=texts,
         example=f"({texts})" if len(words) > 1 else texts,
     )

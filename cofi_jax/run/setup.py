@@ -41,7 +41,7 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
             folder,
             field="model.path",
             num_labels=task.num_outputs,
-            problem=task.problem,
+            problem=task.problem.name,
             model=config.model,
             key=key,
         )
@@ -60,7 +60,7 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
         intermediate=(model.intermediate_size,) * model.num_layers,
         pooler_size=model.hidden_size,
         num_labels=task.num_outputs,
-        max_positions=tasks.max_length(config.data),
+        max_positions=task.max_length,
         dropout=model.dropout,
         dtype=model.dtype,
     )
@@ -86,7 +86,7 @@ def _load_trained(config, task):
         sizes, params = huggingface.load_classifier(
             folder,
             field="teacher.path",
-            problem=task.problem,
+            problem=task.problem.name,
             labels=task.labels,
             label_order=order,
             model=config.model,
@@ -96,9 +96,9 @@ def _load_trained(config, task):
             raise reject("teacher.path", path, "is a pruned model; give a dense one")
         tokenizer = huggingface.load_tokenizer(folder, "teacher.path")
     found = sizes.problem, sizes.num_labels
-    if found != (task.problem, task.num_outputs):
+    if found != (task.problem.name, task.num_outputs):
         legal = f"is made for {found[0]} with {found[1]} outputs, task "
-        legal += f"{config.data.task} for {task.problem} with {task.num_outputs}"
+        legal += f"{config.data.task} for {task.problem.name} with {task.num_outputs}"
         raise reject("teacher.path", path, legal)
     return Encoder(sizes), params, tokenizer
 
@@ -125,10 +125,12 @@ def _in_order(params, about, task, path):
     return params | {"classifier": classifier}
 
 
-def check_model(config: Config, sizes: EncoderConfig, tokenizer: Any) -> None:
+def check_model(
+    config: Config, task: Task, sizes: EncoderConfig, tokenizer: Any
+) -> None:
     """Raises UserError where lengths, vocabulary or target do not fit the model."""
     for field, value in (
-        ("data.max_length", tasks.max_length(config.data)),
+        ("data.max_length", task.max_length),
         ("benchmark.seq_length", config.benchmark.seq_length),
     ):
         if value > sizes.longest:
@@ -174,18 +176,13 @@ def check_rows(config: Config, train: batches.Examples) -> None:
 
 def load_inputs(config):
     """Task, rows by split, and what the run starts from."""
-    splits = ("train", *tasks.find(config.data).validation)
-    task, columns = sources.load(config.data, splits)
+    task = tasks.find(config.data)
+    splits = ("train", *task.validation)
+    task, columns = sources.load(task, splits)
     teacher, params, tokenizer = load_teacher(config, task)
-    check_model(config, teacher.config, tokenizer)
+    check_model(config, task, teacher.config, tokenizer)
     examples = {
-        split: batches.tokenise(
-            columns.pop(split),
-            task,
-            tokenizer,
-            max_length=tasks.max_length(config.data),
-            training=split == "train",
-        )
+        split: task.tokenise(columns.pop(split), tokenizer, training=split == "train")
         for split in splits
     }
     check_rows(config, examples["train"])

@@ -41,7 +41,7 @@ class Run:
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
         """Padded lengths."""
-        return batches.bucket_lengths(self.config.data, self.train.lengths)
+        return batches.bucket_lengths(self.task, self.train.lengths)
 
     def examples(self, field: str) -> batches.Examples:
         """The training rows of the stage that the config calls `field`."""
@@ -53,8 +53,8 @@ class Run:
     ) -> dict[str, dict[str, float]]:
         """Each of the task's metrics, by validation split."""
         return {
-            split: tasks.scores(
-                self.task, self._logits(predict, params, gates, examples), examples
+            split: self.task.scores(
+                self._logits(predict, params, gates, examples), examples
             )
             for split, examples in self.validation.items()
         }
@@ -63,7 +63,7 @@ class Run:
         """The metric that decides, on the split that decides."""
         examples = next(iter(self.validation.values()))
         logits = self._logits(predict, params, gates, examples)
-        return main_score(tasks.scores(self.task, logits, examples))
+        return main_score(self.task.scores(logits, examples))
 
     def exact_logits(
         self, model: Encoder, params: dict, gates: masks.Masks | None = None

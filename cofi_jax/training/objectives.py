@@ -1,6 +1,6 @@
 """What is minimised: the task's loss, imitation of a teacher, or the pruning game.
 
-    distillation = a * distill_logits + b * sum_k mse(t_k, W s_m(k))
+    distillation = a * distill(logits) + b * sum_k mse(t_k, W s_m(k))
     pruning      = distillation under sampled gates + lagrangian(s, target)
 
 t_k is the output of the k-th taught teacher layer, s_m(k) that of the student
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from cofi_jax.config import Distill
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import constraint
 from cofi_jax.pruning import cost as cost_lib
@@ -27,9 +28,7 @@ from cofi_jax.training.losses import (
     _layers,
     alive_layers,
     distill_layers,
-    distill_logits,
     draw_layers,
-    task_loss,
     taught_layers,
 )
 
@@ -55,13 +54,13 @@ def _noise(key, batch):
 
 def task_objective(model: Encoder) -> Objective:
     """The loss of the labels: how the teacher is trained."""
-    problem = model.config.problem
+    problem = PROBLEMS[model.config.problem]
 
     def objective(trainable, frozen, context, batch, key, masks=None):
         del context
         variables = {"params": whole_params(trainable, frozen), "masks": masks or {}}
         output = model.apply(variables, batch, train=True, rngs=_noise(key, batch))
-        loss = task_loss(problem, output.logits, batch)
+        loss = problem.loss(output.logits, batch)
         return loss, {"loss_task": loss}
 
     return objective
@@ -90,8 +89,7 @@ def distillation_objective(student: Encoder, distill: Distill) -> Objective:
         output = student.apply(variables, batch, train=True, rngs=_noise(key, batch))
         loss, metrics = 0.0, {}
         if distill.logits:
-            metrics["loss_logits"] = distill_logits(
-                config.problem,
+            metrics["loss_logits"] = PROBLEMS[config.problem].distill(
                 output.logits,
                 teacher_outputs["logits"],
                 batch,

@@ -1,0 +1,10 @@
+"""The kinds of output that a model can have; a new kind is a file here and an entry."""
+
+from cofi_jax.data.problems.base import Problem
+from cofi_jax.data.problems.classification import Classification
+from cofi_jax.data.problems.regression import Regression
+from cofi_jax.data.problems.span import Span
+
+PROBLEMS: dict[str, Problem] = {
+    problem.name: problem for problem in (Classification(), Regression(), Span())
+}

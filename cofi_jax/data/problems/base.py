@@ -1,0 +1,184 @@
+"""The interface of a kind of output, with the defaults that most kinds share."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cofi_jax.data.batches import Examples
+from cofi_jax.data.metrics import METRICS
+from cofi_jax.models.bert import Batch
+
+if TYPE_CHECKING:
+    from cofi_jax.data.tasks import Task
+
+Scorer = Callable[[np.ndarray], dict[str, float]]  # from example numbers to metrics
+
+
+class WrongLabel(ValueError):
+    """A label that cannot be encoded; the message says what is legal."""
+
+    def __init__(self, row: int, legal: str):
+        super().__init__(legal)
+        self.row = row
+
+
+class Problem:
+    """One kind of output, from the label column up to the exported head.
+
+    The defaults are those of a choice among classes, made once per row. Logits are
+    (N, C), or (N, T, C) where the head reads every token.
+    """
+
+    name: str  # the value of `data.problem` and of a saved model's `problem`
+    head: Literal["first", "every"] = "first"  # the tokens that the head reads
+    own_metrics: tuple[str, ...] = ()  # that `own` may ask for; (): `own` has no such
+    names_classes: bool = False  # labels are names, and cells are read as texts
+
+    # These are Hugging Face's words for the head, its config and its task.
+    auto_model: str = "SequenceClassification"
+    pipeline_tag: str = "text-classification"
+    problem_type: str | None = None
+    classifier: str = "classifier"  # the linear layer that gives the logits
+    output_class: str = "SequenceClassifierOutput"
+    outputs: tuple[str, ...] = ("logits",)  # or one name for each column of the logits
+    example: tuple[str, str] = ("A gripping film.", "It is worth seeing.")
+
+    # The batch size and the length that are timed where the user asks for none.
+    timed_on_cpu: tuple[int, int] = (32, 64)
+    timed_on_gpu: tuple[int, int] = (128, 128)  # as in the paper
+
+    def num_outputs(self, labels: Sequence[str]) -> int:
+        """The width of the logits (C), given the names of the classes."""
+        raise NotImplementedError
+
+    def class_names(self, cells: Sequence[Any], column: str) -> tuple[str, ...]:
+        """Reads the names of the classes off the label column of the training rows.
+
+        Raises:
+          UserError: where the cells are not names of classes.
+        """
+        raise NotImplementedError
+
+    def encode(
+        self, cells: Sequence[Any], labels: Sequence[str], *, numbered: bool
+    ) -> np.ndarray:
+        """Turns N cells of the label column into an array whose first axis is N.
+
+        Args:
+          cells: as they were read.
+          labels: the names of the classes.
+          numbered: a cell may also hold the number of a class instead of its name.
+
+        Raises:
+          WrongLabel: for the first cell that cannot be encoded.
+        """
+        raise NotImplementedError
+
+    def unlabelled(self, count: int) -> np.ndarray:
+        """Labels that stand in for those of `count` rows that have none."""
+        return np.zeros(count, np.int32)
+
+    def tokenise(
+        self, columns: dict[str, Any], task: "Task", tokenizer: Any, *, training: bool
+    ) -> Examples:
+        """Tokenises rows, each cut at `task.max_length` tokens, see `Task.tokenise`."""
+        del training
+        labels, ids, types = columns[task.label_column], [], []
+        for first in range(0, len(labels), 1000):  # lists of all rows would be large
+            encoded = tokenizer(
+                *(columns[name][first : first + 1000] for name in task.columns),
+                truncation=True,
+                max_length=task.max_length,
+                return_token_type_ids=True,
+                return_attention_mask=False,
+            )
+            ids += [np.array(row, np.int32) for row in encoded["input_ids"]]
+            types += [np.array(row, np.int32) for row in encoded["token_type_ids"]]
+        return Examples(ids, types, labels, tokenizer.pad_token_id)
+
+    def choices(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """The choices among classes that a batch of B rows makes.
+
+        Returns:
+          Their logits (K, C') and weights (K,), where K is a multiple of B. The labels
+          of the batch, flattened, are the right ones in the same order.
+        """
+        return logits, batch["weight"]
+
+    def loss(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """The loss of the batch's labels, a mean over its rows of weight 1.
+
+        Args:
+          logits: (B, C), or (B, T, C) where the head reads every token.
+          batch: `labels`, whose first axis is B, `weight` (B,) and `attention_mask`
+            (B, T). A part of a larger batch also has its `total`: the denominators
+            that make the mean over the parts the mean over the whole batch.
+        """
+        logits, weight = self.choices(logits, batch)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, batch["labels"].reshape(-1)
+        )
+        return mean_over_rows(losses, weight, batch)
+
+    def distill(
+        self, student: jax.Array, teacher: jax.Array, batch: Batch, temperature: float
+    ) -> jax.Array:
+        """The distance of the student's logits from the teacher's, a mean over rows.
+
+        It is T^2 * KL(teacher || student) at temperature T. This is the direction of
+        the authors' code; the paper (section 3.2) writes the other one.
+
+        Args:
+          student: logits, as in `loss`.
+          teacher: logits of the same shape.
+          batch: as in `loss`, without `labels`.
+          temperature: T.
+        """
+        student, weight = self.choices(student, batch)
+        teacher, _ = self.choices(teacher, batch)
+        p = jax.nn.log_softmax(teacher / temperature)
+        q = jax.nn.log_softmax(student / temperature)
+        divergence = jnp.sum(jnp.exp(p) * (p - q), -1)
+        return temperature**2 * mean_over_rows(divergence, weight, batch)
+
+    def decode(
+        self, logits: np.ndarray, examples: Examples, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        """The answer to each text, as `pipeline` gives it."""
+        raise NotImplementedError
+
+    def scorer(
+        self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]
+    ) -> tuple[int, Scorer]:
+        """The number of examples, and the `metrics` as a function of a choice of them.
+
+        An example is what is scored as one: a row or, where rows are windows of a
+        context, a question.
+        """
+        return len(examples), lambda chosen: {
+            name: METRICS[name](logits[chosen], examples.labels[chosen])
+            for name in metrics
+        }
+
+
+def weighted_mean(
+    values: jax.Array, weights: jax.Array, total: jax.Array | None = None
+) -> jax.Array:
+    """Mean of `values` under non-negative `weights` of the same shape.
+
+    `total` takes the place of the weights' sum.
+    """
+    total = jnp.sum(weights) if total is None else total
+    return jnp.sum(values * weights) / jnp.maximum(total, 1e-9)
+
+
+def mean_over_rows(values: jax.Array, weights: jax.Array, batch: Batch) -> jax.Array:
+    """Mean of K values, of which each of the batch's B rows has K / B."""
+    if "total" not in batch:
+        return weighted_mean(values, weights)
+    each = len(values) // len(batch["weight"])
+    return weighted_mean(values, weights, each * batch["total"]["rows"])

@@ -1,0 +1,121 @@
+"""One of several classes for each row."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cofi_jax.data.batches import Examples
+from cofi_jax.data.problems.base import Problem, WrongLabel
+from cofi_jax.errors import reject
+
+_WHOLE = r"-?\d+"
+_MOST_CLASSES = 1000  # more are numbers to be predicted, or a mistake
+
+
+class Classification(Problem):
+    """A row has one class, the one with the largest of its C logits."""
+
+    name = "classification"
+    own_metrics = ("accuracy", "matthews", "f1")
+    names_classes = True
+    problem_type = "single_label_classification"
+
+    def num_outputs(self, labels: Sequence[str]) -> int:
+        return len(labels)
+
+    def class_names(self, cells: Sequence[Any], column: str) -> tuple[str, ...]:
+        return LabelEncoder.from_cells(cells, column=column).names
+
+    def encode(
+        self, cells: Sequence[Any], labels: Sequence[str], *, numbered: bool
+    ) -> np.ndarray:
+        return LabelEncoder(tuple(labels), numbered).encode(cells)
+
+    def decode(
+        self, logits: np.ndarray, examples: Examples, labels: Sequence[str]
+    ) -> list[dict[str, Any]]:
+        scores = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
+        best = scores.argmax(-1)
+        return [
+            {"label": labels[k], "score": float(row[k])}
+            for k, row in zip(best, scores, strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelEncoder:
+    """Turns the cells of a label column into class numbers.
+
+    The names of the classes may be numbers themselves, and so may the cells:
+
+        names                   cells             each cell is
+        ----------------------  ----------------  ------------------------------
+        given: no, yes          yes, no, no       a name
+        given: no, yes          1, 0, 0           a class number
+        given: no, yes          yes, 0, no        a name; the second one is wrong
+        given: 1, 2             1, 2, 2           a name
+        read off rows, as 3, 7  7, 3, 3           a name
+
+    With `numbered` the names were given, so their order is somebody's choice. A cell is
+    compared as a text, and 1.0 as 1: pandas makes floats of integers where another cell
+    is empty.
+    """
+
+    names: tuple[str, ...]
+    numbered: bool = False
+
+    @classmethod
+    def from_cells(cls, cells: Sequence[Any], *, column: str) -> "LabelEncoder":
+        """The encoder for the classes that stand in the cells, in sorted order.
+
+        Raises:
+          UserError: where the cells look like values instead of classes.
+        """
+        found = {_text(cell): cell for cell in cells if cell is not None}
+        whole = all(re.fullmatch(_WHOLE, name) for name in found)
+        names = sorted(found, key=int if whole else None)
+        fractions = not whole and all(map(_is_number, found))
+        nested = any(isinstance(cell, list | dict) for cell in found.values())
+        if fractions or nested or not 2 <= len(names) <= _MOST_CLASSES:
+            some = ", ".join(names[:5])
+            legal = f"has {len(names)} different values ({some}, ...); must be 2 to "
+            legal += f"{_MOST_CLASSES} classes, or set data.problem=regression"
+            raise reject("data.label_column", column, legal)
+        return cls(tuple(names))
+
+    def encode(self, cells: Sequence[Any]) -> np.ndarray:
+        """(N,) int32 class numbers of N cells.
+
+        Raises:
+          WrongLabel: for the first cell that is no class.
+        """
+        texts = [None if cell is None else _text(cell) for cell in cells]
+        numbers = {name: number for number, name in enumerate(self.names)}
+        legal = f"must be among {', '.join(self.names)}"
+        # Names that are numbers themselves leave no doubt.
+        if self.numbered and not any(re.fullmatch(_WHOLE, n) for n in self.names):
+            legal = (
+                f"must be an integer among {dict(enumerate(self.names))}, or one of "
+            )
+            legal += "these names (hub test splits hold only -1)"
+            if not any(text in numbers for text in texts):
+                numbers = {str(number): number for number in numbers.values()}
+        for row, text in enumerate(texts):
+            if text not in numbers:
+                raise WrongLabel(row, legal)
+        return np.array([numbers[text] for text in texts], np.int32)
+
+
+def _text(cell) -> str:
+    return re.sub(rf"^({_WHOLE})\.0$", r"\1", str(cell))
+
+
+def _is_number(text) -> bool:
+    try:
+        return bool(float(text) + 1)
+    except ValueError:
+        return False
