@@ -34,6 +34,7 @@ from cofi_jax.export import __main__ as export_lib
 from cofi_jax.export import export, to_stablehlo
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import slicing
+from cofi_jax.report import model_card
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -108,7 +109,10 @@ def save(path, data, labels=(), **sizes):
         "sparsity": 0.5,
     }
     config = spec.config(dense)
-    saved_model.save_model(path, params, config, spec, tokenizer=tokenizer, about=about)
+    readme = model_card.text(config, about, {})
+    saved_model.save_model(
+        path, params, config, spec, tokenizer=tokenizer, about=about, readme=readme
+    )
     return path
 
 

@@ -105,7 +105,7 @@ def compare(name: str, model: Model, validation: Validation) -> dict[str, Any]:
     Raises:
       UserError: where they differ by more than the tolerance.
     """
-    task, examples, _, split, against, expected = validation
+    task, examples, split, against, expected = validation
     found = _logits(model.predict, validation)
     difference = np.abs(found - expected)
     if difference.ndim == 3:  # What a model says of padding is never read.
