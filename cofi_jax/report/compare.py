@@ -71,7 +71,7 @@ def names(paths: Sequence[pathlib.Path], reports: Sequence[Report]) -> list[str]
         for path, group in groups.items()
         if path not in paths
         and len({str([report[key] for key in keys]) for report in group}) == 1
-        and len({report["seed"] for report in group}) == len(group)
+        and len({str(report["seed"]) for report in group}) == len(group)
     }
     pairs = zip(cut, paths, strict=True)
     return files.short_names(
@@ -135,7 +135,7 @@ def configs_table(points: Sequence[Point]) -> Table:
 
 
 def score(report: Report) -> float:
-    """Of the pruned model."""
+    """The score of the pruned model."""
     return report["pruned"]["score"]
 
 
@@ -152,11 +152,11 @@ def tasks(runs: Runs) -> dict[str, list[Point]]:
 
 
 def series(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The lines that connect the points of one task.
+    """The lines that connect the points of one task, by name.
 
-    Where no two configs have the same target, it is one line. Else runs are of one line
-    whose names differ by the target alone, as sst2_60 and sst2_95 do; where that would
-    join two of one target (sst2_95, sst2-95), those of one name.
+    There is one line where no two points have the same target. Otherwise, a line joins
+    the points whose names differ by the target alone, as sst2_60 and sst2_95 do, or, if
+    that joins two points of one target (sst2_95, sst2-95), the points of one name.
     """
     for name_of in (lambda _: "pruned", _without_target, lambda point: point.name):
         lines: dict[str, list[Point]] = {}
@@ -175,13 +175,13 @@ def _without_target(point):
 
 
 def trade_panel(axes, points: Sequence[Point], key: str) -> None:
-    """Scores against what they were given for (paper, figure 2), of one task.
+    """Scores against speedup or size (paper, figure 2).
 
-    Seeds are pale dots around their mean, whose bars are the standard deviations.
+    Single seeds are pale dots around their mean, whose bars are standard deviations.
 
     Args:
-      axes: to draw into.
-      points: of the task.
+      axes: where the panel is drawn.
+      points: all points of one task.
       key: `speedup` or `size`.
     """
     label, of, of_dense = TRADES[key]
@@ -214,7 +214,7 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
     look = {"ls": "none", "marker": "*", "ms": 13, "color": INK, "mec": "white"}
     axes.plot(*zip(*dense, strict=True), label="dense", **look)
     figures.finish(axes, label, figures.plain(reports[0]["metric"]))
-    axes.margins(0.25, 0.14)  # of x: room for the labels
+    axes.margins(0.25, 0.14)  # There must be room for the labels beside the points.
     if key == "size":
         figures.log_scale(axes, "x", lambda size: tables.count(size, ".9g"))
     else:
@@ -225,7 +225,7 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
 
 
 def _annotate(axes, points, of, side):
-    """Writes the targets beside the points, where there is room; the last one first."""
+    """Writes targets beside points where there is room, beginning with the last."""
     axes.autoscale_view()
     to_axes = axes.transScale + axes.transLimits
     taken = []
@@ -241,12 +241,12 @@ def _annotate(axes, points, of, side):
 
 
 def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
-    """What each config keeps (paper, figures 3 and 5): means over its seeds.
+    """A heat map of what each config keeps in the mean (paper, figures 3 and 5).
 
     Args:
-      axes: to draw into.
-      columns: of one task, from `columns`.
-      key: `heads` or `intermediate`, by layer; `totals`, by kind.
+      axes: where the panel is drawn.
+      columns: what `columns` returns for one task.
+      key: `heads` or `intermediate` for a row per layer, `totals` for one per kind.
     """
     from matplotlib.cm import ScalarMappable  # slow to import
     from matplotlib.colors import LinearSegmentedColormap
@@ -285,7 +285,7 @@ def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
 
 
 def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
-    """The points of one task and their titles: the targets, where these suffice."""
+    """The points of one task with their titles: their targets, if these differ."""
     targets = [f"{100 * point.target:.4g} %" for point in points]
     for form in ("{0}", "{1} {0}", "{2}", "{2} {0}"):
         titles = [
@@ -298,7 +298,7 @@ def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
 
 
 def height(columns: Sequence[tuple[str, Point]], key: str) -> float:
-    """Inches that a `kept_panel` asks for."""
+    """The inches that a `kept_panel` needs."""
     names = max(len(figures.plain(name)) for name, _ in columns)
     rows = len(TOTALS) if key == "totals" else _layers(columns)
     return 1.7 + 0.3 * rows + (0.075 * names if names > 7 else 0)
@@ -310,7 +310,7 @@ def _layers(columns):
 
 
 def _cells(point, key):
-    """(kept, dense) of each row, means over the seeds."""
+    """What each row of a heat map keeps and what the dense model has, as means."""
     columns = []
     for report in point.reports:
         pair = report["kept"], report["dense"]
@@ -325,11 +325,7 @@ def _cells(point, key):
 
 
 def plot_trades(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Draws scores against speedup and size, a row for each task.
-
-    Returns:
-      The `matplotlib.figure.Figure`.
-    """
+    """Draws a PNG of scores against speedup and size, with a row for each task."""
     lines = max(len(series(points)) for points in by_task.values())
     figure = figures.new_figure(9, (3.3 + 0.2 * lines) * len(by_task))
     rows = figure.subplots(len(by_task), 2, sharey="row", squeeze=False)
@@ -342,11 +338,7 @@ def plot_trades(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike)
 
 
 def plot_kept(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Draws what the runs keep, by layer and in all, a row for each task.
-
-    Returns:
-      The `matplotlib.figure.Figure`.
-    """
+    """Draws a PNG of what is kept by layer and in all, with a row for each task."""
     tables = list(map(columns, by_task.values()))
     heights = [height(table, "heads") for table in tables]
     figure = figures.new_figure(8 + 1.3 * max(map(len, tables)), sum(heights))

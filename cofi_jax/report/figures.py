@@ -1,8 +1,8 @@
-"""The pictures of a run: how it went and what it left.
+"""The pictures of a run: its course, and what it left of the model.
 
 A panel is a function that draws one chart into given axes. `small` makes a figure of
-one panel that is still legible on a phone, for pages; the PNG files that lie beside a
-report (`plot_...`) put several panels together.
+one panel, which a page shows and which is still legible on a phone. The functions
+`plot_...` put several panels into one PNG file, which lies beside a report.
 """
 
 import io
@@ -16,22 +16,17 @@ from cofi_jax.files import write_atomically
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00".split()
-
-
 INK, GREY, PALE = "#333333", "#757575", "#E4E8EA"
 
+_MANY = 150  # From so many points on, single points of a curve cannot be told apart.
 
-_MANY = 150  # points of a curve, on which single ones are no longer to be seen
-
-
-# In their order: what readers call them, colour and marker.
+# The stages in their order, each with what readers call it, its colour and its marker.
 STAGES = {
     "teacher": ("teacher", INK, "o"),
     "prepruning": ("pre-pruning", ORANGE, "s"),
     "prune": ("pruning", BLUE, "D"),
     "finetune": ("fine-tuning", GREEN, "^"),
 }
-
 
 _LOSSES = {
     "loss": INK,
@@ -40,7 +35,6 @@ _LOSSES = {
     "loss_logits": GREEN,
     "loss_task": PURPLE,
 }
-
 
 _WIDTHS = {
     "heads": ("attention heads kept", BLUE),
@@ -71,28 +65,22 @@ def multiplier_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") -> None:
-    """The loss and its terms, unweighted, over the steps of a stage.
+    """The loss and its unweighted terms over the steps of a stage.
 
-    Of many points the running mean is drawn, over pale lines of what was logged.
+    Where there are many points, their running mean is drawn over pale lines of them.
     """
     lines = _of_stage(metrics, stage)
     keys = sorted({key for line in lines for key in line if key.startswith("loss")})
     if len(keys) == 2 and all(line.get(keys[0]) == line.get(keys[1]) for line in lines):
-        keys = keys[1:]  # the only term is the total
+        keys = keys[1:]  # The total has one term only, so both lines are the same.
     many = len(lines) > _MANY
     for key in keys:
         label = "total" if key == "loss" else key.removeprefix("loss_")
         color = _LOSSES.get(key, RED)
         if many:
             _line(axes, lines, key, "_", color=color, lw=0.5, alpha=0.25)
-        _line(
-            axes,
-            lines,
-            key,
-            label,
-            mean_of=len(lines) // 50 if many else 1,
-            color=color,
-        )
+        window = len(lines) // 50 if many else 1
+        _line(axes, lines, key, label, mean_of=window, color=color)
     ylabel = "loss, running mean" if many else "loss"
     finish(axes, f"optimizer step of the {STAGES[stage][0]} stage", ylabel)
     if all(line[key] > 0 for line in lines for key in keys if key in line):
@@ -102,14 +90,14 @@ def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") ->
 def score_panel(
     axes, metrics: Sequence[dict[str, Any]], report: dict[str, Any], least: float = 0.0
 ) -> None:
-    """Validation scores over the steps of all stages, one after another.
+    """The validation scores over the steps of all stages, one after another.
 
     Args:
-      axes: to draw into.
+      axes: where the panel is drawn.
       metrics: the lines of `metrics.jsonl`.
       report: the content of `report.json`, which has the dense model's score.
-      least: the sparsity from which on an evaluation of the pruning stage counts;
-        those that do not are hollow.
+      least: the sparsity from which on an evaluation of the pruning stage counts; the
+        markers of the others are hollow.
     """
     start, hollow = 0, False
     for stage, (name, color, marker) in STAGES.items():
@@ -122,12 +110,10 @@ def score_panel(
             look = {"color": color, "marker": marker, "ms": size}
             points = [(start + line["step"], line["score"]) for line in found]
             axes.plot(*zip(*points, strict=True), label=name, lw=1.4, **look)
-            early = [line.get("sparsity", 1.0) < least for line in found]
-            for point in (
-                p for p, is_early in zip(points, early, strict=True) if is_early
-            ):
-                axes.plot(*point, label="_", mfc="white", **look)
-            hollow = hollow or any(early)
+            for line, point in zip(found, points, strict=True):
+                if line.get("sparsity", 1.0) < least:
+                    axes.plot(*point, label="_", mfc="white", **look)
+                    hollow = True
         start += max((line["step"] for line in lines), default=0)
     if hollow:
         look = {"ls": "none", "marker": "D", "color": BLUE, "mfc": "white", "ms": 5}
@@ -137,7 +123,7 @@ def score_panel(
 
 
 def width_panel(axes, report: dict[str, Any], key: str) -> None:
-    """What each layer keeps: `key` is `heads` or `intermediate`."""
+    """The `heads` or the `intermediate` width (`key`) that each layer keeps."""
     from matplotlib.patches import Patch  # slow to import
 
     label, color = _WIDTHS[key]
@@ -150,12 +136,8 @@ def width_panel(axes, report: dict[str, Any], key: str) -> None:
         text, ink = (f"{width} / {full}", INK) if width else ("absent", GREY)
         axes.text(end * 1.03, layer, text, color=ink, va="center")
     looks = {"kept": {"fc": color}, "removed": {"fc": PALE}, "block absent": gone}
-    finish(
-        axes,
-        label,
-        "layer",
-        [Patch(label=name, **look) for name, look in looks.items()],
-    )
+    handles = [Patch(label=name, **look) for name, look in looks.items()]
+    finish(axes, label, "layer", handles)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -164,14 +146,11 @@ def width_panel(axes, report: dict[str, Any], key: str) -> None:
 
 
 def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
-    """Draws sparsity, multipliers and losses over the steps of the pruning stage.
+    """Draws sparsity, multipliers and losses while pruning; returns the figure.
 
     Args:
       metrics: the lines of `metrics.jsonl`; keys that are absent are not drawn.
-      path: of the PNG file.
-
-    Returns:
-      The `matplotlib.figure.Figure`, three panels.
+      path: the PNG file to write.
     """
     figure = new_figure(8, 8)
     panels = figure.subplots(3, sharex=True, height_ratios=(4, 3, 3))
@@ -184,15 +163,7 @@ def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
 
 
 def plot_structure(report: dict[str, Any], path: str | os.PathLike):
-    """Draws the heads and the feed-forward width that each layer keeps.
-
-    Args:
-      report: the content of `report.json`.
-      path: of the PNG file.
-
-    Returns:
-      The `matplotlib.figure.Figure`, two panels.
-    """
+    """Draws what each layer of `report.json` keeps to a PNG; returns the figure."""
     kept, dense = report["kept"], report["dense"]
     figure = new_figure(8, 1.6 + 0.3 * len(kept["heads"]))
     for axes, key in zip(figure.subplots(1, 2, sharey=True), _WIDTHS, strict=True):
@@ -220,13 +191,13 @@ def new_figure(width: float, height: float):
 
 
 def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
-    """The look of all panels: frame, grid, labels, and the legend above.
+    """Gives a panel the look of all: frame, grid, labels, and a legend above it.
 
     Args:
-      axes: with everything drawn.
-      xlabel: with the unit, where there is one.
-      ylabel: likewise.
-      handles: what the legend explains; (): the lines that have labels.
+      axes: the panel, in which everything else is drawn already.
+      xlabel: the label of the x axis, with the unit, where there is one.
+      ylabel: the label of the y axis, likewise.
+      handles: what the legend explains; by default, the lines that have labels.
     """
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
@@ -239,7 +210,7 @@ def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     handles = handles or axes.get_legend_handles_labels()[0]
-    if handles:  # above the panel, where it hides nothing
+    if handles:  # The legend is above the panel, where it hides nothing.
         place = {"loc": "lower left", "bbox_to_anchor": (0, 0.98)}
         look = {"frameon": False, "labelcolor": INK, "borderaxespad": 0.2}
         columns = _columns(axes, [len(handle.get_label()) for handle in handles])
@@ -247,7 +218,7 @@ def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
 
 
 def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
-    """A logarithmic x or y axis (`which`) whose ticks are plain numbers."""
+    """Makes the x or the y axis (`which`) logarithmic, with plain numbers for ticks."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set(**{f"{which}scale": "log"})
@@ -260,11 +231,11 @@ def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
 
 
 def plain(text: str) -> str:
-    """Any text, so that matplotlib shows it, in a legend too; a long one shortened."""
+    """Any text, shortened and changed so that matplotlib shows it, in legends too."""
     if len(text) > 36:
         text = f"{text[:17]}\N{HORIZONTAL ELLIPSIS}{text[-18:]}"
-    text = text.replace("$", r"\$")  # no formula
-    return f" {text}" if text.startswith("_") else text  # else left out of the legend
+    text = text.replace("$", r"\$")  # It is no formula.
+    return f" {text}" if text.startswith("_") else text  # Or legends leave it out.
 
 
 def save(figure, path: str | os.PathLike):
@@ -286,7 +257,7 @@ def svg(figure) -> bytes:
 
 
 def _columns(axes, lengths):
-    """The most columns of a legend, of entries of so many letters, that fit."""
+    """The most columns that fit for a legend whose entries have these lengths."""
     width = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.6
     for columns in range(len(lengths), 1, -1):
         parts = np.array_split(lengths, columns)
@@ -300,7 +271,7 @@ def _of_stage(metrics, stage):
 
 
 def _line(axes, lines, key, label, mean_of=1, **look):
-    """Draws `key` over the steps, or the mean of so many, where there is any."""
+    """Draws the values of `key`, if any, or their running mean, over the steps."""
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
         steps, values = zip(*points, strict=True)

@@ -6,36 +6,16 @@ written twice.
 """
 
 import dataclasses
-import json
-import pathlib
 import re
-import reprlib
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from cofi_jax.errors import reject
 from cofi_jax.report import figures
 
 Report = dict[str, Any]  # the content of a `report.json`
 
 _TERMINAL = 100  # characters in a line
-
-# The fields of a `report.json` by type. `*` stands for all entries of an object and
-# `[]` for those of a list; reports of earlier versions may lack what has a `?`.
-_FIELDS = {
-    str: "task metric benchmark.device benchmark.dtype versions.*",
-    int: """seed benchmark.batch_size benchmark.seq_length benchmark.repeats
-        params.encoder.dense params.encoder.pruned params.total.dense
-        params.total.pruned dense.hidden dense.heads.[] dense.intermediate.[]
-        kept.hidden kept.heads.[] kept.intermediate.[]""",
-    float: """teacher.score teacher.scores?.*.* pruned.score pruned.scores?.*.*
-        pruned.score_before_finetune? sparsity target_sparsity speedup speedup_spread.[]
-        latency_ms.dense latency_ms.pruned benchmark.latency_spread_ms?.dense.[]
-        benchmark.latency_spread_ms?.pruned.[] benchmark.examples_per_second?.dense
-        benchmark.examples_per_second?.pruned seconds.* masked_vs_sliced_max_abs_diff
-        """,
-}
 
 # What is counted over the layers of a model, given its widths.
 TOTALS = {
@@ -123,11 +103,6 @@ def where(report: Report) -> str:
     return f"{how['device']}, {how['dtype']}, batches of {size}"
 
 
-def items(pairs: Iterable[tuple[str, str]]) -> str:
-    """A Markdown list of names in bold, each followed by a text."""
-    return "\n".join(f"- **{escape(name)}** {escape(text)}" for name, text in pairs)
-
-
 def folded(title: str, markdown: str) -> str:
     """Markdown that is shown when the reader opens `title`, which is of plain words."""
     return f"<details>\n<summary>{title}</summary>\n\n{markdown}\n\n</details>"
@@ -143,76 +118,40 @@ def headline(report: Report) -> str:
     )
 
 
-def key_figures(report: Report) -> list[tuple[str, str]]:
-    """The figures that matter most, and what each of them is."""
-    before, after = report["teacher"]["score"], report["pruned"]["score"]
-    encoder, total = report["params"]["encoder"], report["params"]["total"]
-    return [
-        (
-            f"{before:.3f} \N{RIGHTWARDS ARROW} {after:.3f}",
-            f"{report['metric']}, dense to pruned: {after - before:+.4f}",
-        ),
-        (
-            percent(report["sparsity"]),
-            f"sparsity, target {percent(report['target_sparsity'])}",
-        ),
-        (
-            f"{report['speedup']:.1f}x",
-            f"speedup, {spread(report)} in 90 % of the turns; {where(report)}",
-        ),
-        (
-            f"{count(encoder['dense'])} \N{RIGHTWARDS ARROW} "
-            f"{count(encoder['pruned'])}",
-            f"encoder parameters; with all others {count(total['dense'])} "
-            f"\N{RIGHTWARDS ARROW} {count(total['pruned'])}",
-        ),
-    ]
-
-
 def comparison(report: Report) -> Table:
     """Everything that both the dense and the pruned model have, with a note."""
-    # Reports of earlier versions have the one score only.
-    scores = [
-        score_rows(
-            model.get("scores") or {"validation": {report["metric"]: model["score"]}}
-        )
-        for model in (report["teacher"], report["pruned"])
-    ]
+    how, models = report["benchmark"], (report["teacher"], report["pruned"])
+    # Reports of earlier versions have the one score only, and less of the latency.
+    usual = [{"": {report["metric"]: model["score"]}} for model in models]
+    scores = [m.get("scores", u) for m, u in zip(models, usual, strict=True)]
     rows = [
         [name, f"{dense:.4f}", f"{pruned:.4f}", f"{pruned - dense:+.4f}"]
-        for (name, dense), (_, pruned) in zip(*scores, strict=True)
+        for (name, dense), (_, pruned) in zip(*map(score_rows, scores), strict=True)
     ]
     rows[0][0] = report["metric"]
     if "score_before_finetune" in report["pruned"]:
         before = report["pruned"]["score_before_finetune"]
         rows[0][3] += f"; {before:.4f} before fine-tuning"
+
+    def add(name, form, values, note=""):
+        cells = (form.format(values[model]) for model in ("dense", "pruned"))
+        rows.append([name, *cells, note])
+
     target = f"target {percent(report['target_sparsity'])}"
     rows.append(["sparsity", "-", percent(report["sparsity"]), target])
-    counts = [
-        (f"{part} parameters", report["params"][key].values())
-        for part, key in (("encoder", "encoder"), ("all", "total"))
-    ]
-    counts += [
-        (name, [of(report["dense"]), of(report["kept"])]) for name, of in TOTALS.items()
-    ]
-    for name, (dense, pruned) in counts:
-        left = f"{percent(pruned / dense)} left" if dense else ""
-        rows.append([name, f"{dense:,}", f"{pruned:,}", left])
+    parts = (("encoder parameters", "encoder"), ("all parameters", "total"))
+    counts = {name: report["params"][part] for name, part in parts}
+    for name, of in TOTALS.items():
+        counts[name] = {"dense": of(report["dense"]), "pruned": of(report["kept"])}
+    for name, pair in counts.items():
+        left = pair["dense"] and f"{percent(pair['pruned'] / pair['dense'])} left"
+        add(name, "{:,}", pair, left or "")
     gain = f"{report['speedup']:.1f}x as fast ({spread(report)})"
-    how = report["benchmark"]
-    for name, found, form, note in (
-        ("latency of a batch", report["latency_ms"], "{:.2f} ms", gain),
-        (
-            "5th to 95th percentile",
-            how.get("latency_spread_ms"),
-            "{0[0]:.4g}\N{EN DASH}{0[1]:.4g} ms",
-            "",
-        ),
-        ("examples per second", how.get("examples_per_second"), "{:,.0f}", ""),
-    ):
-        if found:
-            cells = (form.format(found[model]) for model in ("dense", "pruned"))
-            rows.append([name, *cells, note])
+    add("latency of a batch", "{:.2f} ms", report["latency_ms"], gain)
+    if "latency_spread_ms" in how:
+        form = "{0[0]:.4g}\N{EN DASH}{0[1]:.4g} ms"
+        add("5th to 95th percentile", form, how["latency_spread_ms"])
+        add("examples per second", "{:,.0f}", how["examples_per_second"])
     return Table("<>><", ("", "dense", "pruned", "note"), rows)
 
 
@@ -231,8 +170,8 @@ def layers(report: Report) -> Table:
     for key in ("heads", "intermediate"):
         pairs = zip(report["kept"][key], report["dense"][key], strict=True)
         columns.append([f"{kept} / {of}" if kept else "absent" for kept, of in pairs])
-    numbers = map(str, range(1, len(columns[0]) + 1))
-    rows = list(zip(numbers, *columns, strict=True))
+    pairs = enumerate(zip(*columns, strict=True), start=1)
+    rows = [(str(number), *cells) for number, cells in pairs]
     return Table(">>>", ("layer", "heads kept", "FFN width kept"), rows)
 
 
@@ -271,47 +210,6 @@ def stages(metrics: Sequence[dict[str, Any]], least: float = 0.0) -> Table:
         )
     head = ("stage", "steps", "time", "examples/s, median", "best score", "last score")
     return Table("<>>>>>", head, rows)
-
-
-def method(report: Report) -> list[tuple[str, str]]:
-    """Each measured quantity, and the sentence on how it was measured."""
-    seconds = (f"{k} {s / 60:.1f} min" for k, s in report["seconds"].items())
-    versions = (f"{name} {version}" for name, version in report["versions"].items())
-    return [
-        (
-            "Score",
-            f"The {report['metric']} on the validation set, the first one where there "
-            "are several. Dense is the teacher, pruned the sliced model after "
-            "fine-tuning.",
-        ),
-        (
-            "Encoder parameters",
-            "The weights and biases of attention and feed-forward blocks; sparsity is "
-            "the fraction of them that was removed. All parameters are those and "
-            "embeddings, LayerNorms, pooler and head.",
-        ),
-        (
-            "Latency",
-            "The median of the passes. Both models took turns in one process after "
-            f"warming up, {report['benchmark']['repeats']} turns each, of at least "
-            "50 ms (less the first pass) or one pass; all turns weigh the same. "
-            f"Timed on {where(report)}.",
-        ),
-        (
-            "Speedup",
-            "The median of the ratios turn by turn, with their 5th and 95th percentile "
-            "in brackets.",
-        ),
-        (
-            "Slicing",
-            "Evaluated in float32 on the validation set, the logits of the masked and "
-            "the sliced model differ by at most "
-            f"{report['masked_vs_sliced_max_abs_diff']:.1e}.",
-        ),
-        ("Time", ", ".join(seconds)),
-        ("Seed", str(report["seed"])),
-        ("Versions", ", ".join(versions)),
-    ]
 
 
 def evaluation(result: dict[str, Any]) -> str:
@@ -384,56 +282,3 @@ def _timing_row(cell, reference):
         f"{cell['examples_per_second']:,.0f}",
         "-" if cell["model"] == reference else gain,
     )
-
-
-def read_report(path: pathlib.Path, field: str) -> Report:
-    """Reads a `report.json` and checks that each field is there and of its type.
-
-    Raises:
-      UserError: naming `field`, where the file is damaged or not the report of a run.
-      OSError: the file cannot be read.
-    """
-    try:
-        report = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise reject(field, str(path), f"is damaged: {error}") from error
-    try:
-        _check(report)
-        table(report)
-    except (ValueError, IndexError) as error:
-        legal = f"is not the report of a run: {error}"
-        raise reject(field, str(path), legal) from error
-    return report
-
-
-def _check(report):
-    """Raises ValueError unless all of `_FIELDS` are there and of their types."""
-    for kind, names in _FIELDS.items():
-        for name in names.split():
-            try:
-                values = list(_values(report, *name.split(".")))
-            except (LookupError, TypeError) as error:
-                raise ValueError(f"it has no {name}") from error
-            for value in values:
-                if kind is str:  # JSON can hold half a surrogate, which UTF-8 cannot
-                    legal = isinstance(value, str)
-                    legal = legal and value.encode(errors="replace").decode() == value
-                else:  # the bound also refuses infinity and NaN
-                    legal = type(value) in (int, kind) and abs(value) < 1e18
-                    legal = legal and (kind is float or value >= 0)
-                if not legal:
-                    raise ValueError(f"its {name} is {reprlib.repr(value)}")
-
-
-def _values(value, name, *rest) -> Iterator[Any]:
-    """The values that a dotted name of `_FIELDS` stands for."""
-    if name == "*":
-        entries = dict.values(value)
-    elif name == "[]":
-        entries = [value[0], *value[1:]]  # at least one
-    elif name.endswith("?"):
-        entries = [value[name[:-1]]] if name[:-1] in value else []
-    else:
-        entries = [value[name]]
-    for entry in entries:
-        yield from _values(entry, *rest) if rest else [entry]
