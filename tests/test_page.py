@@ -443,9 +443,9 @@ def load(folder, text):
 def test_a_report_that_was_cut_or_flipped_is_never_a_traceback(tmp_path):
     whole = json.dumps(variant(), indent=2).encode()
     assert load(tmp_path, whole) == ""
-    for end in range(0, len(whole), 7):
+    for end in range(0, len(whole), 17):
         assert "is damaged" in load(tmp_path, whole[:end])
-    for place in range(0, len(whole), 3):
+    for place in range(0, len(whole), 5):
         for bit in (1, 4, 128):
             flipped = bytes([whole[place] ^ bit])
             load(tmp_path, whole[:place] + flipped + whole[place + 1 :])

@@ -95,10 +95,11 @@ def _method(report):
     seconds, versions = report["seconds"].items(), report["versions"].items()
     return f"""\
 - **Score:** The {escape(report["metric"])} on the validation set, the first one \
-where there are several. Dense is the teacher, pruned the sliced model after fine-tuning.
+where there are several. Dense is the teacher, pruned the sliced model after \
+fine-tuning.
 - **Encoder parameters:** The weights and biases of attention and feed-forward \
-blocks; sparsity is the fraction of them that was removed. All parameters are those and \
-embeddings, LayerNorms, pooler and head.
+blocks; sparsity is the fraction of them that was removed. All parameters are those \
+and embeddings, LayerNorms, pooler and head.
 - **Latency:** The median of the passes. Both models took turns in one process after \
 warming up, {report["benchmark"]["repeats"]} turns each, of at least 50 ms (less the \
 first pass) or one pass; all turns weigh the same. Timed on \
