@@ -12,6 +12,7 @@ from cofi_jax.data import tasks
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
+from cofi_jax.report.tables import escape
 
 _SNIPPETS = {
     "": """\
@@ -50,15 +51,14 @@ model = {auto}.from_pretrained(folder)
 print(model(**tokenizer({texts}, return_tensors="pt")))""",
 }
 
-
-# The hub's names for our metrics, where they differ.
+# The names that the hub has for our metrics, where they differ.
 _METRICS = {
     "matthews": "matthews_correlation",
     "spearman": "spearmanr",
     "pearson": "pearsonr",
 }
 
-
+# Who reads each folder, and what is in it.
 _WHAT = {
     "": ("cofi-jax", "`model.json`, `params/` (orbax), `tokenizer/`"),
     "transformers": (
@@ -80,9 +80,11 @@ def text(
     """The text of `README.md`.
 
     Args:
-      config: sizes of the model.
-      about: of the saved model; of a pruned one with `report`, its run's report.json.
-      checks: the content of each `check.json`, by format; the saved model's own by "".
+      config: the sizes of the model.
+      about: what the saved model says about itself. If it was pruned, `report` is the
+        content of its run's `report.json`.
+      checks: the content of the `check.json` of each format, and of the saved model's
+        own under "".
     """
     name = about.get("task", "")
     task = tasks.TASKS.get(name)
@@ -139,7 +141,7 @@ def _metadata(config, about, task):
 
 
 def _structure(config, about):
-    labels = ", ".join(map(json.dumps, about.get("labels", ()))) or "none"
+    labels = escape(", ".join(map(json.dumps, about.get("labels", ()))) or "none")
     words = (
         f"Hidden width {config.hidden_size}; heads of {config.head_size} per layer: "
         f"{' '.join(map(str, config.heads))}; feed-forward widths: "
@@ -165,7 +167,7 @@ def _usage(part, config, task, about):
 
 
 def checked(checks: Mapping[str, Any]) -> str:
-    """What each `check.json` found, as a table; `checks` is that of `text`."""
+    """A table of what each `check.json` found, given the `checks` of `text`."""
     rows, places = [], {}
     for part, check in checks.items():
         metric, score = next(iter(check["scores"].items()))
@@ -174,7 +176,7 @@ def checked(checks: Mapping[str, Any]) -> str:
             how = check["benchmark"]
             fast = f"{check['speedup']:.1f}x ({tables.spread(check)}), "
             fast += f"{how['batch_size']} x {how['seq_length']}"
-            places[f"{how['device']}, {how['dtype']}"] = None  # in order, once each
+            places[f"{escape(how['device'])}, {how['dtype']}"] = None  # in order
         rows.append(
             (
                 part or "this folder",
