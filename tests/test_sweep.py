@@ -62,11 +62,11 @@ def table(content):
     """The cells of `table.md` by heading, and what stands below the table."""
     text = sweep.markdown(content)
     grid, _, below = text.partition("\n\n")
-    assert len({len(line) for line in grid.splitlines()}) == 1  # it is lined up
+    assert len(set(map(len, grid.splitlines()))) == 1  # it lines up on a terminal
     lines = [line.strip("|").split("|") for line in grid.splitlines()]
     lines = [[cell.strip() for cell in line] for line in lines]
     assert {len(line) for line in lines} == {len(lines[0])}
-    assert all(set(cell) <= set("-:") for cell in lines[1])
+    assert all(set(cell) <= {"-", ":"} and "---" in cell[:3] for cell in lines[1])
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]], below
 
 

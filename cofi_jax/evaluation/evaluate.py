@@ -33,7 +33,7 @@ def names(paths: Sequence[str]) -> list[str]:
 
     The second and later copies of a path get a number.
     """
-    here = pathlib.Path.cwd().name
+    here = pathlib.Path.cwd().name  # The path "." has no parts.
     ends = files.short_names([p if pathlib.PurePath(p).parts else here for p in paths])
     before = [ends[:i].count(end) for i, end in enumerate(ends)]
     return [f"{e} #{n + 1}" if n else e for e, n in zip(ends, before, strict=True)]

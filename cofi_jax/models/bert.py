@@ -1,22 +1,23 @@
 """The encoder: one linen module is the dense, the masked and the sliced model.
 
-Post-LayerNorm: BERT, and RoBERTa, which differs in the row of the position table
-that the first token takes. With the gates of the collection `masks` (any subset of the
-kinds; hidden gates z act on every vector of width D):
+It is a post-LayerNorm encoder: BERT, and RoBERTa, which differs in the row of the
+position table that the first token takes. The collection `masks` has any subset of the
+kinds of masks; the hidden masks z act on every vector of width D:
 
     e  = norm(z * (word + position + type))
     y  = norm(x + z * mha_l * attention(x))          or x where the block is absent
     x' = norm(y + z * ffn_l * down(int_l * gelu(up(y))))       or y, likewise
 
-where `norm` takes its statistics over the open hidden dimensions and multiplies
-its result by z, and head gates multiply the heads' outputs before the output
-projection. A block is absent when its own gate or all gates inside it are 0.
+where `norm` takes its statistics over the open hidden dimensions and multiplies its
+result by z, and the head masks multiply the heads' outputs before the output
+projection. A block is absent when its own mask or all masks inside it are 0.
 
-Shapes: B batch, T tokens, D hidden, L layers, H heads, d head width, F
-intermediate, C classes.
+Shapes: B batch, T tokens, D hidden, L layers, H heads, d head width, F intermediate,
+C classes. H and F differ from layer to layer in a sliced model.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -25,18 +26,22 @@ import jax.numpy as jnp
 
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm, if_present
-from cofi_jax.models.spec import KINDS
+from cofi_jax.models.spec import KINDS, blocks
 
 Batch = dict[str, jax.Array]
-
+LayerMasks = dict[
+    str, jax.Array
+]  # one layer's rows: head (H,), mha (), hidden (D,) ...
 
 _INIT = nn.initializers.normal(0.02)
 
 
 class Output(NamedTuple):
-    """Logits and L + 1 hidden states (B, T, D), the embeddings' first.
+    """The logits and the L + 1 hidden states, the embeddings' first.
 
-    Logits are (B, C), or (B, T, C) where the head reads every token.
+    Attributes:
+      logits: (B, C), or (B, T, C) where the head reads every token.
+      hidden_states: each (B, T, D).
     """
 
     logits: jax.Array
@@ -44,35 +49,67 @@ class Output(NamedTuple):
 
 
 class Projection(nn.Module):
-    """The gated way back to the hidden dimensions, (B, T, *inner) to (B, T, D).
+    """The masked projection from a block's units back to the hidden dimensions.
 
-    Inner gates act on the kernel, in its float32, as in slicing: it is smaller than
-    what a batch's tokens have inside a block. Outer gates act on the result.
+    The inner masks act on the kernel, in its float32, as they do in slicing: the kernel
+    is smaller than what a batch's tokens have inside a block.
     """
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, inner_gates, outer_gates):
-        dtype, inner = self.config.dtype, x.shape[2:]
-        kernel = self.param("kernel", _INIT, (*inner, self.config.hidden_size))
+    def __call__(
+        self, x: jax.Array, inner: jax.Array | None, outer: jax.Array | None
+    ) -> jax.Array:
+        """Projects every token.
+
+        Args:
+          x: (B, T, H, d) or (B, T, F), what the units computed.
+          inner: (H,) or (F,), the masks of the units.
+          outer: () or (D,), the mask of the block times those of the hidden dimensions.
+
+        Returns:
+          (B, T, D), in float32 where there is an outer mask.
+        """
+        dtype, units = self.config.dtype, x.shape[2:]
+        kernel = self.param("kernel", _INIT, (*units, self.config.hidden_size))
         bias = self.param("bias", nn.initializers.zeros, (self.config.hidden_size,))
-        if inner_gates is not None:
-            kernel = kernel * inner_gates.reshape(-1, *(1,) * len(inner))
-        axes = tuple(range(2, x.ndim)), tuple(range(len(inner)))
+        if inner is not None:
+            kernel = kernel * inner.reshape(-1, *(1,) * len(units))
+        axes = tuple(range(2, x.ndim)), tuple(range(len(units)))
         x = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (axes, ((), ())))
-        x = x + bias.astype(dtype)
-        return x if outer_gates is None else x * outer_gates  # in float32
+        x = x + bias.astype(dtype)  # (B, T, D)
+        return x if outer is None else x * outer
 
 
 class Attention(nn.Module):
-    """Self-attention with gated heads, (B, T, D) to (B, T, D)."""
+    """Self-attention with masked heads."""
 
     heads: int
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, attention_mask, head_gates, outer_gates, *, train):
+    def __call__(
+        self,
+        x: jax.Array,
+        attention_mask: jax.Array,
+        head_masks: jax.Array | None,
+        outer: jax.Array | None,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        """Attends from every token to all real tokens of its row.
+
+        Args:
+          x: (B, T, D).
+          attention_mask: (B, T), 0 for padding.
+          head_masks: (H,).
+          outer: () or (D,), see `Projection`.
+          train: whether there is dropout.
+
+        Returns:
+          (B, T, D).
+        """
         config = self.config
 
         def project(name):
@@ -84,122 +121,173 @@ class Attention(nn.Module):
             )(x)
 
         query, key, value = project("query"), project("key"), project("value")
+        # Each of the three is (B, T, H, d); the scores are (B, H, T, T).
         scores = jnp.einsum("bthd,bshd->bhts", query, key) * config.head_size**-0.5
         padding = jnp.where(attention_mask > 0, 0.0, -1e9)[:, None, None, :]
         scores = scores.astype(jnp.float32) + padding
         weights = jax.nn.softmax(scores).astype(config.dtype)
         weights = Dropout(config.dropout)(weights, train=train)
-        context = jnp.einsum("bhts,bshd->bthd", weights, value)
-        return Projection(config, name="output")(context, head_gates, outer_gates)
+        context = jnp.einsum("bhts,bshd->bthd", weights, value)  # (B, T, H, d)
+        return Projection(config, name="output")(context, head_masks, outer)
 
 
 class FeedForward(nn.Module):
-    """Two projections with gated units between, (B, T, D) to (B, T, D)."""
+    """Two projections with masked units between them."""
 
     width: int
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, unit_gates, outer_gates):
+    def __call__(
+        self, x: jax.Array, unit_masks: jax.Array | None, outer: jax.Array | None
+    ) -> jax.Array:
+        """Works on each token by itself.
+
+        Args:
+          x: (B, T, D).
+          unit_masks: (F,).
+          outer: () or (D,), see `Projection`.
+
+        Returns:
+          (B, T, D).
+        """
         dtype = self.config.dtype
         x = nn.Dense(self.width, dtype=dtype, kernel_init=_INIT, name="up")(x)
-        x = ACTIVATIONS[self.config.activation](x)
-        return Projection(self.config, name="down")(x, unit_gates, outer_gates)
+        x = ACTIVATIONS[self.config.activation](x)  # (B, T, F)
+        return Projection(self.config, name="down")(x, unit_masks, outer)
 
 
 class Layer(nn.Module):
-    """One Transformer layer, or one block of it where the other's width is 0.
-
-    `gates` holds this layer's rows of the masks; its blocks are there.
-    """
+    """One Transformer layer, without the blocks whose width is 0."""
 
     heads: int
-    width: int
+    intermediate: int
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x, attention_mask, gates, *, train):
+    def __call__(
+        self,
+        x: jax.Array,
+        attention_mask: jax.Array,
+        masks: LayerMasks,
+        *,
+        train: bool,
+    ) -> jax.Array:
+        """Adds what each block computes to `x` and normalises the sum.
+
+        Args:
+          x: (B, T, D).
+          attention_mask: (B, T), 0 for padding.
+          masks: this layer's rows; blocks that they close are computed all the same.
+          train: whether there is dropout.
+
+        Returns:
+          (B, T, D).
+        """
+
         def join(x, y, name):
             y = Dropout(self.config.dropout)(y, train=train).astype(jnp.float32)
             norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=name)
-            return norm(x + y, gates.get("hidden"))
+            return norm(x + y, masks.get("hidden"))
 
         def outer(block):
-            there = [gates[kind] for kind in (block, "hidden") if kind in gates]
-            return functools.reduce(jnp.multiply, there) if there else None
+            given = [masks[kind] for kind in (block, "hidden") if kind in masks]
+            return functools.reduce(jnp.multiply, given) if given else None
 
         if self.heads:
             y = Attention(self.heads, self.config, name="attention")(
-                x, attention_mask, gates.get("head"), outer("mha"), train=train
+                x, attention_mask, masks.get("head"), outer("mha"), train=train
             )
             x = join(x, y, "attention_norm")
-        if self.width:
-            y = FeedForward(self.width, self.config, name="ffn")(
-                x, gates.get("intermediate"), outer("ffn")
+        if self.intermediate:
+            y = FeedForward(self.intermediate, self.config, name="ffn")(
+                x, masks.get("intermediate"), outer("ffn")
             )
             x = join(x, y, "ffn_norm")
         return x
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "train"))
-def _traced_once(layer, train, params, gates, noise, x, attention_mask):
-    """A layer of one block, or x where that is absent.
+def _skip_absent(
+    layer: Layer,
+    x: jax.Array,
+    attention_mask: jax.Array,
+    masks: LayerMasks,
+    *,
+    train: bool,
+    make_rng: Callable[[str], jax.Array],
+) -> jax.Array:
+    """`layer(x, attention_mask, masks, train=train)`, but skips its absent blocks.
 
-    One trace for all blocks of the same width: half the time of a whole trace.
+    All skipping passes through here: without it the encoder would call its layers also
+    when their parameters are there. Each block runs as a layer of its own, which is
+    traced once for all layers that have it in the same width: that halves the time of a
+    whole trace.
     """
+    parts = blocks(layer.config)
+    for block in parts:
+        others = {other.widths: 0 for other in parts if other.name != block.name}
+        alone = layer.clone(parent=None, name=None, **others)
+        if getattr(alone, block.widths):
+            params = layer.variables["params"]
+            params = {name: params[name] for name in (block.name, block.norm)}
+            kinds = (block.outer, block.inner)
+            given = {k: v for k, v in masks.items() if k in (*kinds, "hidden")}
+            noise = {"dropout": make_rng("dropout")} if train else {}
+            x = _run(alone, kinds, train, params, given, noise, x, attention_mask)
+    return x
 
-    def block(fixed, x, params, gates):
+
+@functools.partial(jax.jit, static_argnames=("layer", "kinds", "train"))
+def _run(layer, kinds, train, params, masks, noise, x, attention_mask):
+    def block(fixed, x, params, masks):
         noise, attention_mask = fixed
         variables = {"params": params}
-        return layer.apply(variables, x, attention_mask, gates, train=train, rngs=noise)
+        return layer.apply(variables, x, attention_mask, masks, train=train, rngs=noise)
 
-    kinds = ("mha", "head") if layer.heads else ("ffn", "intermediate")
-    gates = {k: v for k, v in gates.items() if k in (*kinds, "hidden")}
-    there = [(gates[kind] > 0).any() for kind in kinds if kind in gates]
-    inputs = (noise, attention_mask), x, params, gates
-    if not there:
+    inputs = (noise, attention_mask), x, params, masks
+    open_ = [(masks[kind] > 0).any() for kind in kinds if kind in masks]
+    if not open_:
         return block(*inputs)
-    return if_present(functools.reduce(jnp.logical_and, there), block, *inputs)
+    return if_present(functools.reduce(jnp.logical_and, open_), block, *inputs)
 
 
 class Encoder(nn.Module):
-    """An encoder with a head on the first token or on every token.
-
-    `apply({"params": params, "masks": masks}, batch)` with `batch` of
-    input_ids, attention_mask and token_type_ids, each (B, T) int32; `masks` may be
-    left out. With `train=True` pass `rngs={"dropout": key}`.
-
-    Raises:
-      ValueError: for a kind of mask that does not exist.
-    """
+    """An encoder with a head on the first token or on every token."""
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool = False) -> Output:
-        config = self.config
+        """Called as `apply({"params": params, "masks": masks}, batch)`.
+
+        Args:
+          batch: `input_ids`, `attention_mask` and `token_type_ids`, each (B, T) int32.
+          train: whether there is dropout; pass `rngs={"dropout": key}` then.
+
+        The masks are those of `masks.mask_shapes`, or any subset of the kinds; the
+        collection may be left out.
+
+        Raises:
+          ValueError: for a kind of mask that does not exist.
+        """
+        config, attention_mask = self.config, batch["attention_mask"]
         masks = self.variables.get("masks", {})
         if unknown := set(masks) - set(KINDS):
             raise ValueError(f"masks {sorted(unknown)}: kinds are {KINDS}")
         hidden = masks.get("hidden")
         x = Embeddings(config, name="embeddings")(batch, hidden, train=train)
         states = [x]
-        for i, (heads, width) in enumerate(
-            zip(config.heads, config.intermediate, strict=True)
-        ):
-            gates = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
-            name, attention_mask = f"layer_{i}", batch["attention_mask"]
+        for i, widths in enumerate(zip(config.heads, config.intermediate, strict=True)):
+            layer = Layer(*widths, config, name=f"layer_{i}")
+            own = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
+            for block in blocks(config):
+                if block.inner in own:  # without the row's padding
+                    own[block.inner] = own[block.inner][: block.sizes(config)[i]]
             if self.is_initializing():
-                layer = Layer(heads, width, config, name=name)
-                x = layer(x, attention_mask, gates, train=train)
-            for block, *widths in (("attention", heads, 0), ("ffn", 0, width)):
-                if self.is_initializing() or not any(widths):
-                    continue
-                params = self.variables["params"][name]
-                params = {k: params[k] for k in (block, f"{block}_norm")}
-                noise = {"dropout": self.make_rng("dropout")} if train else {}
-                layer = Layer(*widths, config, parent=None)
-                x = _traced_once(layer, train, params, gates, noise, x, attention_mask)
+                x = layer(x, attention_mask, own, train=train)
+            else:
+                arguments = layer, x, attention_mask, own
+                x = _skip_absent(*arguments, train=train, make_rng=self.make_rng)
             states.append(x)
         if not config.reads_every_token:
             first = nn.Dense(
@@ -213,12 +301,24 @@ class Encoder(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Word, position and token type embeddings, normalised: (B, T, D)."""
+    """The normalised sum of word, position and token type embeddings."""
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, batch, hidden, *, train):
+    def __call__(
+        self, batch: Batch, hidden: jax.Array | None, *, train: bool
+    ) -> jax.Array:
+        """Looks the tokens up.
+
+        Args:
+          batch: as the encoder's.
+          hidden: (D,), the masks of the hidden dimensions.
+          train: whether there is dropout.
+
+        Returns:
+          (B, T, D).
+        """
         config = self.config
         ids, start = batch["input_ids"], config.position_offset
 
@@ -242,12 +342,12 @@ def _example() -> Batch:
 
 
 def init_params(config: EncoderConfig, key: jax.Array) -> dict:
-    """Fresh parameters: normal(0, 0.02) kernels, zero biases, float32."""
+    """Fresh float32 parameters: kernels from normal(0, 0.02), biases of zero."""
     return jax.jit(Encoder(config).init)(key, _example())["params"]
 
 
 @functools.cache
 def abstract_params(config: EncoderConfig) -> dict:
-    """Shapes and dtypes of the parameters, nothing allocated."""
+    """The shapes and dtypes of the parameters; nothing is allocated."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(Encoder(config).init, key, _example())["params"]

@@ -1,6 +1,7 @@
-"""The sizes of an encoder: dense ones, and ragged ones where it was sliced."""
+"""The sizes of an encoder; in a sliced one the layers differ in width."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,30 @@ class EncoderConfig:
     dropout: float = 0.1
     dtype: str = "float32"  # of the matrix work; parameters stay float32
     problem: str = "classification"  # a key of data.problems.PROBLEMS
-    activation: str = "gelu"  # a key of pointwise.ACTIVATIONS
+    activation: str = "gelu"  # a key of layers.ACTIVATIONS
     model_type: str = "bert"  # as Hugging Face calls the family
     position_offset: int = 0  # the position table's row for the first token
     head: str = ""  # the tokens that the head reads: first, every, or "": by `problem`
+
+    @classmethod
+    def dense(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        hidden_size: int,
+        intermediate_size: int,
+        **others: Any,
+    ) -> "EncoderConfig":
+        """Returns the sizes of a model of equal layers; `others` are further fields."""
+        return cls(
+            hidden_size=hidden_size,
+            heads=(num_heads,) * num_layers,
+            head_size=hidden_size // num_heads,
+            intermediate=(intermediate_size,) * num_layers,
+            pooler_size=hidden_size,
+            **others,
+        )
 
     @classmethod
     def from_json(cls, fields: dict) -> "EncoderConfig":
@@ -47,7 +68,7 @@ class EncoderConfig:
         """The padding token's id in the family's own vocabularies."""
         return max(self.position_offset - 1, 0)
 
-    def widths(self) -> dict:
+    def widths(self) -> dict[str, int | list[int]]:
         """JSON-able `hidden`, and `heads` and `intermediate` per layer."""
         return {
             "hidden": self.hidden_size,

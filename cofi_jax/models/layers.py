@@ -1,10 +1,11 @@
-"""What acts between the matrix products: activations, dropout, LayerNorm.
+"""The operations between the matrix products, and the skipping of absent blocks.
 
-For the backward pass an activation and a LayerNorm keep what they were given: what they
-compute is sooner computed again than written and read. LayerNorm's way back is written
-down, so forward mode (`jax.jvp`) does not go through.
+For the backward pass an activation and a LayerNorm keep only what they were given:
+computing their results again is faster than writing and reading them. The backward pass
+of LayerNorm is written down, so forward mode (`jax.jvp`) does not work.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +16,16 @@ import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Of x, x times the normal distribution up to x, to 1e-6, in float32 within.
+    """X times the standard normal distribution function at x, to 1e-6, elementwise.
 
-    By erf, as in PyTorch: twice as fast as by erfc, and less exact far below 0.
+    It is computed in float32 by erf, as in PyTorch, which is twice as fast as by erfc
+    and less exact far below 0.
     """
     wide = x.astype(jnp.float32)
     return (wide * 0.5 * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
-# By Hugging Face's names.
+# The activations by their names in Hugging Face configs.
 ACTIVATIONS = {
     name: jax.checkpoint(activation)
     for name, activation in {
@@ -38,17 +40,25 @@ ACTIVATIONS = {
 
 
 class Dropout(nn.Module):
-    """Zeros in place of a fraction `rate`, to a 65,536th, and the rest scaled up.
+    """Dropout whose rate is rounded to a 65,536th.
 
-    A random word serves two numbers, those at n and n + N/2 of the last axis: drawing
-    words is what dropout costs.
+    Drawing random words is what dropout costs, so each word of 32 bits serves two
+    numbers: those at n and n + N/2 of the last axis, which has N.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Of one axis at least; x itself where it does not train."""
+        """Zeroes a fraction `rate` of `x` and scales up the rest.
+
+        Args:
+          x: an array of one axis or more.
+          train: if False, `x` is returned as it is.
+
+        Returns:
+          An array of the shape and the dtype of `x`.
+        """
         threshold = min(round(self.rate * 2**16), 2**16 - 1)
         if not train or not threshold:
             return x
@@ -59,13 +69,14 @@ class Dropout(nn.Module):
         return _drop(1 - threshold / 2**16, kept, x)
 
 
-@functools.partial(jax.checkpoint, static_argnums=0)  # else zeros are kept as well
+# Without the checkpoint an array of zeros would be kept for the backward pass, too.
+@functools.partial(jax.checkpoint, static_argnums=0)
 def _drop(share, kept, x):
     return jnp.where(kept, x.astype(jnp.float32) / share, 0).astype(x.dtype)
 
 
 class Norm(nn.Module):
-    """LayerNorm over the open hidden dimensions, times the hidden gates.
+    """LayerNorm over the open hidden dimensions, times the hidden masks.
 
     With s the share of a dimension in the statistics, 1 / D or that of the open ones,
 
@@ -80,15 +91,23 @@ class Norm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, gates: jax.Array | None) -> jax.Array:
-        """Of (..., D), with gates (D,) or none; the statistics are float32."""
+    def __call__(self, x: jax.Array, masks: jax.Array | None) -> jax.Array:
+        """Normalises the last axis, with statistics in float32.
+
+        Args:
+          x: (..., D).
+          masks: (D,) hidden masks, or None.
+
+        Returns:
+          (..., D) of the module's dtype.
+        """
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         open_ = None
-        if gates is not None:
-            open_ = gates > 0
-            # Folded here, on D numbers, as slicing folds them into the parameters.
-            scale, bias = scale * gates, bias * gates
+        if masks is not None:
+            open_ = masks > 0
+            # Folding them here costs D products; slicing folds them likewise.
+            scale, bias = scale * masks, bias * masks
         x = x.astype(jnp.float32)
         return _normalise(x, open_, scale, bias, self.epsilon).astype(self.dtype)
 
@@ -125,17 +144,41 @@ def _backward(epsilon, kept, gradient):
 _normalise.defvjp(_forward, _backward)
 
 
+# Skipping on a CPU. `if_present` and what it uses serve `bert._skip_absent` alone.
+#
+# jax.lax.cond by itself would hand everything that the backward pass needs, copies of
+# the parameters among it, from one branch to the other. Here only what the block
+# computes is handed over:
+#
+#                     present                          absent
+#
+#   forward     x ---> block ---> y              x ----------------> y
+#                        |                                 zeros
+#                        v computed (activations)            |
+#                        |                                   v
+#                 - - - - - - - - kept from here to there - - - - - - - -
+#                        |        x, params, masks: as they are
+#                        v
+#   backward   dx <--- block's <--- dy          dx <---------------- dy
+#              dparams pullback                 dparams = dmasks = 0
+#              dmasks
+#
+# The pullback of `jax.vjp` is a pytree: its arrays are either operands of the block or
+# computed by it. A `_Recipe` says which, so that the other branch can rebuild it.
+
+
 @jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
 class _Recipe:
-    """How a pullback is put together again.
+    """The way to put a pullback together again.
 
     Attributes:
       structure: its tree.
-      places: for each of its arrays which operand it is, or None.
+      places: for each of its arrays which operand it is, or None if it was computed.
     """
 
-    def __init__(self, structure, places):
-        self.structure, self.places = structure, places
+    structure: Any
+    places: tuple[int | None, ...]
 
 
 def if_present(
@@ -164,13 +207,12 @@ def if_present(
             out, pull = jax.vjp(lambda *operands: block(fixed, *operands), *operands)
             arrays, structure = jax.tree.flatten(pull)
             place_of = {id(x): i for i, x in enumerate(jax.tree.leaves(operands))}
-            places = [place_of.get(id(x)) for x in arrays]
+            places = tuple(place_of.get(id(x)) for x in arrays)
             recipes.append(_Recipe(structure, places))
             return out, [x for x, i in zip(arrays, places, strict=True) if i is None]
 
-        there = jax.jit(
-            there, inline=True
-        )  # traced once, for its shapes and the branch
+        # Under jit it is traced once, for both its shapes and the branch.
+        there = jax.jit(there, inline=True)
 
         def absent(fixed, x, *_):
             return x, [jnp.zeros(like.shape, like.dtype) for like in likes]

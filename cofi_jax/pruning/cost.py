@@ -1,88 +1,114 @@
-"""One count of the cost, and the constraint on it.
+"""The cost that sparsity is a fraction of: what is expected and what is left exactly.
 
-The cost of an encoder is the number of weights and biases in its attention and
-feed-forward blocks; embeddings, LayerNorms, pooler and classifier are left out.
-It is linear in each single gate, so given probabilities of independent gates it
-is the expected cost, and given 0/1 gates the exact one. With hidden width
-h = sum(hidden) and head width d,
+The cost of an encoder is the number of weights and biases in the blocks of its layers;
+embeddings, LayerNorms, pooler and classifier are left out. With a hidden width of h
+and units of a weights for each hidden dimension and b more (`models.spec` has them),
 
-    cost = sum_l mha_l * (sum_i head_li * (4 d h + 3 d) + any_i(head_li) * h)
-         + sum_l ffn_l * (sum_j int_lj * (2 h + 1)      + any_j(int_lj)  * h)
+    cost = sum over blocks, over layers l:
+           outer_l * (sum_i inner_li * (a h + b) + any_i(inner_li) * h)
 
-where any(g) = 1 - prod(1 - g): a block's output bias goes with its last unit.
+where any(z) = 1 - prod(1 - z): a block's output bias goes with its last unit. In BERT
+a = 4 d and b = 3 d for heads of width d, and a = 2 and b = 1 for feed-forward units.
+The cost is linear in each single mask, so with probabilities of independent masks in
+their place it is the expected cost.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from cofi_jax.pruning.masks import Masks
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import blocks, per_unit
+from cofi_jax.pruning.masks import Masks, without_padding
 
-Cost = Callable[[Masks, Any], jax.Array]  # (gates, EncoderConfig) to a scalar
 
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What pruning reduces, as two functions.
 
-def cost(gates: Masks, config) -> jax.Array:
-    """Weights and biases that `gates` (values in [0, 1]) leave, see above.
-
-    Args:
-      gates: the gated kinds, NumPy or JAX arrays; NumPy float64 counts exactly.
-      config: the `EncoderConfig` which the gates thin out.
+    Attributes:
+      expected: takes probabilities that the masks are open, and the sizes of the model
+        that is pruned; returns a scalar, differentiable in the probabilities.
+      exact: takes masks, of which all above 0 are open, and the sizes; returns the
+        cost of the model that slicing leaves. Without masks it is the dense model's.
     """
-    # Integer gates are counted in integers: exactly, under jit as well.
-    whole = all(np.issubdtype(gate.dtype, np.integer) for gate in gates.values())
-    number = int if whole else float
-    d, total = config.head_size, number(0)
-    hidden = gates["hidden"].sum() if "hidden" in gates else number(config.hidden_size)
-    for outer, inner, widths, unit_cost in (
-        ("mha", "head", config.heads, 4 * d * hidden + 3 * d),
-        ("ffn", "intermediate", config.intermediate, 2 * hidden + 1),
-    ):
-        units = np.asarray(widths, number)  # (L,), as is whatever follows
+
+    expected: Callable[[Masks, EncoderConfig], Any]
+    exact: Callable[[Masks, EncoderConfig], Any]
+
+
+def _count(masks, config, number):
+    """The formula above; `number` is float, or int to count exactly."""
+    masks = without_padding(masks, config)
+    hidden, total = number(config.hidden_size), number(0)
+    if "hidden" in masks:
+        hidden = masks["hidden"].sum()
+    for block in blocks(config):
+        (a, b), (c, d) = per_unit(block, config)
+        units = np.asarray(block.sizes(config), number)  # (L,), as is what follows
         any_open = (units > 0).astype(number)
-        if inner in gates:
-            units = gates[inner].sum(-1)
-            any_open = 1 - (1 - gates[inner]).prod(-1)
-        blocks = units * unit_cost + any_open * hidden
-        total = total + (blocks * gates.get(outer, number(1))).sum()
+        if block.inner in masks:
+            units = masks[block.inner].sum(-1)
+            any_open = 1 - (1 - masks[block.inner]).prod(-1)
+        left = units * (a * hidden + b) + any_open * (c * hidden + d)
+        total = total + (left * masks.get(block.outer, number(1))).sum()
     return total
 
 
-def num_params(masks: Masks, config) -> int:
-    """Exact count of what slicing with `masks` leaves of the counted weights."""
-    return round(float(cost(_opened(masks), config)))
+def _expected(probabilities: Masks, config: EncoderConfig) -> jax.Array:
+    return _count(probabilities, config, float)
 
 
-def exact_sparsity(masks: Masks, config) -> float:
-    """Fraction of the counted weights that slicing with `masks` removes."""
-    return 1 - num_params(masks, config) / num_params({}, config)
+def _exact(masks: Masks, config: EncoderConfig) -> Any:
+    number = int
+    if any(isinstance(mask, jax.core.Tracer) for mask in masks.values()):
+        # Inside of a compiled program integers have 32 bits.
+        number = int if _count({}, config, int) < 2**31 else float
+    else:
+        masks = {kind: np.asarray(mask) for kind, mask in masks.items()}
+    masks = {kind: (mask > 0).astype(number) for kind, mask in masks.items()}
+    return _count(masks, config, number)
 
 
-def multiply_adds(config, seq_length: int) -> int:
-    """Multiply-adds of all matrix products of a forward pass, by sequence of T tokens.
+PARAMETERS = Cost(_expected, _exact)
 
-    With D = hidden_size, d = head_size, h_l heads and F_l units in layer l: sum over l
 
-        4 T D h_l d      query, key, value and output projections
-        2 T^2 h_l d      scores and context
-        2 T D F_l        up and down
+def num_params(masks: Masks, config: EncoderConfig) -> int:
+    """The exact number of the counted weights that slicing with `masks` leaves."""
+    return int(PARAMETERS.exact(masks, config))
 
-    and D P + P C for the head on the first token (P = pooler_size, C = num_labels),
-    or T D C for one on every token. A FLOP count is twice as large.
+
+def exact_sparsity(
+    masks: Masks, config: EncoderConfig, cost: Cost = PARAMETERS
+) -> float:
+    """The fraction of the cost that slicing with `masks` removes."""
+    return float(1 - cost.exact(masks, config) / cost.exact({}, config))
+
+
+def multiply_adds(config: EncoderConfig, seq_length: int) -> int:
+    """Multiply-adds of all matrix products of a forward pass over one sequence.
+
+    These are the products with the blocks' kernels, those of `Block.products`, and
+    D P + P C for a head on the first token (P = pooler_size, C = num_labels) or T D C
+    for one on every token. A FLOP count is twice as large.
 
     Args:
       config: of the dense or the sliced model.
-      seq_length: T, padding included.
+      seq_length: the number T of tokens, padding included.
     """
-    tokens, width = seq_length, config.hidden_size
-    joined = sum(config.heads) * config.head_size
-    total = 4 * tokens * width * joined + 2 * tokens**2 * joined
-    total += 2 * tokens * width * sum(config.intermediate)
+    sizes = {"T": seq_length, "D": config.hidden_size, "d": config.head_size}
+    total = 0
+    for block in blocks(config):
+        kernels = [
+            f"T{axes}" for name, axes in block.arrays.items() if "kernel" in name
+        ]
+        sizes[block.unit] = sum(block.sizes(config))
+        for product in (*kernels, *block.products):
+            total += math.prod(sizes[axis] for axis in product)
     if config.reads_every_token:
-        return total + tokens * width * config.num_labels
-    return total + (width + config.num_labels) * config.pooler_size
-
-
-def _opened(masks):
-    return {k: (np.asarray(v) > 0).astype(np.float64) for k, v in masks.items()}
+        return total + seq_length * config.hidden_size * config.num_labels
+    return total + (config.hidden_size + config.num_labels) * config.pooler_size

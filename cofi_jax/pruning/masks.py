@@ -1,9 +1,12 @@
-"""Gates at five granularities, as one dict of stacked arrays.
+"""Masks at five granularities, as one dict of stacked arrays.
 
     head (L, H)   mha (L,)   intermediate (L, F)   ffn (L,)   hidden (D,)
 
-Log-alphas, probabilities, samples and gradients all have this structure. A kind
-that is missing is not pruned. A transform maps masks to masks; `chain` composes.
+Log-alphas, probabilities, samples and gradients all have this structure. A kind that
+is missing is not pruned. H and F are the widths of the widest layer: the rows of
+narrower layers are padded at their end. The log-alpha of a padded position is -inf, so
+its probability, its samples and its evaluation mask are 0, and whatever knows the
+model's sizes ignores what the masks hold there.
 """
 
 import functools
@@ -12,51 +15,75 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from cofi_jax.models.spec import KINDS, check_kinds
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import INNER, KINDS, blocks, check_kinds
 from cofi_jax.pruning import hard_concrete
 
-Masks = Mapping[str, jax.Array]
-
-
+Masks = Mapping[str, jax.Array | np.ndarray]
 LogAlpha = Mapping[str, jax.Array]
 
-
-ALL = KINDS
-
-
-# Just inside the clamp, so that the noise which breaks ties survives it.
+# The mean is just inside the clamp, so that the noise which breaks ties survives it.
 _INIT_MEAN, _INIT_STD = 4.5, 0.01
-
 
 _UNIFORM_MARGIN = 1e-6
 
 
-# A block's own gate, and the gates inside the block.
-_BLOCKS = {"mha": "head", "ffn": "intermediate"}
+def mask_shapes(
+    config: EncoderConfig, kinds: Sequence[str] = KINDS
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each kind's array.
 
-
-def mask_shapes(config, kinds: Sequence[str] = ALL) -> dict[str, tuple[int, ...]]:
-    """The shape of each kind's array for a dense `EncoderConfig`.
+    Args:
+      config: the sizes of the model that is pruned.
+      kinds: the kinds that are pruned.
 
     Raises:
       UserError: for an unknown kind, or none.
     """
     check_kinds("kinds", kinds)
-    layers = len(config.heads)
-    shapes = {
-        "head": (layers, max(config.heads)),
-        "mha": (layers,),
-        "intermediate": (layers, max(config.intermediate)),
-        "ffn": (layers,),
-        "hidden": (config.hidden_size,),
-    }
+    shapes = {"hidden": (config.hidden_size,)}
+    for block in blocks(config):
+        sizes = block.sizes(config)
+        shapes[block.outer] = (len(sizes),)
+        shapes[block.inner] = (len(sizes), max(sizes))
     return {kind: shapes[kind] for kind in KINDS if kind in kinds}
 
 
-def init_log_alpha(config, key: jax.Array, kinds: Sequence[str] = ALL) -> LogAlpha:
-    """Open gates: normal around 4.5 with deviation 0.01, float32."""
-    return _init(key, tuple(mask_shapes(config, kinds).items()))
+def without_padding(masks: Masks, config: EncoderConfig) -> dict:
+    """The masks with 0 at the positions beyond each layer's width."""
+    masks = dict(masks)
+    for block in blocks(config):
+        if block.inner in masks and not (real := block.real(config)).all():
+            masks[block.inner] = masks[block.inner] * real
+    return masks
+
+
+def present_blocks(masks: Masks, config: EncoderConfig) -> dict[str, jax.Array]:
+    """Which layers have a block that is not absent: (L,) booleans by block's name.
+
+    A block is absent when its own mask is 0, or all masks of its units are.
+    """
+    masks, present = without_padding(masks, config), {}
+    for block in blocks(config):
+        present[block.name] = jnp.asarray(block.sizes(config)) > 0
+        if block.outer in masks:
+            present[block.name] &= masks[block.outer] > 0
+        if block.inner in masks:
+            present[block.name] &= (masks[block.inner] > 0).any(-1)
+    return present
+
+
+def init_log_alpha(
+    config: EncoderConfig, key: jax.Array, kinds: Sequence[str] = KINDS
+) -> LogAlpha:
+    """Log-alphas of open masks: normal around 4.5 with deviation 0.01, float32."""
+    log_alpha = _init(key, tuple(mask_shapes(config, kinds).items()))
+    for block in blocks(config):
+        if block.inner in log_alpha and not (real := block.real(config)).all():
+            log_alpha[block.inner] = jnp.where(real, log_alpha[block.inner], -jnp.inf)
+    return log_alpha
 
 
 @functools.partial(jax.jit, static_argnames="shapes")
@@ -67,9 +94,17 @@ def _init(key, shapes):
     }
 
 
+def clamp(log_alpha: LogAlpha) -> LogAlpha:
+    """The log-alphas kept in `hard_concrete.LOG_ALPHA_RANGE`; padding stays -inf."""
+    return {
+        kind: jnp.where(jnp.isneginf(value), value, hard_concrete.clamp(value))
+        for kind, value in log_alpha.items()
+    }
+
+
 @jax.jit
 def sample(log_alpha: LogAlpha, key: jax.Array) -> Masks:
-    """One draw of every gate, shared by the whole batch.
+    """One draw of every mask, shared by the whole batch.
 
     Keys are derived from the kind's name, so that leaving one kind out does not
     change the draws of the others.
@@ -89,7 +124,7 @@ def _named(key, name):
 
 
 def prob_active(log_alpha: LogAlpha) -> Masks:
-    """P(gate > 0) of every gate."""
+    """The probability that each mask is above 0."""
     return jax.tree.map(hard_concrete.prob_active, dict(log_alpha))
 
 
@@ -97,16 +132,19 @@ def prob_active(log_alpha: LogAlpha) -> Masks:
 def evaluation_masks(log_alpha: LogAlpha) -> Masks:
     """The deterministic masks that evaluation and slicing use.
 
-    In each row of n gates the round(n - sum of P(gate > 0)) smallest become 0, of
-    equals the one with the lowest index first; the rest keep their soft value. A
-    layer's own gate (mha, ffn) is a row of one: it closes when P < 1/2.
+    In each row of n masks the round(n - sum of P(mask > 0)) smallest become 0, of
+    equals the one with the lowest index first; the rest keep their soft value. The
+    mask of a whole block (mha, ffn) is a row of one: it closes when P < 1/2.
     """
     return {kind: _evaluate(kind, la) for kind, la in log_alpha.items()}
 
 
 def _evaluate(kind, log_alpha):
-    rows = log_alpha[:, None] if kind in _BLOCKS else jnp.atleast_2d(log_alpha)
-    closed = jnp.round(jnp.sum(1 - hard_concrete.prob_active(rows), -1, keepdims=True))
+    rows = log_alpha[:, None] if kind in INNER else jnp.atleast_2d(log_alpha)
+    padding = jnp.isneginf(rows)  # closed in any case, so it does not compete
+    expected = jnp.where(padding, 0, 1 - hard_concrete.prob_active(rows))
+    closed = jnp.round(jnp.sum(expected, -1, keepdims=True))
+    closed += jnp.sum(padding, -1, keepdims=True)
     rank = jnp.argsort(jnp.argsort(rows, axis=-1, stable=True), axis=-1)
     values = jnp.where(rank < closed, 0.0, hard_concrete.deterministic(rows))
     return values.reshape(log_alpha.shape)

@@ -4,7 +4,6 @@ A run is a name and the content of its `report.json`. Runs of one name, task and
 are seeds of one config, and make one point of a chart and one column of a heat map.
 """
 
-import itertools
 import os
 import pathlib
 import re
@@ -44,7 +43,7 @@ TRADES = {
     "speedup": (
         "times as fast as the dense model",
         lambda report: report["speedup"],
-        lambda report: 1.0,
+        lambda _: 1.0,
     ),
     "size": (
         "encoder parameters, logarithmic scale",
@@ -74,9 +73,7 @@ def names(paths: Sequence[pathlib.Path], reports: Sequence[Report]) -> list[str]
         and len({str(report["seed"]) for report in group}) == len(group)
     }
     pairs = zip(cut, paths, strict=True)
-    return files.short_names(
-        [short if short in alike else path for short, path in pairs]
-    )
+    return files.short_names([short if short in alike else p for short, p in pairs])
 
 
 def runs_table(runs: Runs) -> Table:
@@ -140,7 +137,7 @@ def score(report: Report) -> float:
 
 
 def tasks(runs: Runs) -> dict[str, list[Point]]:
-    """The points of each task and metric, by target, then in the order of the runs."""
+    """The points of each task and metric, sorted by target, then as the runs are."""
     points: dict[tuple, Point] = {}
     for name, report in runs:
         key = (name, f"{report['task']}: {report['metric']}", report["target_sparsity"])
@@ -152,11 +149,11 @@ def tasks(runs: Runs) -> dict[str, list[Point]]:
 
 
 def series(points: Sequence[Point]) -> dict[str, list[Point]]:
-    """The lines that connect the points of one task, by name.
+    """The lines that connect the points of one task.
 
-    There is one line where no two points have the same target. Otherwise, a line joins
-    the points whose names differ by the target alone, as sst2_60 and sst2_95 do, or, if
-    that joins two points of one target (sst2_95, sst2-95), the points of one name.
+    If no two configs have the same target, there is one line. Otherwise a line joins
+    the runs whose names differ by the target alone, as sst2_60 and sst2_95 do; if that
+    would join two of one target (sst2_95, sst2-95), it joins the runs of one name.
     """
     for name_of in (lambda _: "pruned", _without_target, lambda point: point.name):
         lines: dict[str, list[Point]] = {}
@@ -175,14 +172,14 @@ def _without_target(point):
 
 
 def trade_panel(axes, points: Sequence[Point], key: str) -> None:
-    """Scores against speedup or size (paper, figure 2).
+    """Draws the scores of one task against speedup or size (paper, figure 2).
 
-    Single seeds are pale dots around their mean, whose bars are standard deviations.
+    Seeds are pale dots around their mean, whose bars are the standard deviations.
 
     Args:
-      axes: where the panel is drawn.
-      points: all points of one task.
-      key: `speedup` or `size`.
+      axes: the `matplotlib.axes.Axes` to draw into.
+      points: the configs of the task.
+      key: a key of `TRADES`.
     """
     label, of, of_dense = TRADES[key]
     lines = series(points)
@@ -190,12 +187,9 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
     dense = sorted({(of_dense(r), r["teacher"]["score"]) for r in reports})
     level = statistics.fmean(value for _, value in dense)
     axes.axhline(level, color=GREY, ls="--", lw=1, label="_")
-    colors = itertools.cycle(
-        (figures.BLUE, figures.RED, figures.GREEN, figures.PURPLE, figures.ORANGE, INK)
-    )
-    for (name, group), color, marker in zip(
-        lines.items(), colors, itertools.cycle("osD^vPX"), strict=False
-    ):
+    colors = figures.BLUE, figures.RED, figures.GREEN, figures.PURPLE, figures.ORANGE
+    for number, (name, group) in enumerate(lines.items()):
+        color, marker = (*colors, INK)[number % 6], "osD^vPX"[number % 7]
         group = sorted(group, key=lambda point: point.mean(of))
         x, y = ([point.mean(what) for point in group] for what in (of, score))
         look = {"color": color, "marker": marker, "mec": "white", "ms": 7}
@@ -214,7 +208,7 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
     look = {"ls": "none", "marker": "*", "ms": 13, "color": INK, "mec": "white"}
     axes.plot(*zip(*dense, strict=True), label="dense", **look)
     figures.finish(axes, label, figures.plain(reports[0]["metric"]))
-    axes.margins(0.25, 0.14)  # There must be room for the labels beside the points.
+    axes.margins(0.25, 0.14)  # the targets beside the points need room
     if key == "size":
         figures.log_scale(axes, "x", lambda size: tables.count(size, ".9g"))
     else:
@@ -225,7 +219,7 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
 
 
 def _annotate(axes, points, of, side):
-    """Writes targets beside points where there is room, beginning with the last."""
+    """Writes the targets beside the points that have room, beginning with the last."""
     axes.autoscale_view()
     to_axes = axes.transScale + axes.transLimits
     taken = []
@@ -241,20 +235,20 @@ def _annotate(axes, points, of, side):
 
 
 def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
-    """A heat map of what each config keeps in the mean (paper, figures 3 and 5).
+    """Draws what each config keeps (paper, figures 3 and 5), as means over its seeds.
 
     Args:
-      axes: where the panel is drawn.
-      columns: what `columns` returns for one task.
-      key: `heads` or `intermediate` for a row per layer, `totals` for one per kind.
+      axes: the `matplotlib.axes.Axes` to draw into.
+      columns: the titled configs of one task, from `columns`.
+      key: `heads` or `intermediate` for a row per layer, `totals` for one per total.
     """
     from matplotlib.cm import ScalarMappable  # slow to import
     from matplotlib.colors import LinearSegmentedColormap
 
     hue = LinearSegmentedColormap.from_list("kept", ["#F1F5F8", figures.BLUE])
-    rows = [textwrap.fill(name, 12) for name in TOTALS]  # in lines that fit
-    if key != "totals":
-        rows = list(range(1, _layers(columns) + 1))
+    rows = list(range(1, _layers(columns) + 1))
+    if key == "totals":
+        rows = [textwrap.fill(name, 12) for name in TOTALS]
     for column, (_, point) in enumerate(columns):
         for row, (kept, dense) in enumerate(_cells(point, key)):
             share = kept / dense if dense else 0.0
@@ -285,7 +279,7 @@ def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
 
 
 def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
-    """The points of one task with their titles: their targets, if these differ."""
+    """The points of one task with their titles: the targets, if these all differ."""
     targets = [f"{100 * point.target:.4g} %" for point in points]
     for form in ("{0}", "{1} {0}", "{2}", "{2} {0}"):
         titles = [
@@ -298,7 +292,7 @@ def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
 
 
 def height(columns: Sequence[tuple[str, Point]], key: str) -> float:
-    """The inches that a `kept_panel` needs."""
+    """The inches that a `kept_panel` of these columns needs."""
     names = max(len(figures.plain(name)) for name, _ in columns)
     rows = len(TOTALS) if key == "totals" else _layers(columns)
     return 1.7 + 0.3 * rows + (0.075 * names if names > 7 else 0)
@@ -310,7 +304,7 @@ def _layers(columns):
 
 
 def _cells(point, key):
-    """What each row of a heat map keeps and what the dense model has, as means."""
+    """The kept and the dense count of each row, as means over the seeds."""
     columns = []
     for report in point.reports:
         pair = report["kept"], report["dense"]
@@ -325,7 +319,7 @@ def _cells(point, key):
 
 
 def plot_trades(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Draws a PNG of scores against speedup and size, with a row for each task."""
+    """Writes and returns a figure of score against speedup and size, a row per task."""
     lines = max(len(series(points)) for points in by_task.values())
     figure = figures.new_figure(9, (3.3 + 0.2 * lines) * len(by_task))
     rows = figure.subplots(len(by_task), 2, sharey="row", squeeze=False)
@@ -338,7 +332,7 @@ def plot_trades(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike)
 
 
 def plot_kept(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Draws a PNG of what is kept by layer and in all, with a row for each task."""
+    """Writes and returns a figure of what the runs keep, a row for each task."""
     tables = list(map(columns, by_task.values()))
     heights = [height(table, "heads") for table in tables]
     figure = figures.new_figure(8 + 1.3 * max(map(len, tables)), sum(heights))

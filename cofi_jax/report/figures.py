@@ -1,8 +1,8 @@
-"""The pictures of a run: its course, and what it left of the model.
+"""The pictures of a run: how it went and what it left.
 
-A panel is a function that draws one chart into given axes. `small` makes a figure of
-one panel, which a page shows and which is still legible on a phone. The functions
-`plot_...` put several panels into one PNG file, which lies beside a report.
+A panel is a function that draws one chart into given axes. Pages show one panel in each
+figure (`small`), which is still legible on a phone; the PNG files that lie beside a
+report (`plot_...`) put several panels together.
 """
 
 import io
@@ -14,20 +14,19 @@ import numpy as np
 
 from cofi_jax.files import write_atomically
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00".split()
 INK, GREY, PALE = "#333333", "#757575", "#E4E8EA"
 
-_MANY = 150  # From so many points on, single points of a curve cannot be told apart.
+_MANY = 150  # the points of a curve from which on single ones cannot be seen
 
-# The stages in their order, each with what readers call it, its colour and its marker.
+# The stages in their order, each with its name for readers, colour and marker.
 STAGES = {
     "teacher": ("teacher", INK, "o"),
     "prepruning": ("pre-pruning", ORANGE, "s"),
     "prune": ("pruning", BLUE, "D"),
     "finetune": ("fine-tuning", GREEN, "^"),
 }
-
 _LOSSES = {
     "loss": INK,
     "loss_lagrangian": ORANGE,
@@ -35,7 +34,6 @@ _LOSSES = {
     "loss_logits": GREEN,
     "loss_task": PURPLE,
 }
-
 _WIDTHS = {
     "heads": ("attention heads kept", BLUE),
     "intermediate": ("feed-forward width kept", ORANGE),
@@ -43,7 +41,7 @@ _WIDTHS = {
 
 
 def sparsity_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
-    """The sparsity and its target over the steps of the pruning stage."""
+    """Draws the sparsity and its target over the steps of the pruning stage."""
     lines = _of_stage(metrics, "prune")
     dots = {"color": RED, "ls": "none", "marker": "o", "mec": "white", "zorder": 4}
     if len(lines) > _MANY:
@@ -57,7 +55,7 @@ def sparsity_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def multiplier_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
-    """The Lagrange multipliers over the steps of the pruning stage."""
+    """Draws the Lagrange multipliers over the steps of the pruning stage."""
     lines = _of_stage(metrics, "prune")
     _line(axes, lines, "multiplier_linear", "linear", color=GREEN)
     _line(axes, lines, "multiplier_quadratic", "quadratic", color=PURPLE)
@@ -65,22 +63,21 @@ def multiplier_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") -> None:
-    """The loss and its unweighted terms over the steps of a stage.
+    """Draws the loss and its terms, unweighted, over the steps of a stage.
 
-    Where there are many points, their running mean is drawn over pale lines of them.
+    A curve of many points is a running mean, over a pale line of what was logged.
     """
     lines = _of_stage(metrics, stage)
     keys = sorted({key for line in lines for key in line if key.startswith("loss")})
     if len(keys) == 2 and all(line.get(keys[0]) == line.get(keys[1]) for line in lines):
-        keys = keys[1:]  # The total has one term only, so both lines are the same.
+        keys = keys[1:]  # the only term equals the total
     many = len(lines) > _MANY
     for key in keys:
         label = "total" if key == "loss" else key.removeprefix("loss_")
-        color = _LOSSES.get(key, RED)
+        color, window = _LOSSES.get(key, RED), len(lines) // 50 if many else 1
         if many:
             _line(axes, lines, key, "_", color=color, lw=0.5, alpha=0.25)
-        window = len(lines) // 50 if many else 1
-        _line(axes, lines, key, label, mean_of=window, color=color)
+        _line(axes, lines, key, label, window, color=color)
     ylabel = "loss, running mean" if many else "loss"
     finish(axes, f"optimizer step of the {STAGES[stage][0]} stage", ylabel)
     if all(line[key] > 0 for line in lines for key in keys if key in line):
@@ -90,27 +87,27 @@ def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") ->
 def score_panel(
     axes, metrics: Sequence[dict[str, Any]], report: dict[str, Any], least: float = 0.0
 ) -> None:
-    """The validation scores over the steps of all stages, one after another.
+    """Draws validation scores over the steps of all stages, one after another.
 
     Args:
-      axes: where the panel is drawn.
+      axes: the `matplotlib.axes.Axes` to draw into.
       metrics: the lines of `metrics.jsonl`.
       report: the content of `report.json`, which has the dense model's score.
       least: the sparsity from which on an evaluation of the pruning stage counts; the
-        markers of the others are hollow.
+        markers of those that do not count are hollow.
     """
     start, hollow = 0, False
     for stage, (name, color, marker) in STAGES.items():
         lines = _of_stage(metrics, stage)
         if start and lines:
             axes.axvline(start, color=GREY, lw=0.8, ls=":", label="_")
-        found = [line for line in lines if "score" in line]
-        if found:
-            size = 5 if len(found) <= _MANY // 5 else 2
+        scored = [line for line in lines if "score" in line]
+        if scored:
+            size = 5 if len(scored) <= _MANY // 5 else 2
             look = {"color": color, "marker": marker, "ms": size}
-            points = [(start + line["step"], line["score"]) for line in found]
+            points = [(start + line["step"], line["score"]) for line in scored]
             axes.plot(*zip(*points, strict=True), label=name, lw=1.4, **look)
-            for line, point in zip(found, points, strict=True):
+            for point, line in zip(points, scored, strict=True):
                 if line.get("sparsity", 1.0) < least:
                     axes.plot(*point, label="_", mfc="white", **look)
                     hollow = True
@@ -123,7 +120,7 @@ def score_panel(
 
 
 def width_panel(axes, report: dict[str, Any], key: str) -> None:
-    """The `heads` or the `intermediate` width (`key`) that each layer keeps."""
+    """Draws what each layer keeps of its `key`, which is `heads` or `intermediate`."""
     from matplotlib.patches import Patch  # slow to import
 
     label, color = _WIDTHS[key]
@@ -146,7 +143,7 @@ def width_panel(axes, report: dict[str, Any], key: str) -> None:
 
 
 def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
-    """Draws sparsity, multipliers and losses while pruning; returns the figure.
+    """Writes and returns the figure of sparsity, multipliers and losses while pruning.
 
     Args:
       metrics: the lines of `metrics.jsonl`; keys that are absent are not drawn.
@@ -163,7 +160,12 @@ def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
 
 
 def plot_structure(report: dict[str, Any], path: str | os.PathLike):
-    """Draws what each layer of `report.json` keeps to a PNG; returns the figure."""
+    """Writes and returns the figure of the heads and the width that each layer keeps.
+
+    Args:
+      report: the content of `report.json`.
+      path: the PNG file to write.
+    """
     kept, dense = report["kept"], report["dense"]
     figure = new_figure(8, 1.6 + 0.3 * len(kept["heads"]))
     for axes, key in zip(figure.subplots(1, 2, sharey=True), _WIDTHS, strict=True):
@@ -175,14 +177,14 @@ def plot_structure(report: dict[str, Any], path: str | os.PathLike):
 
 
 def small(panel: Callable, *data: Any, height: float = 3.2, **settings: Any):
-    """A `matplotlib.figure.Figure` of one panel, 4.6 by `height` inches."""
+    """Returns a `matplotlib.figure.Figure` of one panel, 4.6 by `height` inches."""
     figure = new_figure(4.6, height)
     panel(figure.subplots(), *data, **settings)
     return figure
 
 
 def new_figure(width: float, height: float):
-    """An empty `matplotlib.figure.Figure` of that many inches."""
+    """Returns an empty `matplotlib.figure.Figure` of so many inches."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -191,13 +193,13 @@ def new_figure(width: float, height: float):
 
 
 def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
-    """Gives a panel the look of all: frame, grid, labels, and a legend above it.
+    """Gives axes, once all is drawn, the frame, grid, labels and legend of a panel.
 
     Args:
-      axes: the panel, in which everything else is drawn already.
+      axes: the `matplotlib.axes.Axes`.
       xlabel: the label of the x axis, with the unit, where there is one.
-      ylabel: the label of the y axis, likewise.
-      handles: what the legend explains; by default, the lines that have labels.
+      ylabel: likewise, of the y axis.
+      handles: the artists that the legend explains; by default the labelled lines.
     """
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
@@ -210,7 +212,7 @@ def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     handles = handles or axes.get_legend_handles_labels()[0]
-    if handles:  # The legend is above the panel, where it hides nothing.
+    if handles:  # above the panel, where it hides nothing
         place = {"loc": "lower left", "bbox_to_anchor": (0, 0.98)}
         look = {"frameon": False, "labelcolor": INK, "borderaxespad": 0.2}
         columns = _columns(axes, [len(handle.get_label()) for handle in handles])
@@ -218,7 +220,7 @@ def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
 
 
 def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
-    """Makes the x or the y axis (`which`) logarithmic, with plain numbers for ticks."""
+    """Makes an axis, x or y, logarithmic, with ticks that `form` writes out."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set(**{f"{which}scale": "log"})
@@ -231,15 +233,16 @@ def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
 
 
 def plain(text: str) -> str:
-    """Any text, shortened and changed so that matplotlib shows it, in legends too."""
+    """Returns a text that matplotlib shows as it is, but shortens a long one."""
     if len(text) > 36:
         text = f"{text[:17]}\N{HORIZONTAL ELLIPSIS}{text[-18:]}"
-    text = text.replace("$", r"\$")  # It is no formula.
-    return f" {text}" if text.startswith("_") else text  # Or legends leave it out.
+    text = text.replace("$", r"\$")  # it is not a formula
+    # A legend leaves out labels that begin with an underscore.
+    return f" {text}" if text.startswith("_") else text
 
 
 def save(figure, path: str | os.PathLike):
-    """Writes the figure as PNG, atomically, and returns it."""
+    """Writes a figure as a PNG file, atomically, and returns the figure."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     write_atomically(path, picture.getvalue())
@@ -247,7 +250,7 @@ def save(figure, path: str | os.PathLike):
 
 
 def svg(figure) -> bytes:
-    """The figure as SVG that needs no font; the same bytes for the same figure."""
+    """Returns an SVG that needs no font; equal figures give equal bytes."""
     import matplotlib  # slow to import
 
     picture = io.BytesIO()
@@ -257,7 +260,7 @@ def svg(figure) -> bytes:
 
 
 def _columns(axes, lengths):
-    """The most columns that fit for a legend whose entries have these lengths."""
+    """Returns how many columns fit in a legend whose entries have these lengths."""
     width = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.6
     for columns in range(len(lengths), 1, -1):
         parts = np.array_split(lengths, columns)
@@ -271,7 +274,7 @@ def _of_stage(metrics, stage):
 
 
 def _line(axes, lines, key, label, mean_of=1, **look):
-    """Draws the values of `key`, if any, or their running mean, over the steps."""
+    """Draws `key`, or its running mean over `mean_of` points, over the steps."""
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
         steps, values = zip(*points, strict=True)

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,65 +12,7 @@ from markdown_it.token import Token
 
 from cofi_jax.report import figures
 
-# The page is light for all readers, because the pictures are drawn on white.
-_STYLE = """
-:root { color-scheme: only light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #24292e;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial,
-    sans-serif; overflow-wrap: break-word; }
-main { max-width: 1080px; margin: 0 auto; padding: 36px 20px 64px; }
-h1 { margin: 0 0 6px; font-size: 30px; line-height: 1.2; font-weight: 650;
-  letter-spacing: -.01em; }
-h2 { margin: 52px 0 14px; padding-top: 14px; border-top: 1px solid #dfe3e6;
-  font-size: 20px; line-height: 1.3; font-weight: 650; }
-h3 { margin: 0 0 6px; font-size: 15px; font-weight: 600; }
-p { margin: 0 0 14px; max-width: 70ch; }
-h1 + p + ul { display: grid; gap: 12px; margin: 26px 0 8px; padding: 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 230px), 1fr));
-  list-style: none; }
-h1 + p + ul li { padding: 14px 16px 15px; border: 1px solid #dfe3e6; border-radius: 8px;
-  background: #f8fafb; color: #57606a; font-size: 14px; line-height: 1.45; }
-h1 + p + ul strong { display: block; margin-bottom: 4px; color: #005b8f;
-  font-size: 23px; line-height: 1.3; font-weight: 650;
-  font-variant-numeric: tabular-nums; }
-.charts { display: grid; gap: 32px 36px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
-figure { margin: 0; min-width: 0; max-width: 560px; }
-figure img { display: block; width: 100%; height: auto; }
-.scroll { overflow-x: auto; margin: 0 0 16px; max-width: 100%; }
-.charts + .scroll { margin-top: 32px; }
-.scroll:focus-visible { outline: 2px solid #0072b2; outline-offset: 2px; }
-table { border-collapse: collapse; font-size: 14.5px; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 22px 7px 0; border-bottom: 1px solid #e7eaec; text-align: right;
-  vertical-align: top; }
-th { font-weight: 600; }
-thead th { border-bottom-color: #aeb6bd; color: #57606a; font-size: 13.5px; }
-th:first-child, .text { text-align: left; }
-th:first-child { position: sticky; left: 0; background: #fff; }
-tbody th { font-weight: 500; }
-h2 + ul { margin: 0; padding: 0; list-style: none; font-size: 15px; }
-h2 + ul li { display: grid; grid-template-columns: 160px minmax(0, 70ch); gap: 24px;
-  margin-bottom: 8px; }
-h2 + ul strong { color: #57606a; font-weight: 400; }
-details { margin-top: 24px; }
-summary { margin-bottom: 8px; cursor: pointer; font-weight: 600; }
-pre { overflow-x: auto; margin: 0; padding: 14px 16px; border-radius: 8px;
-  background: #f5f7f8; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas,
-    monospace; }
-@media (max-width: 620px) {
-  main { padding: 22px 10px 44px; }
-  h1 { font-size: 25px; }
-  h2 { margin-top: 40px; }
-  table { font-size: 13.5px; }
-  th, td { padding-right: 13px; }
-  tbody th { min-width: 14ch; max-width: 20ch; white-space: normal;
-    overflow-wrap: anywhere; }
-  h2 + ul li { grid-template-columns: minmax(0, 1fr); gap: 2px; margin-bottom: 10px; }
-}
-"""
-
+_STYLE = pathlib.Path(__file__).with_name("page.css").read_text()
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 # The only tags that our Markdown may contain; all others are shown as text.
 _FOLD = re.compile(r"<details>\n<summary>[\w ]+</summary>\n*|</details>\n*")
@@ -116,7 +59,8 @@ def page(
 {generator_tag(generator)}
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
+<style>
+{_STYLE}</style>
 </head>
 <body>
 <main>

@@ -12,7 +12,6 @@ from cofi_jax.data import tasks
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
-from cofi_jax.report.tables import escape
 
 _SNIPPETS = {
     "": """\
@@ -58,7 +57,7 @@ _METRICS = {
     "pearson": "pearsonr",
 }
 
-# Who reads each folder, and what is in it.
+# For each folder, who can load it and what it holds.
 _WHAT = {
     "": ("cofi-jax", "`model.json`, `params/` (orbax), `tokenizer/`"),
     "transformers": (
@@ -81,10 +80,9 @@ def text(
 
     Args:
       config: the sizes of the model.
-      about: what the saved model says about itself. If it was pruned, `report` is the
+      about: what the saved model says of itself; if it was pruned, `report` is the
         content of its run's `report.json`.
-      checks: the content of the `check.json` of each format, and of the saved model's
-        own under "".
+      checks: the content of each `check.json` by format; "" is the saved model's own.
     """
     name = about.get("task", "")
     task = tasks.TASKS.get(name)
@@ -141,7 +139,7 @@ def _metadata(config, about, task):
 
 
 def _structure(config, about):
-    labels = escape(", ".join(map(json.dumps, about.get("labels", ()))) or "none")
+    labels = ", ".join(map(json.dumps, about.get("labels", ()))) or "none"
     words = (
         f"Hidden width {config.hidden_size}; heads of {config.head_size} per layer: "
         f"{' '.join(map(str, config.heads))}; feed-forward widths: "
@@ -167,7 +165,7 @@ def _usage(part, config, task, about):
 
 
 def checked(checks: Mapping[str, Any]) -> str:
-    """A table of what each `check.json` found, given the `checks` of `text`."""
+    """What each `check.json` found, as a table; `checks` is that of `text`."""
     rows, places = [], {}
     for part, check in checks.items():
         metric, score = next(iter(check["scores"].items()))
@@ -176,7 +174,7 @@ def checked(checks: Mapping[str, Any]) -> str:
             how = check["benchmark"]
             fast = f"{check['speedup']:.1f}x ({tables.spread(check)}), "
             fast += f"{how['batch_size']} x {how['seq_length']}"
-            places[f"{escape(how['device'])}, {how['dtype']}"] = None  # in order
+            places[f"{how['device']}, {how['dtype']}"] = None  # in order, once each
         rows.append(
             (
                 part or "this folder",

@@ -7,7 +7,6 @@ refers to no other, so it can be sent to someone and read without a network.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -19,7 +18,7 @@ from cofi_jax import files
 from cofi_jax.errors import UserError, reject
 from cofi_jax.report import compare, figures, html, tables
 from cofi_jax.report.html import Chart
-from cofi_jax.report.tables import Report, escape, percent
+from cofi_jax.report.tables import Report, escape
 
 _USAGE = "python -m cofi_jax.report RUN [RUN ...] --to FOLDER"
 _PICTURES = {"tradeoff.png": compare.plot_trades, "structures.png": compare.plot_kept}
@@ -36,12 +35,14 @@ def markdown(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> 
       config: its `config.json`.
     """
     heads, widths = (report["kept"][key] for key in ("heads", "intermediate"))
+    layers = str(tables.layers(report))
+    stages = tables.stages(metrics, _least(report, config))
     code = f"```json\n{config.strip()}\n```"
-    return f"""# {escape(report["task"])}: {percent(report["sparsity"])} pruned
+    return f"""# {escape(report["task"])}: {tables.percent(report["sparsity"])} pruned
 
 {tables.headline(report)}
 
-{_key_figures(report)}
+{tables.items(tables.key_figures(report))}
 
 ## Dense and pruned
 
@@ -55,62 +56,22 @@ width {report["kept"]["hidden"]} of {report["dense"]["hidden"]}.
 
 ![What is left of each layer](structure.png)
 
-{tables.folded("The same as a table", tables.layers(report))}
+{tables.folded("The same as a table", layers)}
 
 ## How the run went
 
 ![Sparsity, multipliers and losses while pruning](sparsity.png)
 
-{tables.stages(metrics, _least(report, config))}
+{stages}
 
 ## How it was measured
 
-{_method(report)}
+{tables.items((f"{what}:", how) for what, how in tables.method(report))}
 
 ## Config
 
 {tables.folded("The exact config of this run", code)}
 """
-
-
-def _key_figures(report):
-    """The figures that matter most, and what each of them is."""
-    dense, pruned = report["teacher"]["score"], report["pruned"]["score"]
-    encoder, total = (
-        f"{tables.count(pair['dense'])} → {tables.count(pair['pruned'])}"
-        for pair in (report["params"]["encoder"], report["params"]["total"])
-    )
-    return f"""\
-- **{dense:.3f} → {pruned:.3f}** {escape(report["metric"])}, dense to pruned: \
-{pruned - dense:+.4f}
-- **{percent(report["sparsity"])}** sparsity, target \
-{percent(report["target_sparsity"])}
-- **{report["speedup"]:.1f}x** speedup, {tables.spread(report)} in 90 % of the \
-turns; {escape(tables.where(report))}
-- **{encoder}** encoder parameters; with all others {total}"""
-
-
-def _method(report):
-    """How each of the figures was measured, and on what."""
-    seconds, versions = report["seconds"].items(), report["versions"].items()
-    return f"""\
-- **Score:** The {escape(report["metric"])} on the validation set, the first one \
-where there are several. Dense is the teacher, pruned the sliced model after \
-fine-tuning.
-- **Encoder parameters:** The weights and biases of attention and feed-forward \
-blocks; sparsity is the fraction of them that was removed. All parameters are those \
-and embeddings, LayerNorms, pooler and head.
-- **Latency:** The median of the passes. Both models took turns in one process after \
-warming up, {report["benchmark"]["repeats"]} turns each, of at least 50 ms (less the \
-first pass) or one pass; all turns weigh the same. Timed on \
-{escape(tables.where(report))}.
-- **Speedup:** The median of the ratios turn by turn, with their 5th and 95th \
-percentile in brackets.
-- **Slicing:** Evaluated in float32 on the validation set, the logits of the masked \
-and the sliced model differ by at most {report["masked_vs_sliced_max_abs_diff"]:.1e}.
-- **Time:** {", ".join(f"{stage} {time / 60:.1f} min" for stage, time in seconds)}
-- **Seed:** {report["seed"]}
-- **Versions:** {escape(", ".join(f"{name} {v}" for name, v in versions))}"""
 
 
 def _least(report, config):
@@ -149,7 +110,7 @@ def _curves(report, metrics, least):
         for line in metrics
         if line["stage"] == "prune" and "expected_sparsity" in line
     ]
-    reached = f", which ends at {percent(expected[-1])}" if expected else ""
+    reached = f", which ends at {tables.percent(expected[-1])}" if expected else ""
     best = [f"{row[0]} {row[4]}" for row in tables.stages(metrics, least).rows]
     charts = [
         Chart(
@@ -157,7 +118,7 @@ def _curves(report, metrics, least):
             figures.small(figures.sparsity_panel, metrics, height=3.5),
             f"Line chart over the steps: the expected sparsity{reached}; the exact one "
             "at each evaluation; the target, which rises to "
-            f"{percent(report['target_sparsity'])}.",
+            f"{tables.percent(report['target_sparsity'])}.",
         ),
         Chart(
             "Lagrange multipliers while pruning",
@@ -299,11 +260,8 @@ def load_runs(folders: Sequence[pathlib.Path]) -> list[tuple[str, Report]]:
 
 
 def _load(folder):
-    path = folder / "report.json"
     try:
-        report = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise reject("RUN", str(path), f"is damaged: {error}") from error
+        return tables.read_report(folder / "report.json", "RUN")
     except OSError as error:
         if not os.path.isdir(folder):
             raise reject("RUN", str(folder), "is not a folder") from error
@@ -314,15 +272,6 @@ def _load(folder):
         names = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
         legal = f"has no report.json of a finished run; it has: {names or 'nothing'}"
         raise reject("RUN", str(folder), legal) from error
-    try:
-        # JSON allows infinity and half a surrogate, which no page can show.
-        json.dumps(report, allow_nan=False, ensure_ascii=False).encode()
-        tables.table(report)
-        compare.runs_table([(report["task"] + report["metric"], report)])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        legal = f"is not the report of a run ({type(error).__name__}: {error})"
-        raise reject("RUN", str(path), legal) from error
-    return report
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,11 +6,14 @@ written twice.
 """
 
 import dataclasses
+import json
+import pathlib
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cofi_jax.errors import reject
 from cofi_jax.report import figures
 
 Report = dict[str, Any]  # the content of a `report.json`
@@ -103,6 +106,11 @@ def where(report: Report) -> str:
     return f"{how['device']}, {how['dtype']}, batches of {size}"
 
 
+def items(pairs: Iterable[tuple[str, str]]) -> str:
+    """A Markdown list of names in bold, each followed by a text."""
+    return "\n".join(f"- **{escape(name)}** {escape(text)}" for name, text in pairs)
+
+
 def folded(title: str, markdown: str) -> str:
     """Markdown that is shown when the reader opens `title`, which is of plain words."""
     return f"<details>\n<summary>{title}</summary>\n\n{markdown}\n\n</details>"
@@ -118,45 +126,64 @@ def headline(report: Report) -> str:
     )
 
 
+def key_figures(report: Report) -> list[tuple[str, str]]:
+    """The figures that matter most, and what each of them is."""
+    before, after = report["teacher"]["score"], report["pruned"]["score"]
+    encoder, everything = (
+        f"{count(params['dense'])} \N{RIGHTWARDS ARROW} {count(params['pruned'])}"
+        for params in (report["params"]["encoder"], report["params"]["total"])
+    )
+    target, speedup = percent(report["target_sparsity"]), f"{report['speedup']:.1f}x"
+    turns = f"{spread(report)} in 90 % of the turns; {where(report)}"
+    change = f"{report['metric']}, dense to pruned: {after - before:+.4f}"
+    return [
+        (f"{before:.3f} \N{RIGHTWARDS ARROW} {after:.3f}", change),
+        (percent(report["sparsity"]), f"sparsity, target {target}"),
+        (speedup, f"speedup, {turns}"),
+        (encoder, f"encoder parameters; with all others {everything}"),
+    ]
+
+
 def comparison(report: Report) -> Table:
     """Everything that both the dense and the pruned model have, with a note."""
-    how, models = report["benchmark"], (report["teacher"], report["pruned"])
-    # Reports of earlier versions have the one score only, and less of the latency.
-    usual = [{"": {report["metric"]: model["score"]}} for model in models]
-    scores = [m.get("scores", u) for m, u in zip(models, usual, strict=True)]
+    scores = []
+    for model in (report["teacher"], report["pruned"]):
+        # Reports of earlier versions have the one score only.
+        alone = {"validation": {report["metric"]: model["score"]}}
+        scores.append(score_rows(model.get("scores") or alone))
     rows = [
         [name, f"{dense:.4f}", f"{pruned:.4f}", f"{pruned - dense:+.4f}"]
-        for (name, dense), (_, pruned) in zip(*map(score_rows, scores), strict=True)
+        for (name, dense), (_, pruned) in zip(*scores, strict=True)
     ]
     rows[0][0] = report["metric"]
     if "score_before_finetune" in report["pruned"]:
         before = report["pruned"]["score_before_finetune"]
         rows[0][3] += f"; {before:.4f} before fine-tuning"
-
-    def add(name, form, values, note=""):
-        cells = (form.format(values[model]) for model in ("dense", "pruned"))
-        rows.append([name, *cells, note])
-
     target = f"target {percent(report['target_sparsity'])}"
     rows.append(["sparsity", "-", percent(report["sparsity"]), target])
-    parts = (("encoder parameters", "encoder"), ("all parameters", "total"))
-    counts = {name: report["params"][part] for name, part in parts}
+    parts = report["params"]
+    counts = {"encoder parameters": parts["encoder"], "all parameters": parts["total"]}
     for name, of in TOTALS.items():
         counts[name] = {"dense": of(report["dense"]), "pruned": of(report["kept"])}
-    for name, pair in counts.items():
-        left = pair["dense"] and f"{percent(pair['pruned'] / pair['dense'])} left"
-        add(name, "{:,}", pair, left or "")
+    for name, number in counts.items():
+        dense, pruned = number["dense"], number["pruned"]
+        left = f"{percent(pruned / dense)} left" if dense else ""
+        rows.append([name, f"{dense:,}", f"{pruned:,}", left])
     gain = f"{report['speedup']:.1f}x as fast ({spread(report)})"
-    add("latency of a batch", "{:.2f} ms", report["latency_ms"], gain)
-    if "latency_spread_ms" in how:
-        form = "{0[0]:.4g}\N{EN DASH}{0[1]:.4g} ms"
-        add("5th to 95th percentile", form, how["latency_spread_ms"])
-        add("examples per second", "{:,.0f}", how["examples_per_second"])
+    how, ends = report["benchmark"], "{0[0]:.4g}\N{EN DASH}{0[1]:.4g} ms"
+    for name, found, form, note in (
+        ("latency of a batch", report["latency_ms"], "{:.2f} ms", gain),
+        ("5th to 95th percentile", how.get("latency_spread_ms"), ends, ""),
+        ("examples per second", how.get("examples_per_second"), "{:,.0f}", ""),
+    ):
+        if found:  # reports of earlier versions lack the other two
+            cells = (form.format(found[model]) for model in ("dense", "pruned"))
+            rows.append([name, *cells, note])
     return Table("<>><", ("", "dense", "pruned", "note"), rows)
 
 
 def score_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, float]]:
-    """(name, value) of all scores; the split is named where there are several."""
+    """The names and values of all scores; a name has the split if there are several."""
     return [
         (f"{metric}, {split}" if len(scores) > 1 else metric, value)
         for split, values in scores.items()
@@ -170,8 +197,8 @@ def layers(report: Report) -> Table:
     for key in ("heads", "intermediate"):
         pairs = zip(report["kept"][key], report["dense"][key], strict=True)
         columns.append([f"{kept} / {of}" if kept else "absent" for kept, of in pairs])
-    pairs = enumerate(zip(*columns, strict=True), start=1)
-    rows = [(str(number), *cells) for number, cells in pairs]
+    numbers = map(str, range(1, len(columns[0]) + 1))
+    rows = list(zip(numbers, *columns, strict=True))
     return Table(">>>", ("layer", "heads kept", "FFN width kept"), rows)
 
 
@@ -210,6 +237,33 @@ def stages(metrics: Sequence[dict[str, Any]], least: float = 0.0) -> Table:
         )
     head = ("stage", "steps", "time", "examples/s, median", "best score", "last score")
     return Table("<>>>>>", head, rows)
+
+
+def method(report: Report) -> list[tuple[str, str]]:
+    """Each measured quantity, and the sentence on how it was measured."""
+    repeats = report["benchmark"]["repeats"]
+    difference = f"{report['masked_vs_sliced_max_abs_diff']:.1e}"
+    stages = (f"{k} {s / 60:.1f} min" for k, s in report["seconds"].items())
+    versions = (f"{name} {version}" for name, version in report["versions"].items())
+    texts = {
+        "Score": f"""The {report["metric"]} on the validation set, the first one where
+            there are several. Dense is the teacher, pruned the sliced model after
+            fine-tuning.""",
+        "Encoder parameters": """The weights and biases of attention and feed-forward
+            blocks; sparsity is the fraction of them that was removed. All parameters
+            are those and embeddings, LayerNorms, pooler and head.""",
+        "Latency": f"""The median of the passes. Both models took turns in one process
+            after warming up, {repeats} turns each, of at least 50 ms (less the first
+            pass) or one pass; all turns weigh the same. Timed on {where(report)}.""",
+        "Speedup": """The median of the ratios turn by turn, with their 5th and 95th
+            percentile in brackets.""",
+        "Slicing": f"""Evaluated in float32 on the validation set, the logits of the
+            masked and the sliced model differ by at most {difference}.""",
+        "Time": ", ".join(stages),
+        "Seed": str(report["seed"]),
+        "Versions": ", ".join(versions),
+    }
+    return [(name, " ".join(text.split())) for name, text in texts.items()]
 
 
 def evaluation(result: dict[str, Any]) -> str:
@@ -282,3 +336,35 @@ def _timing_row(cell, reference):
         f"{cell['examples_per_second']:,.0f}",
         "-" if cell["model"] == reference else gain,
     )
+
+
+def read_report(path: pathlib.Path, field: str) -> Report:
+    """Reads a `report.json` and checks that all tables can be made of it.
+
+    Raises:
+      UserError: naming `field`, where the file is damaged or not the report of a run.
+      OSError: the file cannot be read.
+    """
+    numbers = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _number)
+    try:
+        report = json.loads(path.read_bytes(), **numbers)
+        # JSON can spell half a surrogate pair, which no file can hold.
+        json.dumps(report, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise reject(field, str(path), f"is damaged: {error}") from error
+    try:
+        for text in (headline, table):
+            text(report)
+        names = report["task"], report["metric"]
+        if not all(isinstance(name, str) for name in names) or not layers(report).rows:
+            raise TypeError("a name is not text, or there is no layer")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        legal = f"is not the report of a run ({type(error).__name__}: {error})"
+        raise reject(field, str(path), legal) from error
+    return report
+
+
+def _number(text):
+    if not abs(float(text)) < 1e15:  # which also refuses NaN and infinity
+        raise ValueError(f"{text[:20]} is not a number of a report")
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
