@@ -52,13 +52,13 @@ class Span(Problem):
 
     def tokenise(self, columns, task, tokenizer, *, training):
         """Makes as many windows of each context as it takes, see `squad.windows`."""
-        *rows, questions, skipped = squad.windows(
+        ids, types, labels, questions, skipped = squad.windows(
             columns, tokenizer, max_length=task.max_length, training=training
         )
         if skipped:
             warning = "questions skipped: their answer is not in their context"
             print(f"warning: {skipped} {warning}", file=sys.stderr)
-        return Examples(*rows, tokenizer.pad_token_id, questions)
+        return Examples(ids, types, labels, tokenizer.pad_token_id, questions)
 
     def choices(self, logits, batch):
         """Two choices among T tokens for each row."""
