@@ -103,10 +103,8 @@ def multiply_adds(config: EncoderConfig, seq_length: int) -> int:
     sizes = {"T": seq_length, "D": config.hidden_size, "d": config.head_size}
     total = 0
     for block in blocks(config):
-        kernels = [
-            f"T{axes}" for name, axes in block.arrays.items() if "kernel" in name
-        ]
         sizes[block.unit] = sum(block.sizes(config))
+        kernels = [f"T{kernel}" for kernel, _ in block.modules.values()]
         for product in (*kernels, *block.products):
             total += math.prod(sizes[axis] for axis in product)
     if config.reads_every_token:

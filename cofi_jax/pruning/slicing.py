@@ -60,16 +60,13 @@ class PrunedSpec:
         `take(take(params, first), second) == take(params, first.compose(second))`.
         """
 
-        def rows(first, second):
-            return tuple(
-                tuple(kept[i] for i in row)
-                for kept, row in zip(first, second, strict=True)
-            )
+        def pick(kept, indices):
+            return tuple(kept[i] for i in indices)
 
         return PrunedSpec(
-            heads=rows(self.heads, second.heads),
-            intermediate=rows(self.intermediate, second.intermediate),
-            hidden=tuple(self.hidden[i] for i in second.hidden),
+            heads=tuple(map(pick, self.heads, second.heads)),
+            intermediate=tuple(map(pick, self.intermediate, second.intermediate)),
+            hidden=pick(self.hidden, second.hidden),
         )
 
     @classmethod
@@ -90,12 +87,8 @@ def spec_of(masks: Masks, config: EncoderConfig) -> PrunedSpec:
         raise ValueError("masks['hidden']: at least one dimension must stay open")
     present, kept = present_blocks(masks, config), {}
     for block in blocks(config):
-        rows = masks.get(block.inner, block.real(config))
-        rows = [row[:size] for row, size in zip(rows, block.sizes(config), strict=True)]
-        kept[block.widths] = tuple(
-            _open(row) if there else ()
-            for row, there in zip(rows, present[block.name].tolist(), strict=True)
-        )
+        rows = masks.get(block.inner, 1) * block.real(config)  # (L, W)
+        kept[block.widths] = tuple(map(_open, rows * present[block.name][:, None]))
     return PrunedSpec(hidden=hidden, **kept)
 
 
@@ -113,14 +106,15 @@ def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
     """
     flat = traverse_util.flatten_dict(params)
     for path, array in flat.items():
-        axes, layer, block, counted = place(path, flat)
+        axes, layer, block = place(path, flat)
         if not axes.endswith("D"):
             continue
-        if counted and block.inner in masks and block.unit in axes:
-            units = masks[block.inner][layer][: block.sizes(config)[layer]]
-            array = array * units.reshape(-1, *(1,) * (len(axes) - 1))
-        if counted and block.outer in masks:
-            array = array * masks[block.outer][layer]
+        if block is not None and path[1] == block.name:  # not its LayerNorm
+            if block.inner in masks and block.unit in axes:
+                units = masks[block.inner][layer][: block.sizes(config)[layer]]
+                array = array * units.reshape(-1, *(1,) * (len(axes) - 1))
+            if block.outer in masks:
+                array = array * masks[block.outer][layer]
         flat[path] = array * masks.get("hidden", 1.0)
     return traverse_util.unflatten_dict(flat)
 

@@ -256,7 +256,7 @@ def learn_masks(
         if path.exists():  # what a device likes, the next one may not
             return
         transform = (
-            transforms.round_to_device()
+            transforms.round_to_device(config=model.config)
             if settings.round_widths
             else transforms.chain()
         )

@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -54,23 +53,14 @@ class Batches:
 
     def after(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """The row numbers, at most B, and the batch of each step after `step`."""
-        epoch, skip = divmod(
-            step, batches_lib.steps_per_epoch(len(self.examples), self.batch_size)
+        return batches_lib.stream(
+            self.examples,
+            batch_size=self.batch_size,
+            buckets=self.buckets,
+            seed=self.seed,
+            stage=self.stage,
+            first_step=step,
         )
-        while True:
-            plan = batches_lib.epoch_plan(
-                self.examples.lengths,
-                batch_size=self.batch_size,
-                buckets=self.buckets,
-                seed=zlib.crc32(f"{self.seed} {self.stage}".encode()),
-                epoch=epoch,
-            )
-            for length, rows in plan[skip:]:
-                batch = batches_lib.make_batch(
-                    self.examples, rows, length=length, batch_size=self.batch_size
-                )
-                yield rows, batch
-            epoch, skip = epoch + 1, 0
 
 
 @dataclasses.dataclass(frozen=True)

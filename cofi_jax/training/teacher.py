@@ -11,6 +11,7 @@ bucket are kept; a batch with a row that `epoch_plan` moved up is computed each 
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,8 @@ class TeacherCache:
     def __init__(self, teacher: Encoder, params: dict, distill: Distill):
         self._teach = make_teacher_forward(teacher, distill)
         self._params, self._cache = distributed.replicate(params), distill.cache
-        self._key, self._store = None, None
+        self._key: Any = None
+        self._store: Any = None
 
     def of(
         self, examples: batches.Examples, buckets: Sequence[int], batch_size: int
