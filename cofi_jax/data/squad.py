@@ -3,8 +3,8 @@
     windows(rows) -> logits of each token as a start and as an end -> score
 
 A context that is too long for the model is cut into overlapping windows, each of them
-with the question in front. The answer is a span of the context, the best one of those of
-all windows.
+with the question in front. The answer is a span of the context, the best one of those
+of all windows.
 """
 
 import collections
@@ -56,9 +56,9 @@ def windows(
     """Tokenises questions and contexts, and finds the answers' tokens.
 
     The windows are those of Hugging Face's recipe (the question first, stripped on its
-    left; `truncation="only_second"`), but they are cut here, so that no length has to be
-    refused: the first 64 tokens of a question are kept, as in BERT's recipe, or as many
-    as fit in half of a short window.
+    left; `truncation="only_second"`), but they are cut here, so that no length has to
+    be refused: the first 64 tokens of a question are kept, as in BERT's recipe, or as
+    many as fit in half of a short window.
 
     A label is the first and the last of the tokens that share a character with the
     first gold answer, and (0, 0) where the window does not hold all of these.
