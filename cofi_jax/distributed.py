@@ -56,11 +56,11 @@ def start() -> None:
         raise reject("--distributed", True, f"{_NEEDED}: {said}") from error
 
 
-def _number(name):
+def _number(name: str) -> int | None:
     text = os.environ.get(name)
     if text is not None and not text.isdecimal():
         raise reject(name, text, "must be a whole number")
-    return text and int(text)
+    return None if text is None else int(text)
 
 
 @functools.cache
@@ -204,7 +204,7 @@ def digest(tree: Any) -> int:
     """The CRC-32 of all arrays of the tree, one after the other."""
     found = 0
     for leaf in jax.tree.leaves(tree):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         found = zlib.crc32(np.ascontiguousarray(jax.device_get(leaf)).data, found)
     return found

@@ -17,6 +17,7 @@ the teacher's outputs for the batch: they are split among its parts as the rows 
 import dataclasses
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,7 @@ class DistillationObjective:
         dropout = key_for(key, "dropout")
         if "part" in batch:
             dropout = jax.random.fold_in(dropout, batch["part"])
-        output = self.student.apply(
+        output: Any = self.student.apply(
             {"params": whole_params(trainable, frozen), "masks": masks},
             batch,
             train=True,

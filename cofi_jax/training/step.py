@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from optax import microbatching
 
 from cofi_jax.models.bert import Batch
@@ -50,7 +51,7 @@ def learning_rate(
 
 
 def rate_at(
-    step: jax.Array, peak: jax.Array, warmup_steps: jax.Array, decay: jax.Array
+    step: ArrayLike, peak: jax.Array, warmup_steps: jax.Array, decay: jax.Array
 ) -> jax.Array:
     """An optax schedule: the learning rate of the 0-based `step`.
 
@@ -58,6 +59,7 @@ def rate_at(
     of rate 0 would be wasted. Afterwards the rate falls by `decay` of the peak a step.
     optax's own schedules want their lengths as constants of the compiled program.
     """
+    step = jnp.asarray(step)
     rise = (step + 1) / jnp.maximum(warmup_steps, 1)
     return peak * jnp.minimum(rise, jnp.maximum(0.0, 1 - decay * (step - warmup_steps)))
 
@@ -182,7 +184,7 @@ def train_step(
     updates, optimizer_state = optimizer().update(
         gradients, state.optimizer, state.trainable
     )
-    trainable = optax.apply_updates(state.trainable, updates)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
     if "log_alpha" in trainable:
         trainable["log_alpha"] = masks.clamp(trainable["log_alpha"])
     state = state.replace(

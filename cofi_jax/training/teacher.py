@@ -45,7 +45,7 @@ def make_teacher_forward(
 
     @jax.jit
     def teacher_forward(params, batch):
-        output = teacher.apply({"params": params}, batch)
+        output: Any = teacher.apply({"params": params}, batch)
         outputs = {}
         if distill.logits:
             outputs["logits"] = output.logits
