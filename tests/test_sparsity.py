@@ -241,7 +241,7 @@ def test_cost_is_linear_in_each_gate():
             costs = []
             for value in (0.0, 0.25, 1.0):
                 gates[kind][index], old = value, gates[kind][index]
-                costs.append(cost.cost(gates, TOY))
+                costs.append(cost.PARAMETERS.expected(gates, TOY))
                 gates[kind][index] = old
             assert costs[1] == pytest.approx(0.75 * costs[0] + 0.25 * costs[2])
             assert costs[0] < costs[2]

@@ -1,4 +1,4 @@
-"""Transforms from masks to masks."""
+"""Transforms from masks to masks; none of them opens padding (see `masks`)."""
 
 import functools
 from collections.abc import Callable
@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax.errors import reject
-from cofi_jax.models.spec import check_kinds
-from cofi_jax.pruning.masks import _BLOCKS, Masks
+from cofi_jax.models.spec import INNER, check_kinds
+from cofi_jax.pruning.masks import Masks
 
 MaskTransform = Callable[[Masks], Masks]
 
-
-# Open for slicing, and too little to show in any float32 sum.
+# A gate of this value is open for slicing, and too small to show in a float32 sum.
 _TINY = 1e-12
 
 
@@ -37,7 +36,7 @@ def without(*kinds: str) -> MaskTransform:
 
 def harden() -> MaskTransform:
     """Makes every open gate 1."""
-    return lambda masks: {k: (v > 0).astype(v.dtype) for k, v in masks.items()}
+    return lambda masks: {k: jnp.sign(v) for k, v in masks.items()}
 
 
 def drop_empty() -> MaskTransform:
@@ -48,11 +47,11 @@ def drop_empty() -> MaskTransform:
 
     def apply(masks):
         masks = dict(masks)
-        for block, inner in _BLOCKS.items():
+        for block, inner in INNER.items():
             if inner in masks and block in masks:
-                any_open = (masks[inner] > 0).any(-1)
-                masks[block] = jnp.where(any_open, masks[block], 0)
-                masks[inner] = jnp.where(masks[block][:, None] > 0, masks[inner], 0)
+                empty = ~(masks[inner] > 0).any(-1)
+                masks[block] = _close(masks[block], empty)
+                masks[inner] = _close(masks[inner], masks[block][:, None] <= 0)
         return masks
 
     return apply
@@ -94,7 +93,7 @@ def round_to_multiple(**multiples: int) -> MaskTransform:
     """
     check_kinds("kinds", tuple(multiples))
     for kind, multiple in multiples.items():
-        if kind in _BLOCKS:
+        if kind in INNER:
             legal = "a block is there or absent; only widths can be multiples"
             raise reject(kind, multiple, legal)
         if type(multiple) is not int or multiple < 1:
@@ -112,16 +111,17 @@ def round_to_multiple(**multiples: int) -> MaskTransform:
     return apply
 
 
-# Multiples of 64 fill the tiles that a GPU's matrix units work on. A CPU likes all
-# widths alike. Heads are as wide as they are, and of hidden dimensions none comes free.
+# Multiples of 64 fill the tiles that a GPU's matrix units work on; a CPU is as fast at
+# any width. Whole heads are multiples already, and hidden dimensions cannot be opened
+# without changing the model.
 WIDTHS = {"gpu": {"intermediate": 64}}
 
 
 def round_to_device(platform: str = "") -> MaskTransform:
-    """`round_to_multiple` of what the device likes, at no loss: see `WIDTHS`.
+    """`round_to_multiple` of the widths that a device is fast at, see `WIDTHS`.
 
     Args:
-      platform: as jax names them, gpu or cpu; the one in use if not given.
+      platform: gpu or cpu, as JAX names them; the one in use if not given.
     """
     multiples = WIDTHS.get(platform or jax.default_backend())
     return round_to_multiple(**multiples) if multiples else chain()
@@ -131,9 +131,14 @@ def _number_open(gates):
     return jnp.sum(gates > 0, -1, keepdims=True)
 
 
+def _close(gates, where):
+    """Closes gates; padding, which is negative, stays padding."""
+    return jnp.where(where, jnp.minimum(gates, 0), gates)
+
+
 def _reopen(gates, number, value):
     """Gives `value` to the first `number` closed gates of each row."""
-    closed = gates <= 0
+    closed = gates == 0
     return jnp.where(closed & (jnp.cumsum(closed, -1) <= number), value, gates)
 
 
@@ -174,13 +179,13 @@ def _close_layers(layers, *, named):
             legal = f"must be below {depths[0]}, the number of layers"
             raise reject("layers", max(layers), legal)
         close = np.isin(np.arange(depths[0]), layers) == named
-        for block, inner in _BLOCKS.items():
+        for block, inner in INNER.items():
             if block not in masks and inner not in masks:
                 masks[block] = jnp.ones(depths[0])
             if block in masks:
-                masks[block] = jnp.where(close, 0, masks[block])
+                masks[block] = _close(masks[block], close)
             if inner in masks:
-                masks[inner] = jnp.where(close[:, None], 0, masks[inner])
+                masks[inner] = _close(masks[inner], close[:, None])
         return masks
 
     return apply

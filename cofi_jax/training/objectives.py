@@ -26,7 +26,6 @@ from cofi_jax.pruning import cost as cost_lib
 from cofi_jax.pruning import masks as masks_lib
 from cofi_jax.training.losses import (
     _layers,
-    alive_layers,
     distill_layers,
     draw_layers,
     taught_layers,
@@ -108,7 +107,7 @@ def distillation_objective(student: Encoder, distill: Distill) -> Objective:
                 states.astype(jnp.float32),
                 trainable["distill_projection"],
                 batch["attention_mask"] * batch["weight"][:, None],
-                alive_layers(config, masks)[jnp.array(present)],
+                masks_lib.alive_layers(config, masks)[jnp.array(present)],
                 jnp.asarray(taught),
                 match=distill.match,
                 total=batch["total"]["tokens"] if "total" in batch else None,
@@ -122,7 +121,7 @@ def distillation_objective(student: Encoder, distill: Distill) -> Objective:
 def pruning_objective(
     student: Encoder,
     distill: Distill,
-    cost: cost_lib.Cost = cost_lib.cost,
+    cost: cost_lib.Cost = cost_lib.PARAMETERS,
 ) -> Objective:
     """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
 
