@@ -190,9 +190,13 @@ def test_masked_equals_sliced_and_sliced_again(config, seed, tiny_batch):
     assert whole.config(config) == second.config(narrow)
     assert set(whole.hidden) <= set(spec.hidden)
     jax.tree.map(
-        np.testing.assert_array_equal, take(params, whole), take(take(params, spec), second)
+        np.testing.assert_array_equal,
+        take(params, whole),
+        take(take(params, spec), second),
     )
-    assert PrunedSpec.from_json(json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
+    assert (
+        PrunedSpec.from_json(json.loads(json.dumps(dataclasses.asdict(whole)))) == whole
+    )
     expanded = expand(smaller, whole, params)
     masked = apply(config, expanded, tiny_batch, whole.masks(config))
     assert_same_function(masked, twice, np.array(whole.hidden))
@@ -214,9 +218,7 @@ def test_composition_is_associative_and_has_a_neutral_element():
 def test_open_and_folded_masks_of_a_ragged_model(config, tiny_batch):
     params = random_params(config, 0)
     ones = {k: jnp.ones(s) for k, s in masks.mask_shapes(config).items()}
-    jax.tree.map(
-        np.testing.assert_array_equal, prune(params, ones, config)[0], params
-    )
+    jax.tree.map(np.testing.assert_array_equal, prune(params, ones, config)[0], params)
     gates = drawn(config, 5)
     hard = transforms.harden()(gates)
     soft = apply(config, params, tiny_batch, gates)
@@ -293,7 +295,9 @@ def test_targets_are_met(target, seed):
         log_alpha, WIDE, target, transforms.round_to_multiple(intermediate=8)
     )
     assert cost.exact_sparsity(rounded, WIDE) >= target - 1e-3
-    for width, full in zip(spec_of(rounded, WIDE).intermediate, (300, 120, 0)):
+    for width, full in zip(
+        spec_of(rounded, WIDE).intermediate, (300, 120, 0), strict=True
+    ):
         assert len(width) % 8 == 0 or len(width) == full
 
 

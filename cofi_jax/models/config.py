@@ -20,7 +20,7 @@ class EncoderConfig:
     dropout: float = 0.1
     dtype: str = "float32"  # of the matrix work; parameters stay float32
     problem: str = "classification"  # a key of data.problems.PROBLEMS
-    activation: str = "gelu"  # a key of pointwise.ACTIVATIONS
+    activation: str = "gelu"  # a key of layers.ACTIVATIONS
     model_type: str = "bert"  # as Hugging Face calls the family
     position_offset: int = 0  # the position table's row for the first token
     head: str = ""  # the tokens that the head reads: first, every, or "": by `problem`

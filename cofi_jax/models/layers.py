@@ -1,13 +1,11 @@
-"""What acts between the matrix products: activations, dropout, LayerNorm.
+"""Activations, dropout and LayerNorm, which act between the matrix products.
 
-For the backward pass an activation and a LayerNorm keep what they were given: what they
-compute is sooner computed again than written and read. LayerNorm's way back is written
-down, so forward mode (`jax.jvp`) does not go through.
+For the backward pass an activation and a LayerNorm keep their input alone: it is faster
+to compute their results again than to write and read them. The backward pass of
+LayerNorm is written down, so forward-mode differentiation (`jax.jvp`) does not work.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,15 +13,16 @@ import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Of x, x times the normal distribution up to x, to 1e-6, in float32 within.
+    """The product of x and the cumulative normal distribution at x, to 1e-6.
 
-    By erf, as in PyTorch: twice as fast as by erfc, and less exact far below 0.
+    It is computed in float32 by erf, as in PyTorch. Far below 0, erfc would be more
+    exact, but it takes twice as long.
     """
     wide = x.astype(jnp.float32)
     return (wide * 0.5 * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
-# By Hugging Face's names.
+# The keys are the names of Hugging Face.
 ACTIVATIONS = {
     name: jax.checkpoint(activation)
     for name, activation in {
@@ -38,34 +37,36 @@ ACTIVATIONS = {
 
 
 class Dropout(nn.Module):
-    """Zeros in place of a fraction `rate`, to a 65,536th, and the rest scaled up.
+    """Sets a fraction `rate` of the elements to 0 and scales the others up.
 
-    A random word serves two numbers, those at n and n + N/2 of the last axis: drawing
-    words is what dropout costs.
+    The rate is rounded to a multiple of 2^-16, so that each random word serves two
+    elements, those at n and n + N/2 of the last axis: most of the time that dropout
+    takes goes into drawing words.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Of one axis at least; x itself where it does not train."""
+        """Drops elements of x, (..., N), if `train`; returns x itself otherwise."""
         threshold = min(round(self.rate * 2**16), 2**16 - 1)
         if not train or not threshold:
             return x
-        shape = (*x.shape[:-1], -(-x.shape[-1] // 2))
+        shape = (*x.shape[:-1], -(-x.shape[-1] // 2))  # (..., N / 2)
         words = jax.random.bits(self.make_rng("dropout"), shape, jnp.uint32)
         halves = (half >= threshold for half in (words >> 16, words & 0xFFFF))
-        kept = jnp.concatenate([*halves], -1)[..., : x.shape[-1]]
+        kept = jnp.concatenate([*halves], -1)[..., : x.shape[-1]]  # (..., N)
         return _drop(1 - threshold / 2**16, kept, x)
 
 
-@functools.partial(jax.checkpoint, static_argnums=0)  # else zeros are kept as well
+# Without the checkpoint, the zeros would be kept for the backward pass as well.
+@functools.partial(jax.checkpoint, static_argnums=0)
 def _drop(share, kept, x):
     return jnp.where(kept, x.astype(jnp.float32) / share, 0).astype(x.dtype)
 
 
 class Norm(nn.Module):
-    """LayerNorm over the open hidden dimensions, times the hidden gates.
+    """LayerNorm over the open hidden dimensions, times the hidden mask.
 
     With s the share of a dimension in the statistics, 1 / D or that of the open ones,
 
@@ -80,15 +81,15 @@ class Norm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, gates: jax.Array | None) -> jax.Array:
-        """Of (..., D), with gates (D,) or none; the statistics are float32."""
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """Normalises x, (..., D), under a mask (D,) or none; statistics in float32."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         open_ = None
-        if gates is not None:
-            open_ = gates > 0
-            # Folded here, on D numbers, as slicing folds them into the parameters.
-            scale, bias = scale * gates, bias * gates
+        if mask is not None:
+            open_ = mask > 0
+            # It is folded into D numbers here, as slicing folds it into the parameters.
+            scale, bias = scale * mask, bias * mask
         x = x.astype(jnp.float32)
         return _normalise(x, open_, scale, bias, self.epsilon).astype(self.dtype)
 
@@ -123,75 +124,3 @@ def _backward(epsilon, kept, gradient):
 
 
 _normalise.defvjp(_forward, _backward)
-
-
-@jax.tree_util.register_static
-class _Recipe:
-    """How a pullback is put together again.
-
-    Attributes:
-      structure: its tree.
-      places: for each of its arrays which operand it is, or None.
-    """
-
-    def __init__(self, structure, places):
-        self.structure, self.places = structure, places
-
-
-def if_present(
-    present: jax.Array, block: Callable, fixed: Any, x: jax.Array, *operands: Any
-) -> jax.Array:
-    """`block(fixed, x, *operands)`, or x where `present` is False.
-
-    Args:
-      present: () bool.
-      block: keeps the shape and dtype of x; captures nothing that is differentiated.
-      fixed: a pytree that is not differentiated.
-      x: a floating point array.
-      *operands: pytrees of such arrays.
-    """
-    if jax.default_backend() != "cpu":  # a GPU would wait for the host at a branch
-        return jnp.where(present, block(fixed, x, *operands), x)
-
-    @jax.custom_vjp
-    def run(present, fixed, *operands):
-        return jax.lax.cond(present, block, lambda fixed, x, *_: x, fixed, *operands)
-
-    def forward(present, fixed, *operands):
-        recipes = []
-
-        def there(fixed, *operands):
-            out, pull = jax.vjp(lambda *operands: block(fixed, *operands), *operands)
-            arrays, structure = jax.tree.flatten(pull)
-            place_of = {id(x): i for i, x in enumerate(jax.tree.leaves(operands))}
-            places = [place_of.get(id(x)) for x in arrays]
-            recipes.append(_Recipe(structure, places))
-            return out, [x for x, i in zip(arrays, places, strict=True) if i is None]
-
-        there = jax.jit(
-            there, inline=True
-        )  # traced once, for its shapes and the branch
-
-        def absent(fixed, x, *_):
-            return x, [jnp.zeros(like.shape, like.dtype) for like in likes]
-
-        _, likes = jax.eval_shape(there, fixed, *operands)
-        out, computed = jax.lax.cond(present, there, absent, fixed, *operands)
-        return out, (recipes[-1], present, computed, operands)
-
-    def backward(kept, gradient):
-        recipe, present, computed, operands = kept
-
-        def there(gradient, computed, operands):
-            given, rest = jax.tree.leaves(operands), iter(computed)
-            arrays = [next(rest) if i is None else given[i] for i in recipe.places]
-            return jax.tree.unflatten(recipe.structure, arrays)(gradient)
-
-        def absent(gradient, computed, operands):
-            return gradient, *jax.tree.map(jnp.zeros_like, operands[1:])
-
-        found = jax.lax.cond(present, there, absent, gradient, computed, operands)
-        return None, None, *found
-
-    run.defvjp(forward, backward)
-    return run(present, fixed, x, *operands)

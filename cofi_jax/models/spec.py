@@ -46,6 +46,16 @@ class Block:
         """The kind of the masks on the block's units."""
         return INNER[self.outer]
 
+    @property
+    def kinds(self) -> tuple[str, str]:
+        """The kinds of masks that decide whether the block is absent."""
+        return self.outer, self.inner
+
+    @property
+    def modules(self) -> tuple[str, str]:
+        """The names of the block's modules in the parameters of a layer."""
+        return self.name, self.norm
+
     def weights(self, config: EncoderConfig) -> tuple[tuple[int, int], tuple[int, int]]:
         """The numbers of weights and biases as ((a, b), (c, e)).
 

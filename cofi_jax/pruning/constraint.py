@@ -53,9 +53,7 @@ def max_sparsity(
     return float(1 - left / cost.exact({}, config))
 
 
-def target_at(
-    step: jax.Array, target: jax.Array, warmup_steps: jax.Array
-) -> jax.Array:
+def target_at(step: jax.Array, target: jax.Array, warmup_steps: jax.Array) -> jax.Array:
     """The target at `step`: linear from 0 to `target` over `warmup_steps`."""
     risen = step / jnp.maximum(warmup_steps, 1)
     return target * jnp.where(step < warmup_steps, risen, 1.0)
@@ -114,7 +112,7 @@ def target_masks(
         coarse = number > 0 and not last[finest].any()
         order = {k: jnp.where(last[k], _NEVER, places) for k, places in order.items()}
     if coarse and least > target + tolerance:
-        # No finer gates were left to close, so some open again, in a block that is open.
+        # No finer gates were left to close, so some open again, in an open block.
         for kind in set(order) - {finest}:
             stays = best[kind] > 0
             if INNER.get(kind) == finest:

@@ -11,7 +11,6 @@ the gates of absent blocks, are padding: -inf in log-alphas and -1 in masks. Wha
 else stands there is not counted, and nothing here or in `transforms` opens padding.
 """
 
-import functools
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -48,7 +47,9 @@ def real_gates(
     for block in architecture_of(config).blocks:
         widths = np.array(getattr(config, block.widths))
         real[block.outer] = widths > 0  # (L,)
-        real[block.inner] = np.arange(widths.max()) < widths[:, None]  # (L, H) or (L, F)
+        real[block.inner] = (
+            np.arange(widths.max()) < widths[:, None]
+        )  # (L, H) or (L, F)
     return {kind: real[kind] for kind in KINDS if kind in kinds}
 
 

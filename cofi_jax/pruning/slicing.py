@@ -150,13 +150,10 @@ def take(params: dict, spec: PrunedSpec, architecture: Architecture = BERT) -> d
         if (layer := layer_of(name)) is not None:
             for block in architecture.blocks:
                 if not getattr(spec, block.widths)[layer]:
-                    gone = block.name, block.norm
-                    node = {k: v for k, v in node.items() if k not in gone}
+                    node = {k: v for k, v in node.items() if k not in block.modules}
         if node:
             present[name] = node
-    return jax.tree_util.tree_map_with_path(
-        gather, present, architecture.axes(present)
-    )
+    return jax.tree_util.tree_map_with_path(gather, present, architecture.axes(present))
 
 
 def expand(
