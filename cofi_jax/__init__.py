@@ -53,3 +53,4 @@ with _epy.lazy_api_imports(globals()):
         round_to_multiple,
         without,
     )
+    from cofi_jax.report.model_card import text as model_card

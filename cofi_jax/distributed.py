@@ -1,13 +1,13 @@
-"""Many devices, one program: every process runs all of it, the first one writes.
+"""Data parallelism: every process runs the whole program, and the first one writes.
 
-    batch         rows dealt out to the devices of all processes
-    all the rest  a copy on every device
+    batch            its rows are divided among the devices of all processes
+    everything else  a copy on every device
 
-XLA sees the whole batch and adds up the gradients across devices by itself. What is
-decided by looking at a disk is decided by the first process and told to the others,
-because processes that took different branches would wait for each other forever.
+XLA sees the whole batch and adds up the gradients across devices by itself. Where the
+program looks at a disk, the first process decides and tells the others: processes that
+took different branches would wait for each other forever.
 
-On one device, and with one process, everything here does nothing.
+With one device and one process, nothing here does anything.
 """
 
 import contextlib
@@ -35,18 +35,18 @@ _NEEDED = (
 
 
 def start() -> None:
-    """Joins the processes of a run; returns when all are there.
+    """Joins the processes of a run, and returns when all have started.
 
     Raises:
-      UserError: where the environment does not say who they are.
+      UserError: where the environment does not describe the processes.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     host, _, port = (address or ":").rpartition(":")
     if address is not None and not (host and port.isdecimal()):
         raise reject("JAX_COORDINATOR_ADDRESS", address, "must be host:port")
-    # jax reads the address itself, and these two only from a cluster's variables.
+    # jax itself reads the address, but these two only from a cluster's variables.
     count, index = map(_number, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-    # With it a SIGTERM would be noted for later, and the run would not end.
+    # The service would only take note of a SIGTERM, and the run would not end.
     jax.config.update("jax_enable_preemption_service", False)
     print("waiting for all processes to start", file=sys.stderr, flush=True)
     try:
@@ -71,12 +71,12 @@ def _sharding(*spec) -> NamedSharding:
 
 
 def replicated() -> NamedSharding | None:
-    """Where `replicate` puts arrays; None with one device."""
+    """The sharding of what `replicate` returns; None with one device."""
     return _sharding() if jax.device_count() > 1 else None
 
 
 def shard(batch: Any) -> Any:
-    """The arrays on the devices, each of which has some rows (of the first axis)."""
+    """Puts arrays on the devices, each of which gets some rows of the first axis."""
     if jax.device_count() == 1:
         return jax.device_put(batch)
     sharding = _sharding("data")
@@ -88,10 +88,10 @@ def shard(batch: Any) -> Any:
 
 
 def replicate(tree: Any) -> Any:
-    """The arrays with a copy on every device of every process.
+    """Puts a copy of the arrays on every device of every process.
 
     Raises:
-      RuntimeError: where processes hold different values.
+      RuntimeError: where the processes hold different values.
     """
     if jax.device_count() == 1:
         return jax.device_put(tree)
@@ -116,14 +116,14 @@ def _is_global(x):
 
 
 def local(tree: Any) -> Any:
-    """What `replicate` spread, as arrays of one device of this process again."""
+    """The arrays that `replicate` returned, on one device of this process again."""
     if jax.device_count() == 1:
         return tree
     return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
 
 def fetch(arrays: Any) -> Any:
-    """NumPy arrays, whole in every process, of any that `shard` led to."""
+    """The arrays as NumPy's, whole in every process, however they were sharded."""
     if _several():
         arrays = jax.tree.map(lambda x: _gather()(x) if _is_global(x) else x, arrays)
     return jax.device_get(arrays)
@@ -135,7 +135,7 @@ def _gather():
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes."""
+    """Returns whether this is the process that writes."""
     return not _several() or jax.process_index() == 0
 
 
@@ -144,10 +144,10 @@ def _several():
 
 
 def on_process_zero(function: Callable[[], Any]) -> Any:
-    """Calls `function` in the first process only; all return what it returned.
+    """Calls `function` in the first process only; all processes return its result.
 
-    The others wait, so what it has written is there for them. The result is
-    JSON-able; a UserError is raised in all.
+    The others wait, so that what it writes is there for them. The result can be
+    written as JSON; a UserError is raised in all processes.
     """
     if not _several():
         return function()
@@ -157,7 +157,7 @@ def on_process_zero(function: Callable[[], Any]) -> Any:
             outcome["value"] = function()
         except UserError as error:
             outcome["error"] = str(error)
-    outcome = json.loads(_exchange(json.dumps(outcome))[0])
+    outcome = json.loads(_broadcast(json.dumps(outcome), 0))
     if "error" in outcome:
         raise UserError(outcome["error"])
     return outcome["value"]
@@ -165,41 +165,46 @@ def on_process_zero(function: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def raise_together() -> Iterator[None]:
-    """Within it each process works for itself; a UserError of one is one of all."""
+    """A block in which a UserError of one process is raised in all of them."""
     error = None
     try:
         yield
     except UserError as found:
         error = found
     if _several():
-        for said in filter(None, _exchange(str(error or ""))):
-            raise UserError(said) from error
-    if error:
+        failed = multihost_utils.process_allgather(np.bool(error is not None))
+        if failed.any():
+            raise UserError(_broadcast(str(error), int(failed.argmax()))) from error
+    elif error:
         raise error
 
 
 def check_same(what: str, find: Callable[[], Any]) -> None:
-    """Raises UserError unless `find` finds the same, in words, in all processes."""
-    if _several() and not _same(find()):
+    """Raises a UserError unless `find` returns the same, as text, in all processes."""
+    if _several() and not _same(zlib.crc32(str(find()).encode())):
         raise UserError(f"--distributed=True: {what} must be the same in all processes")
 
 
-def _same(value):
-    return len(set(_exchange(str(value)))) == 1
+def _same(number):
+    return len(set(multihost_utils.process_allgather(np.uint32(number)).tolist())) == 1
 
 
-def _exchange(text: str) -> list[str]:
-    """What each process said, in all processes."""
+def _broadcast(text, source):
+    """The text of the process `source`, in all processes."""
+    is_source = jax.process_index() == source
     data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    padded = np.zeros(-(-sizes.max() // 1024) * 1024 or 1, np.uint8)
-    padded[: data.size] = data
-    every = multihost_utils.process_allgather(padded)
-    return [row[:n].tobytes().decode() for row, n in zip(every, sizes, strict=True)]
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size), is_source))
+    # Each size is compiled for, so there are few of them; the rest is filled up.
+    filled = np.resize(data, -(-size // 1024) * 1024)
+    return (
+        multihost_utils.broadcast_one_to_all(filled, is_source)[:size]
+        .tobytes()
+        .decode()
+    )
 
 
 def digest(tree: Any) -> int:
-    """The CRC-32 of all arrays, one after the other."""
+    """The CRC-32 of all arrays of the tree, one after the other."""
     found = 0
     for leaf in jax.tree.leaves(tree):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -209,23 +214,23 @@ def digest(tree: Any) -> int:
 
 
 class NullLog:
-    """The `report.MetricsLog` of processes that do not write."""
+    """The `log.MetricsLog` of the processes that do not write."""
 
     def rewind(self, stage: str, step: int) -> float:
-        """Nothing has been logged."""
+        """Returns 0 seconds, because nothing has been logged."""
         del stage, step
         return 0.0
 
     def write(self, **values: Any) -> None:
-        """Forgets the line."""
+        """Ignores the line."""
 
 
 @contextlib.contextmanager
 def only_process_zero_prints() -> Iterator[None]:
-    """Within it only the first process prints, and a crash of one ends all.
+    """A block in which only the first process prints, and the crash of one ends all.
 
-    Left to itself, a process that fails would wait at its end for the others, who
-    wait for it.
+    A process that fails would otherwise wait at its end for the others, which wait for
+    it.
     """
     if not _several():
         yield
@@ -236,7 +241,7 @@ def only_process_zero_prints() -> Iterator[None]:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
-                # Handlers made before have kept the stream that they write to.
+                # Handlers that exist already write to the stream they began with.
                 stack.callback(logging.disable, logging.root.manager.disable)
                 logging.disable(logging.WARNING)
             yield

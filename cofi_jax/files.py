@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -24,3 +25,12 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Writes `content` as indented JSON, atomically."""
     write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """The ends of the paths, with as many parts as tell different paths apart."""
+    parts = [pathlib.PurePath(path).parts for path in paths]
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]

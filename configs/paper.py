@@ -10,8 +10,8 @@ Needs the Hugging Face hub for bert-base-uncased and the data; without it add
 --config.model.path=path/to/bert-base-uncased --config.data.path=path/to/qnli
 
 Expected: about what cofi_jax/report/paper.py has of the paper (SST-2 at 95 %: accuracy
-0.906; at 60 %: 0.930). Time: hours on one GPU for a large task, an hour or so for a small
-one; not for a CPU, for which there is short.py.
+0.906; at 60 %: 0.930). Time: hours on one GPU for a large task, an hour or so for a
+small one; not for a CPU, for which there is short.py.
 """
 
 from collections.abc import Callable

@@ -93,12 +93,12 @@ def learn(folder, cache="none"):
 
 def last_theta(folder, run, model, start):
     """As the last checkpoint has it, of however many devices, read on one."""
-    rate = step_lib.Rate.create(0.0, "constant", STEPS)
+    rate = step_lib.learning_rate(0.0, "constant", STEPS)
     like = step_lib.create_state(
         start,
         seed=0,
         stage="prune",
-        rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
+        rates=dict.fromkeys(("weights", "masks", "multipliers"), rate),
         freeze_embeddings=run.config.prune.freeze_embeddings,
         distill_projection=jnp.eye(TINY.hidden_size),
         log_alpha=masks.init_log_alpha(model.config, jax.random.key(0)),

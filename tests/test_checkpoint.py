@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 def state_at(step, seed=0):
     """A state of every kind of leaf, all of them random."""
-    rates = {k: step_lib.Rate.create(0.1, "linear", 9) for k in ("weights", "gates")}
+    rates = {k: step_lib.learning_rate(0.1, "linear", 9) for k in ("weights", "masks")}
     state = step_lib.create_state(
         {"embeddings": np.zeros(5), "layer": {"kernel": np.zeros((30, 20))}},
         seed=seed,

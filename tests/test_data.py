@@ -261,7 +261,7 @@ def test_plan_laws(n, batch_size):
     buckets = (8, 16, 32, 64)
     lengths = np.random.default_rng(n).integers(1, 33, n)
     plan = batches.epoch_plan(
-        lengths, batch_size=batch_size, buckets=buckets, seed=5, epoch=2
+        lengths, batch_size=batch_size, buckets=buckets, stage="", seed=5, epoch=2
     )
     assert (
         len(plan) == math.ceil(n / batch_size) == batches.steps_per_epoch(n, batch_size)
@@ -277,7 +277,7 @@ def test_plan_by_hand():
     # Bucket 4: 5 rows = 2 + 2 + 1 left; bucket 8: that 1 + 3 = 2 + 2; 16 is not needed.
     lengths = np.array([1, 5, 4, 4, 8, 2, 3, 6])
     plan = batches.epoch_plan(
-        lengths, batch_size=2, buckets=(4, 8, 16), seed=0, epoch=0
+        lengths, batch_size=2, buckets=(4, 8, 16), stage="", seed=0, epoch=0
     )
     assert sorted(length for length, _ in plan) == [4, 4, 8, 8]
     short = [row for length, rows in plan if length == 8 for row in rows]
@@ -289,7 +289,7 @@ def test_plan_is_a_function_of_seed_and_epoch():
 
     def plan(seed, epoch):
         rows = batches.epoch_plan(
-            lengths, batch_size=8, buckets=(8, 16), seed=seed, epoch=epoch
+            lengths, batch_size=8, buckets=(8, 16), stage="", seed=seed, epoch=epoch
         )
         return [(length, row.tolist()) for length, row in rows]
 
@@ -302,7 +302,9 @@ def test_plan_is_a_function_of_seed_and_epoch():
 
 def test_plan_refuses_rows_longer_than_the_last_bucket():
     with pytest.raises(IndexError):
-        batches.epoch_plan(np.array([9]), batch_size=1, buckets=(8,), seed=0, epoch=0)
+        batches.epoch_plan(
+            np.array([9]), batch_size=1, buckets=(8,), stage="", seed=0, epoch=0
+        )
 
 
 # Batches

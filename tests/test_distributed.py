@@ -251,7 +251,8 @@ def check():
 
 assert refused(check) == "of the second"
 assert distributed.on_process_zero(lambda: [me, "a" * 3000]) == [0, "a" * 3000]
-assert refused(lambda: distributed.on_process_zero(lambda: reject(f"of {me}"))) == "of 0"
+fails = lambda: reject(f"of {me}")  # noqa: E731
+assert refused(lambda: distributed.on_process_zero(fails)) == "of 0"
 with distributed.raise_together():
     pass
 distributed.check_same("this", lambda: 1)

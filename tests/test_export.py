@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
 import pathlib
 import random
@@ -15,7 +16,6 @@ import sys
 import huggingface_hub
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
@@ -31,9 +31,10 @@ from cofi_jax.data import tasks
 from cofi_jax.data.toy import demo_tokenizer
 from cofi_jax.errors import UserError
 from cofi_jax.export import __main__ as export_lib
-from cofi_jax.export import export, to_stablehlo
+from cofi_jax.export import export, verify
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import slicing
+from cofi_jax.report import model_card
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -108,7 +109,15 @@ def save(path, data, labels=(), **sizes):
         "sparsity": 0.5,
     }
     config = spec.config(dense)
-    saved_model.save_model(path, params, config, spec, tokenizer=tokenizer, about=about)
+    saved_model.save_model(
+        path,
+        params,
+        config,
+        spec,
+        tokenizer=tokenizer,
+        about=about,
+        readme=model_card.text(config, about, {}),
+    )
     return path
 
 
@@ -274,12 +283,13 @@ def test_the_card_of_a_saved_model(copy):
 
 def spoil(monkeypatch):
     """From now on the written weights are a little off."""
-    write = to_stablehlo.write
+    form = export.FORMATS["stablehlo"]
 
     def spoilt(folder, params, config, labels):
-        write(folder, jax.tree.map(lambda x: x * 1.01, params), config, labels)
+        form.write(folder, jax.tree.map(lambda x: x * 1.01, params), config, labels)
 
-    monkeypatch.setattr(to_stablehlo, "write", spoilt)
+    changed = dataclasses.replace(form, write=spoilt)
+    monkeypatch.setitem(export.FORMATS, "stablehlo", changed)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -298,11 +308,12 @@ def test_what_fails_its_check_is_not_written(copy, monkeypatch, before):
     }
     check = json.loads((copy / "check.json").read_text())
     lines = (copy / "README.md").read_text().splitlines()
-    (row,) = (line for line in lines if line.startswith("| this folder |"))
-    assert f"| {check['rows']} |" in row
-    assert f"| {check['max_abs_difference']:.1e} |" in row
-    assert f"| accuracy {check['scores']['accuracy']:.4f} |" in row
-    assert any(line.startswith("| stablehlo |") for line in lines) == before
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    (row,) = (cells for cells in table if cells[:1] == ["this folder"])
+    assert str(check["rows"]) in row
+    assert f"{check['max_abs_difference']:.1e}" in row
+    assert f"accuracy {check['scores']['accuracy']:.4f}" in row
+    assert any(cells[:1] == ["stablehlo"] for cells in table) == before
 
 
 def test_a_folder_of_someone_elses_stays(copy):
@@ -341,6 +352,12 @@ def test_a_package_that_is_missing(copy, monkeypatch):
     [
         ("--formats tflite", "formats='tflite': must be among transformers"),
         ("--formats= --dtype float16", "dtype='float16': must be one of"),
+        ("--dtype bfloat16", "dtype='bfloat16': is for the formats transformers alone"),
+        ("--formats= --dtype bfloat16", "dtype='bfloat16': is for the formats trans"),
+        *(
+            (f"--formats {formats} --dtype bfloat16", "dtype='bfloat16': is for")
+            for formats in ("onnx", "stablehlo", "stock", "transformers,stablehlo")
+        ),
         ("--formats= --seq_length 33", "seq_length=33: must be at most 32"),
         ("--formats= --rows=-1", "--rows=-1: must be 0 or more"),
         ("--formats= --data nowhere/at/all", "data.path='nowhere/at/all'"),
@@ -369,27 +386,43 @@ def test_command(copy, capsys):
     assert "| stablehlo | 20 |" in out and "cpu" in out
 
 
+def test_every_option_is_taken_or_refused():
+    """No format has an option that its `write` does not know, nor the reverse."""
+    for form in export.FORMATS.values():
+        named = [*inspect.signature(form.write).parameters]
+        assert named == ["folder", "params", "config", "labels", *form.options]
+
+
 def test_bfloat16_weights(copy, expected, capsys):
-    """Of transformers alone, rounded first: what is computed with them is exact."""
+    """They are rounded first: what is computed with them is exact."""
     pytest.importorskip("torch")
-    formats = ("transformers", "stock", "stablehlo")
-    checks = run(copy, *formats, dtype="bfloat16")
-    assert all(checks[name]["max_abs_difference"] <= 1e-5 for name in formats)
-    for name, stored in (("transformers", "BF16"), ("stock", "F32")):
-        weights = copy / name / "model.safetensors"
-        with safetensors.safe_open(weights, framework="np") as file:
-            kinds = {file.get_slice(key).get_dtype() for key in file.keys()}
-            assert kinds == {stored}
-            key = "bert.embeddings.word_embeddings.weight"
-            whole = file.get_tensor(key) if stored == "F32" else None
-    assert (whole != whole.astype(ml_dtypes.bfloat16).astype(np.float32)).any()
+    checks = run(copy, "transformers", dtype="bfloat16")
+    assert checks["transformers"]["max_abs_difference"] <= 1e-5
+    assert checks["transformers"]["weights"] == "bfloat16"
+    weights = copy / "transformers" / "model.safetensors"
+    with safetensors.safe_open(weights, framework="np") as file:
+        kinds = {file.get_slice(key).get_dtype() for key in file.keys()}
+    assert kinds == {"BF16"}
     tokens = cofi.load_tokenizer(copy)("A gripping film.")
     batch = {name: np.array([ids], np.int32) for name, ids in tokens.items()}
-    for name in formats:
-        found = export.FORMATS[name].load(copy / name)(batch)
-        difference = np.abs(found - expected).max()
-        assert (difference > 1e-4) == (name == "transformers")
+    found = export.FORMATS["transformers"].load(copy / "transformers")(batch)
+    assert np.abs(found - expected).max() > 1e-4
     assert "[y/N]" not in capsys.readouterr().out  # whether to trust our own code
+
+
+def test_a_format_brings_its_own_check(copy, monkeypatch):
+    """What it finds is in check.json, and it alone decides what is written."""
+    spoil(monkeypatch)
+
+    def check(name, model, validation):
+        found = verify.compare(name, model, validation, tolerance=1.0)
+        return found | {"lost": 0.25}
+
+    form = dataclasses.replace(export.FORMATS["stablehlo"], check=check)
+    monkeypatch.setitem(export.FORMATS, "stablehlo", form)
+    found = run(copy, "stablehlo")["stablehlo"]
+    assert found["lost"] == 0.25 and found["max_abs_difference"] > 1e-4
+    assert found == json.loads((copy / "stablehlo" / "check.json").read_text())
 
 
 # Models of other kinds

@@ -1,5 +1,6 @@
 """A killed run goes on as if nothing had been; the best and the log are right."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -9,14 +10,17 @@ import pytest
 from conftest import random_params
 
 from cofi_jax.checkpoints.state import Checkpoints
+from cofi_jax.config import Config
 from cofi_jax.data import batches as batches_lib
+from cofi_jax.data import tasks
 from cofi_jax.errors import UserError
 from cofi_jax.evaluation import predict as predict_lib
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.run import stages
 from cofi_jax.training import log as log_lib
 from cofi_jax.training import loop, objectives, step
-from cofi_jax.training.step import Rate
+from cofi_jax.training.step import learning_rate
 
 BATCH, BUCKETS, STEPS = 6, (4, 9), 12
 
@@ -110,7 +114,7 @@ def test_predict_all_pads_spans_to_the_last_bucket(rows, batch_size):
 
 def test_batches_from_any_step_are_those_of_the_whole(examples):
     def batches(first_step, count):
-        stream = loop._batches(examples, BATCH, BUCKETS, 57, first_step)
+        stream = loop.Batches(examples, BATCH, BUCKETS, 57, "teacher").after(first_step)
         return [batch for _, batch in itertools.islice(stream, count)]
 
     whole = batches(0, STEPS)
@@ -160,15 +164,15 @@ class Training:
             random_params(self.config, 0),
             seed=1,
             stage="teacher",
-            rates={"weights": Rate.create(0.01, "linear", STEPS, 3)},
+            rates={"weights": learning_rate(0.01, "linear", STEPS, 3)},
             freeze_embeddings=True,
         )
 
     @staticmethod
     def evaluate(trainable, frozen):
         """A deterministic score that rises and falls."""
-        kernel = trainable["params"]["layer_0"]["ffn"]["up"]["kernel"]
-        return loop.Evaluation(float(jnp.sin(1e3 * kernel.sum())), values={"extra": 1})
+        kernel = jax.device_get(trainable["params"]["layer_0"]["ffn"]["up"]["kernel"])
+        return loop.Evaluation(float(np.sin(1e3 * kernel.sum())), values={"extra": 1})
 
     def run(self, workdir, kill=None):
         """Runs to the end; `kill` is (where, n): its n-th call does not return."""
@@ -185,25 +189,26 @@ class Training:
 
         log = log_lib.MetricsLog(workdir / "metrics.jsonl")
         log.write = deadly("write", log.write)
-        with Checkpoints(workdir / "checkpoints") as saved:
+        # Where a restored one lies: both run the same compiled step.
+        state = jax.device_put(self.state(), jax.devices()[0])
+        with (
+            Checkpoints(workdir / "checkpoints") as saved,
+            jax.transfer_guard("disallow"),  # on a GPU, a slip would cost silently
+        ):
             saved.save = deadly("save", saved.save)
             return loop.fit(
-                # Where a restored one lies: both run the same compiled step.
-                jax.device_put(self.state(), jax.devices()[0]),
-                stage="teacher",
-                step=deadly("step", self.step),
-                context={},
-                examples=self.examples,
-                batch_size=BATCH,
-                buckets=BUCKETS,
-                seed=57,
-                total_steps=STEPS,
-                evaluate=deadly("evaluate", self.evaluate),
-                checkpoints=saved,
-                log=log,
-                log_every=3,
-                eval_every=2,
-                checkpoint_every=4,
+                state,
+                loop.Loop(
+                    step=deadly("step", self.step),
+                    context={},
+                    batches=loop.Batches(self.examples, BATCH, BUCKETS, 57, "teacher"),
+                    total_steps=STEPS,
+                    evaluate=deadly("evaluate", self.evaluate),
+                    checkpoints=saved,
+                    log=log,
+                    every=loop.Every(log=3, evaluation=2, checkpoint=4),
+                    start_counts=True,
+                ),
             )
 
 
@@ -237,7 +242,7 @@ def test_an_uninterrupted_run(trained, uninterrupted):
     losses = [line["step"] for line in lines if "loss" in line]
     scores = {line["step"]: line["score"] for line in lines if "score" in line}
     assert losses == [2, 3, 4, 6, 8, 9, 10, 12]  # multiples of 2, 3 and 4
-    assert list(scores) == [2, 4, 6, 8, 10, 12]
+    assert list(scores) == [0, 2, 4, 6, 8, 10, 12]
     assert state.best_score == np.float32(max(scores.values()))
     best = loop.Evaluation(trained.evaluate(state.best, {}).score)
     assert best.score == max(scores.values())
@@ -311,7 +316,14 @@ def test_a_damaged_checkpoint_is_warned_of(trained, uninterrupted, tmp_path, cap
 # The best, and what is not finite, with a scripted step
 
 
-def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_every=1):
+def scripted_fit(
+    tmp_path,
+    evaluations,
+    losses=None,
+    checkpoint_every=4,
+    log_every=1,
+    start_counts=False,
+):
     """Step n adds 1 to trainable; `evaluations` and `losses` are given in order."""
     losses = iter(losses or [{"loss": 1.0}] * len(evaluations))
     given, scores = list(evaluations), iter(evaluations)
@@ -319,7 +331,7 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
         {"embeddings": np.zeros(1), "w": np.zeros(1)},
         seed=0,
         stage="toy",
-        rates={"weights": Rate.create(0.1, "constant", 1)},
+        rates={"weights": learning_rate(0.1, "constant", 1)},
         freeze_embeddings=True,
     )
 
@@ -331,20 +343,19 @@ def scripted_fit(tmp_path, evaluations, losses=None, checkpoint_every=4, log_eve
     with Checkpoints(tmp_path / "checkpoints") as saved:
         return loop.fit(
             state,
-            stage="toy",
-            step=lambda state, context, batch: (advance(state), next(losses)),
-            context={},
-            examples=examples_of([3] * 4),
-            batch_size=2,
-            buckets=(4,),
-            seed=0,
-            total_steps=len(given),
-            evaluate=lambda trainable, frozen: next(scores),
-            checkpoints=saved,
-            log=log_lib.MetricsLog(tmp_path / "metrics.jsonl"),
-            log_every=log_every,
-            eval_every=1 if log_every == 1 else 100,
-            checkpoint_every=checkpoint_every,
+            loop.Loop(
+                step=lambda state, context, batch: (advance(state), next(losses)),
+                context={},
+                batches=loop.Batches(examples_of([3] * 4), 2, (4,), 0, "toy"),
+                total_steps=len(given) - start_counts,
+                evaluate=lambda trainable, frozen: next(scores),
+                checkpoints=saved,
+                log=log_lib.MetricsLog(tmp_path / "metrics.jsonl"),
+                every=loop.Every(
+                    log_every, 1 if log_every == 1 else 100, checkpoint_every
+                ),
+                start_counts=start_counts,
+            ),
         )
 
 
@@ -367,6 +378,18 @@ def test_the_best_is_kept(tmp_path, scores, best_step, best_score):
     assert state.trainable["params"]["w"] == 3
     assert state.best["params"]["w"] == best_step
     assert state.best_score == np.float32(best_score)
+
+
+@pytest.mark.parametrize(
+    "scores, best_step", [([0.5, 0.4, 0.3], 0), ([0.5, 0.6, 0.3], 1), ([1, 1, 1], 0)]
+)
+def test_the_start_may_be_the_best(tmp_path, scores, best_step):
+    evaluations = list(map(loop.Evaluation, scores))
+    state, _ = scripted_fit(tmp_path, evaluations, start_counts=True)
+    assert state.best["params"]["w"] == best_step
+    assert state.best_score == np.float32(max(scores))
+    lines = [line for line in lines_of(tmp_path) if "score" in line]
+    assert [(line["step"], line["score"]) for line in lines] == [*enumerate(scores)]
 
 
 @pytest.mark.parametrize("restored", [False, True])
@@ -416,3 +439,68 @@ def test_a_loss_that_is_not_finite(tmp_path, term, value, spoilt):
     # The checkpoint of step 4 is still good: going on from there ends well.
     state, _ = scripted_fit(tmp_path, evaluations, [fine] * 8, log_every=4)
     assert state.step == 12 and state.trainable["params"]["w"] == 12
+
+
+# A start that is better than what training makes of it
+
+
+@pytest.mark.parametrize("stage", ["teacher", "finetune"])
+def test_a_stage_that_only_harms_returns_its_start(stage, tmp_path):
+    """The training rows teach the opposite of what the model already knows."""
+    config = Config(log_every=1, eval_every=1, checkpoint_every=2, eval_batch_size=6)
+    config.data.task, config.data.max_length, config.data.buckets = "demo", 9, (9,)
+    config.distill.logits = config.distill.layers = 0.0
+    settings = getattr(config, stage)
+    settings.batch_size, settings.epochs, settings.learning_rate = 6, 3, 0.5
+    sizes = EncoderConfig(17, 8, (2,), 4, (4,), 8, 2, 9, dropout=0.0)
+    model, params = Encoder(sizes), jax.device_put(random_params(sizes, 0))
+    rows = examples_of([1, 9, 4, 3, 5, 2, 8] * 3)
+    logits = predict_lib.predict_all(
+        predict_lib.make_predict(model), params, {}, rows, batch_size=6, buckets=(9,)
+    )
+    known = logits.argmax(-1).astype(np.int32)
+    assert 0 < known.sum() < len(known)  # both classes, so a constant is worse
+    log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
+    run = stages.Run(
+        config,
+        tmp_path,
+        tasks.find(config.data),
+        dataclasses.replace(rows, labels=1 - known),
+        {"validation": dataclasses.replace(rows, labels=known)},
+        log,
+    )
+    if stage == "teacher":
+        found, _ = stages.train_teacher(run, model, params)
+    else:
+        student = stages.Student(params, jnp.eye(8))
+        found, _ = stages.finetune(run, model, student, None)
+    scores = [x["score"] for x in log_lib.read_metrics(log.path) if "score" in x]
+    assert scores[0] == 1 > max(scores[1:])
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
+def test_stages_see_the_same_rows_in_other_orders(tmp_path, monkeypatch):
+    """Else pruning's first epoch would repeat that of pre-pruning."""
+    config = Config(log_every=9, eval_every=9, checkpoint_every=9, eval_batch_size=6)
+    config.data.task, config.data.max_length, config.data.buckets = "demo", 9, (9,)
+    config.distill.logits = config.distill.layers = 0.0
+    config.prune.batch_size, config.prune.epochs, config.prune.warmup_epochs = 6, 2, 1
+    sizes = EncoderConfig(17, 8, (2,), 4, (4,), 8, 2, 9, dropout=0.0)
+    model, params = Encoder(sizes), jax.device_put(random_params(sizes, 0))
+    rows, seen = examples_of([1, 9, 4, 3, 5, 2, 8] * 3), []
+
+    def look(state, context, batch):
+        batch = jax.device_get(batch)
+        seen.append(batch["input_ids"][batch["weight"] > 0].tolist())
+        return state.replace(step=state.step + 1), {"loss": 1.0}
+
+    monkeypatch.setattr(step, "make_step", lambda *_: look)
+    monkeypatch.setattr(stages.Run, "score", lambda *_: 0.0)
+    log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
+    validation = {"validation": rows}
+    run = stages.Run(config, tmp_path, tasks.find(config.data), rows, validation, log)
+    student, _ = stages.preprune(run, model, params, None)
+    stages.learn_masks(run, model, student, None)
+    assert len(seen) == 8
+    first, second = sum(seen[:4], []), sum(seen[4:], [])
+    assert first != second and sorted(first) == sorted(second)

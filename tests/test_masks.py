@@ -60,7 +60,7 @@ def draw(seed, layers=3, heads=4, width=7, hidden=9):
 
 
 def test_there_are_31_subsets():
-    assert len(SUBSETS) == 31 and masks.ALL == KINDS
+    assert len(SUBSETS) == 31
 
 
 @pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)

@@ -1,6 +1,7 @@
 """Layer matching and whole objectives, against closed forms and brute force."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -116,7 +117,11 @@ def ordered_by_hand(costs, alive):
     return matched[::-1]
 
 
-_match = jax.jit(losses.match_layers, static_argnames="ordered")
+@functools.partial(jax.jit, static_argnames="ordered")
+def _match(costs, alive, ordered):
+    match = losses.MATCHERS["ordered" if ordered else "closest"]
+    matched, weights = match(costs, alive, jnp.arange(len(costs)))
+    return jnp.where(weights == 1, matched, -1)
 
 
 @st.composite
@@ -217,10 +222,10 @@ def layers_by_hand(student, teacher, projection, weight, alive, taught, match):
     return sum(row[i] for row, i in pairs if i is not None), matched
 
 
-_distill_layers = jax.jit(
-    jax.value_and_grad(losses.distill_layers, argnums=(0, 2)),
-    static_argnames="match",
-)
+@functools.partial(jax.jit, static_argnames="match")
+def _distill_layers(*arguments, match):
+    distill = functools.partial(losses.distill_layers, match=losses.MATCHERS[match])
+    return jax.value_and_grad(distill, argnums=(0, 2))(*arguments)
 
 
 @pytest.mark.parametrize("match", ["closest", "ordered", "fixed"])
@@ -260,7 +265,8 @@ def test_distill_layers_sums_in_one_order(layers, match):
     """A scatter may add up in any order on a GPU, and a resumed run would differ."""
     arguments = *layers, np.ones(L, bool), jnp.array(TAUGHT)
     gradient = jax.grad(losses.distill_layers, argnums=(0, 1, 2))
-    program = jax.make_jaxpr(lambda *a: gradient(*a, match=match))(*arguments)
+    matcher = losses.MATCHERS[match]
+    program = jax.make_jaxpr(lambda *a: gradient(*a, match=matcher))(*arguments)
     assert "scatter" not in str(program)
 
 
@@ -317,10 +323,10 @@ class World:
         return self.batch | {"teacher_outputs": teacher_outputs}
 
     def distillation(self, distill):
-        return objectives.distillation_objective(Encoder(self.student), distill)
+        return objectives.DistillationObjective(Encoder(self.student), distill)
 
     def pruning(self, distill):
-        return objectives.pruning_objective(Encoder(self.student), distill)
+        return objectives.PruningObjective(Encoder(self.student), distill)
 
     def choices(self, logits):
         """What is chosen from, row after row; two choices of each span."""
@@ -402,7 +408,9 @@ def test_distillation_objective_by_hand(worlds, problem, match, which):
         )
         taught = (1, 3)
         if which == "random":
-            taught = losses.draw_layers(jax.random.fold_in(key, 1), 4, 2).tolist()
+            taught = losses.draw_layers(
+                objectives.key_for(key, "layers"), 4, 2
+            ).tolist()
             assert taught[0] in (0, 1) and taught[1] in (2, 3)
         alive = [True, False, True, True]
         layers, matched = world.layers_by_hand(output, taught, match, alive)
@@ -421,7 +429,7 @@ def test_a_term_of_weight_zero_is_not_computed(worlds, logits, layers):
     teacher, params = Encoder(world.teacher), world.teacher_params
     for match in ("closest", "fixed"):
         distill = Distill(logits, layers, match=match)
-        loss_of = objectives.distillation_objective(teacher, distill)
+        loss_of = objectives.DistillationObjective(teacher, distill)
         trainable = {"params": params, "distill_projection": jnp.eye(16)}
         if not layers:
             del trainable["distill_projection"]
@@ -458,7 +466,7 @@ def test_without_a_teacher_the_labels_teach(dense_worlds, problem):
     """No teacher, no context, no projection; the masks count."""
     world = dense_worlds[problem]
     model, none = Encoder(world.student), Distill(logits=0.0, layers=0.0)
-    loss_of = jax.jit(objectives.distillation_objective(model, none))
+    loss_of = jax.jit(objectives.DistillationObjective(model, none))
     trainable, key = {"params": world.params}, jax.random.key(0)
     seen = []
     for masks in ({}, random_masks(world.student)):
@@ -510,16 +518,15 @@ def test_pruning_objective_by_hand(dense_worlds, problem, distill):
     for seed in range(3):
         key = jax.random.key(seed)
         loss, metrics = loss_of(trainable, {}, context, batch, key)
-        mask_key, rest = jax.random.split(key)
-        masks = masks_lib.sample(log_alpha, mask_key)
+        masks = masks_lib.sample(log_alpha, objectives.key_for(key, "masks"))
         output = world.output(masks)
         if not distill.logits:
             expected = world.task_by_hand(output.logits)
         else:
             taught = (1, 3)
             if distill.taught == "random":
-                rest = jax.random.fold_in(rest, 1)
-                taught = losses.draw_layers(rest, 4, 2).tolist()
+                layers_key = objectives.key_for(key, "layers")
+                taught = losses.draw_layers(layers_key, 4, 2).tolist()
             alive = losses.alive_layers(world.student, masks).tolist()
             assert not alive[1]
             layers, _ = world.layers_by_hand(output, taught, distill.match, alive)
@@ -543,7 +550,7 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
         )
     }
     trainable = {"params": params, "distill_projection": jnp.eye(16)}
-    imitation, _ = objectives.distillation_objective(model, distill)(
+    imitation, _ = objectives.DistillationObjective(model, distill)(
         trainable, {}, {}, batch, key
     )
     trainable |= {
@@ -557,7 +564,7 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
         "warmup_steps": np.int32(8),
     }
     loss_of = jax.jit(
-        jax.value_and_grad(objectives.pruning_objective(model, distill), has_aux=True)
+        jax.value_and_grad(objectives.PruningObjective(model, distill), has_aux=True)
     )
     for step, target in ((0, 0.0), (2, 0.15), (8, 0.6), (100, 0.6)):
         context["step"] = np.int32(step)
@@ -589,7 +596,7 @@ def test_pruning_objective_draws_gates_from_the_key(tiny, worlds):
             params, batch
         )
     }
-    loss_of = jax.jit(objectives.pruning_objective(model, Distill()))
+    loss_of = jax.jit(objectives.PruningObjective(model, Distill()))
     first, again, other = (
         loss_of(trainable, {}, context, batch, jax.random.key(seed))
         for seed in (0, 0, 1)
@@ -604,7 +611,7 @@ def test_the_layer_term_in_bfloat16(worlds):
     world = worlds["classification"]
     model = Encoder(dataclasses.replace(world.student, dtype="bfloat16"))
     distill = Distill(num_layers=2)
-    loss_of = objectives.distillation_objective(model, distill)
+    loss_of = objectives.DistillationObjective(model, distill)
 
     def loss(trainable):
         key = jax.random.key(0)

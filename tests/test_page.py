@@ -6,17 +6,26 @@ import pathlib
 import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies
 import pytest
 from test_report import make_metrics, make_report
 
 from cofi_jax import config as config_lib
+from cofi_jax.errors import UserError
+from cofi_jax.report import compare, figures, pages, tables
 from cofi_jax.report import html as html_lib
-from cofi_jax.report import pages, tables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
 VOID = {"meta", "link", "img", "br"}
+
+
+# Punctuation above all, and what is longer or wider than one character in some form.
+st_characters = hypothesis.strategies.sampled_from(
+    "\\`*_{}[]()<>#+-.!|&~$:;\"'/ aZ9\u00e9\u2192\n\t"
+)
 
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=y>&amp;$x^"
@@ -69,7 +78,7 @@ def check(text):
         "html head meta link title style body main h1 h2 h3 p section".split()
     )
     allowed |= set("div table thead tbody tr th td figure img dl dt dd".split())
-    allowed |= {"details", "summary", "pre"}
+    allowed |= {"details", "summary", "pre", "code", "ul", "li", "strong"}
     assert {tag for tag, _ in found.tags} <= allowed  # no script, no frame, no form
     for _, attrs in found.tags:
         assert not any(name.startswith("on") or name == "style" for name in attrs)
@@ -218,9 +227,41 @@ def test_hostile_text_is_only_text(recwarn):
 
 
 def test_attributes_are_escaped():
-    found = Page(html_lib.table('a"b<c>&d', ["x"], [["<i>"]]))
-    assert found.all("div")[0]["aria-label"] == 'a"b<c>&d'
+    table = tables.Table("<", ["x"], [["<i>"]])
+    text = f"# {tables.escape(HOSTILE)}\n\n{table}\n\n![x](y)"
+    chart = html_lib.Chart(HOSTILE, figures.new_figure(1, 1), HOSTILE)
+    found = check(html_lib.page(text, {"y": [chart]}, generator=HOSTILE))
+    assert found.all("div")[0]["aria-label"] == HOSTILE
+    assert found.all("img")[0]["alt"] == HOSTILE
+    assert {"name": "generator", "content": HOSTILE} in found.all("meta")
     assert found.rows == [["x"], ["<i>"]]
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(hypothesis.strategies.text(st_characters, max_size=12))
+def test_any_text_is_shown_as_it_is(foreign):
+    """In a table, in a list and in a sentence, but for runs of spaces."""
+    shown = " ".join(foreign.split())
+    escaped = tables.escape(foreign)
+    parts = [
+        f"# Title {escaped}.",
+        str(tables.Table("<>", ["a", foreign], [[foreign, "b"]])),
+        tables.items([(f"b{foreign}", foreign)]),
+        f"So {escaped}.",
+    ]
+    found = Page(html_lib.page("\n\n".join(parts), {}, generator=""))
+    assert found.rows == [["a", shown], [shown, "b"]]
+    for text in (f"Title {shown}.", f"So {shown}.", f"b{foreign}".strip()):
+        assert " ".join(text.split()) in " ".join(found.text.split())
+    tags = {tag for tag, _ in found.tags}
+    assert not tags & {"em", "a", "img", "code", "s", "script", "blockquote", "br"}
+
+
+def test_only_our_own_markup_is_let_through():
+    text = "# t\n\n<div onclick=x>\n\n<details>\n<summary><b>x</b></summary>\n\na <i>b"
+    found = check(html_lib.page(text, {}, generator=""))
+    for markup in ("<div onclick=x>", "<summary><b>x</b></summary>", "a <i>b"):
+        assert markup in found.text
 
 
 # Several runs
@@ -236,7 +277,8 @@ def test_comparison_has_a_row_for_each_run_and_charts_for_each_task():
     runs = [("a", variant()), ("b", variant(target=0.6)), ("c", variant(task="mrpc"))]
     found = check(pages.compare_page(runs))
     head, *rows = found.rows
-    assert tuple(head) == tables.RUNS and [row[0] for row in rows] == ["a", "b", "c"]
+    assert head == compare.runs_table(runs).head
+    assert [row[0] for row in rows] == ["a", "b", "c"]
     assert rows[0][1:8] == [
         *("sst2", "accuracy", "0.9243", "0.8100", "-0.1143", "95.0 %", "12.3x")
     ]
@@ -383,6 +425,80 @@ def test_mistakes_are_said_in_one_line(case, tmp_path, capsys):
         assert fragment.format(top=tmp_path) in line
     assert not (tmp_path / "to").exists()
     assert (tmp_path / "file").read_text() == "x"
+
+
+def leaves(content, path=()):
+    """The path of every value within a report that is no object."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path
+
+
+WRONG = [
+    "null",
+    '"x"',
+    "[]",
+    "{}",
+    "NaN",
+    "-Infinity",
+    "1e999",
+    "1" + 400 * "0",
+    "true",
+]
+WRONG += [
+    '["x", "y", "z", "w"]',
+    "[[1], [2], [3], [4]]",
+    '"\\ud800"',
+    2000 * "[" + 2000 * "]",
+]
+
+
+@pytest.mark.parametrize("path", list(leaves(variant())), ids=".".join)
+def test_damage_of_any_field_is_said_in_one_line_or_does_no_harm(
+    path, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(compare, "plot_trades", lambda *_: None)  # drawn on the page
+    monkeypatch.setattr(compare, "plot_kept", lambda *_: None)
+    folder = pathlib.Path(save(tmp_path / "run", variant()))
+    drawn = False
+    for wrong in WRONG:
+        content = later(variant())
+        inner = content
+        for key in path[:-1]:
+            inner[key] = inner = dict(inner[key])
+        inner[path[-1]] = "HERE"
+        text = json.dumps(content).replace('"HERE"', wrong)
+        (folder / "report.json").write_text(text)
+        try:
+            reports = pages.load_runs([folder])
+        except UserError as error:
+            assert "report.json" in str(error) and "\n" not in str(error)
+            continue
+        finally:
+            assert capsys.readouterr().err == ""
+        tables.table(reports[0][1])
+        if not drawn:  # one page, for it takes long
+            check(pages.compare_page(reports))
+            drawn = True
+
+
+def test_no_flipped_or_missing_byte_is_a_traceback(tmp_path):
+    folder = pathlib.Path(save(tmp_path / "run", later(variant())))
+    path = folder / "report.json"
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+        flipped = whole[:place] + bytes([whole[place] ^ 0x04]) + whole[place + 1 :]
+        for damaged in (whole[:place], flipped):
+            path.write_bytes(damaged)
+            try:
+                pages.load_runs([folder])
+            except UserError as error:
+                assert str(error).startswith("RUN=") and "\n" not in str(error)
+                refused += 1
+    assert refused > len(whole) / 3
 
 
 def test_process_exits_with_2_and_one_line(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cofi_jax import files
-from cofi_jax.report import figures
+from cofi_jax.report import figures, pages
 from cofi_jax.report import tables as tables_lib
 from cofi_jax.training import log as log_lib
 
@@ -162,13 +162,17 @@ def test_resumed_log_equals_one_that_was_never_interrupted(tmp_path):
 
 def test_table_holds_the_numbers():
     rows = cells(tables_lib.table(make_report()))
-    assert rows[:1] + rows[2:8] == [
-        ["", "dense", "pruned", ""],
+    assert rows[:1] + rows[2:12] == [
+        ["", "dense", "pruned", "note"],
         ["accuracy", "0.9243", "0.9060", "-0.0183; 0.8933 before fine-tuning"],
-        ["encoder parameters", "85.0 M", "4.2 M", "5.0 % left"],
-        ["all parameters", "109.5 M", "27.9 k", "0.0 % left"],
         ["sparsity", "-", "95.0 %", "target 95.0 %"],
-        ["hidden width", "64", "61", ""],
+        ["encoder parameters", "85,000,000", "4,250,000", "5.0 % left"],
+        ["all parameters", "109,483,778", "27,933", "0.0 % left"],
+        ["heads", "16", "7", "43.8 % left"],
+        ["FFN width", "1,024", "95", "9.3 % left"],
+        ["hidden width", "64", "61", "95.3 % left"],
+        ["attention blocks", "4", "3", "75.0 % left"],
+        ["FFN blocks", "4", "3", "75.0 % left"],
         [
             "latency of a batch",
             "41.23 ms",
@@ -176,11 +180,11 @@ def test_table_holds_the_numbers():
             "12.3x as fast (11.9x to 12.7x)",
         ],
     ]
-    assert rows[8:9] + rows[10:] == [
+    assert rows[12:13] + rows[14:] == [
         ["layer", "heads kept", "FFN width kept"],
         ["1", "2 / 4", "30 / 256"],
-        ["2", "-", "64 / 256"],
-        ["3", "1 / 4", "-"],
+        ["2", "absent", "64 / 256"],
+        ["3", "1 / 4", "absent"],
         ["4", "4 / 4", "1 / 256"],
     ]
 
@@ -203,7 +207,7 @@ def test_table_holds_every_metric():
     assert rows[2:5] == [
         ["f1", "0.8800", "0.8250", "-0.0550; 0.8933 before fine-tuning"],
         ["exact_match", "0.8100", "0.8230", "+0.0130"],
-        ["encoder parameters", "85.0 M", "4.2 M", "5.0 % left"],
+        ["sparsity", "-", "95.0 %", "target 95.0 %"],
     ]
 
 
@@ -215,7 +219,7 @@ def test_table_holds_every_split():
     rows = cells(tables_lib.table(content))
     assert rows[2][:3] == ["accuracy", "0.8400", "0.8000"]
     assert rows[3] == ["accuracy, mismatched", "0.8500", "0.8100", "-0.0400"]
-    assert rows[4][0] == "encoder parameters"
+    assert rows[4][0] == "sparsity"
 
 
 def evaluated(name, score=0.8, heads=(2, 0), **more):
@@ -361,15 +365,16 @@ def test_counts_are_readable(number, text):
 
 def test_markdown_is_complete():
     content = make_report()
-    text = tables_lib.markdown(content, '{\n  "seed": 57\n}\n')
+    text = pages.markdown(content, make_metrics(), '{\n  "seed": 57\n}\n')
     assert "12.3x as fast, with accuracy 0.9060 where the dense one has 0.9243" in text
-    assert tables_lib.table(content) in text
+    assert str(tables_lib.comparison(content)) in text
+    assert str(tables_lib.layers(content)) in text
     assert "(sparsity.png)" in text and "(structure.png)" in text
-    assert "differ by at most 3.2e-06" in text and "the passes in 30 turns" in text
+    assert "differ by at most 3.2e-06" in text and "warming up, 30 turns each" in text
     assert "teacher 1.5 min, prune 65.1 min" in text and "jax 0.10.2" in text
-    assert (
-        '<details>\n<summary>Config</summary>\n\n```json\n{\n  "seed": 57\n}\n' in text
-    )
+    assert "NVIDIA H200, bfloat16, batches of 128 x 64 tokens" in text
+    fold = "<details>\n<summary>The exact config of this run</summary>\n\n"
+    assert fold + '```json\n{\n  "seed": 57\n}\n```\n\n</details>\n' in text
 
 
 def assert_png(path):

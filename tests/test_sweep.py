@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -62,9 +63,11 @@ def table(content):
     """The cells of `table.md` by heading, and what stands below the table."""
     text = sweep.markdown(content)
     grid, _, below = text.partition("\n\n")
-    lines = [line.strip("| ").split(" | ") for line in grid.splitlines()]
+    assert len(set(map(len, grid.splitlines()))) == 1  # it lines up on a terminal
+    lines = [line.strip("|").split("|") for line in grid.splitlines()]
+    lines = [[cell.strip() for cell in line] for line in lines]
     assert {len(line) for line in lines} == {len(lines[0])}
-    assert set(lines[1]) == {"---"}
+    assert all(re.fullmatch("--+[-:]", cell) for cell in lines[1])
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]], below
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.training import loop, objectives, step
 from cofi_jax.training import teacher as teacher_lib
 from cofi_jax.training.log import MetricsLog
-from cofi_jax.training.step import Rate
+from cofi_jax.training.step import learning_rate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -51,7 +52,7 @@ def model_of(tiny, problem="classification", dtype="float32"):
         (Distill(logits=0.0, num_layers=1), (1,)),
     ],
 )
-def test_a_lesson_is_what_the_model_says(
+def test_teacher_outputs_are_what_the_model_says(
     tiny, tiny_params, tiny_batch, distill, taught
 ):
     model = model_of(tiny)
@@ -82,7 +83,7 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
     params, distill = random_params(model.config, 1), Distill(num_layers=2)
     asked = []
 
-    def lessons_of(cache):
+    def outputs_of(cache):
         teaching = teacher_lib.TeacherCache(
             model, params, dataclasses.replace(distill, cache=cache)
         )
@@ -95,8 +96,8 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
         teaching._teach = counted
         return teaching.of(examples, BUCKETS, BATCH)
 
-    fresh, kept = lessons_of("none"), lessons_of(cache)
-    stream = loop._batches(examples, BATCH, BUCKETS, 57, 0)
+    fresh, kept = outputs_of("none"), outputs_of(cache)
+    stream = loop.Batches(examples, BATCH, BUCKETS, 57, "prepruning").after(0)
     for rows, batch in itertools.islice(stream, 18):
         batch = jax.device_put(batch)
         expected, found = fresh(rows, batch), kept(rows, batch)
@@ -124,7 +125,7 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
             random_params(tiny, 2),
             seed=0,
             stage="prune",
-            rates={"weights": Rate.create(1e-3, "constant", 1)},
+            rates={"weights": learning_rate(1e-3, "constant", 1)},
             freeze_embeddings=True,
             distill_projection=jnp.eye(16),
         )
@@ -132,21 +133,19 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
         with Checkpoints(tmp_path / cache) as saved:
             state, _ = loop.fit(
                 state,
-                stage="prune",
-                step=step.make_step(objectives.distillation_objective(model, distill)),
-                context={},
-                examples=examples,
-                batch_size=BATCH,
-                buckets=BUCKETS,
-                seed=57,
-                total_steps=18,
-                evaluate=lambda *_: loop.Evaluation(0.0),
-                checkpoints=saved,
-                log=log,
-                log_every=1,
-                eval_every=100,
-                checkpoint_every=100,
-                teacher_outputs=teaching.of(examples, BUCKETS, BATCH),
+                loop.Loop(
+                    step=step.make_step(
+                        objectives.DistillationObjective(model, distill)
+                    ),
+                    context={},
+                    batches=loop.Batches(examples, BATCH, BUCKETS, 57, "prune"),
+                    total_steps=18,
+                    evaluate=lambda *_: loop.Evaluation(0.0),
+                    checkpoints=saved,
+                    log=log,
+                    every=loop.Every(log=1, evaluation=100, checkpoint=100),
+                    teacher_outputs=teaching.of(examples, BUCKETS, BATCH),
+                ),
             )
         lines = (tmp_path / f"{cache}.jsonl").read_text().splitlines()
         losses = [line.partition('"loss":')[2] for line in lines]
@@ -194,3 +193,34 @@ def test_nothing_is_said_where_nothing_is_kept(tiny, examples, capsys):
 def test_free_memory_is_a_number():
     assert teacher_lib._free_memory("host") > 0
     assert teacher_lib._free_memory("device") > 0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_page_cache_is_free_memory(version, monkeypatch):
+    """A container's limit counts what it reads of files, but gives that up at need."""
+    v2 = {
+        "memory.max": "9000000",
+        "memory.current": "8500000",
+        "memory.stat": "anon 500000\nfile 8000000\nshmem 1000000\n"
+        "inactive_anon 1\nactive_anon 1\ninactive_file 4000000\nactive_file 3000000\n",
+    }
+    v1 = {
+        "memory/memory.limit_in_bytes": v2["memory.max"],
+        "memory/memory.usage_in_bytes": v2["memory.current"],
+        "memory/memory.stat": "inactive_file 7\nactive_file 8\n"
+        "total_inactive_file 4000000\ntotal_active_file 3000000\n",
+    }
+    files, read = (v1, v2)[version - 1], pathlib.Path.read_text
+
+    def fake(path, *arguments):
+        group = pathlib.Path("/sys/fs/cgroup")
+        if not path.is_relative_to(group):
+            return read(path, *arguments)
+        if str(path.relative_to(group)) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path.relative_to(group))]
+
+    monkeypatch.setattr(pathlib.Path, "read_text", fake)
+    assert teacher_lib._free_memory("host") == 9e6 - (8.5e6 - 7e6)
+    files |= dict.fromkeys(files, "max")  # no limit: what the machine has
+    assert teacher_lib._free_memory("host") > 9e6

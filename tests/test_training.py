@@ -16,7 +16,7 @@ from cofi_jax.pruning.masks import init_log_alpha
 from cofi_jax.training import objectives
 from cofi_jax.training import step as step_lib
 from cofi_jax.training import teacher as teacher_lib
-from cofi_jax.training.step import Rate
+from cofi_jax.training.step import learning_rate
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -25,29 +25,40 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def rate_at(rate, steps):
-    return [float(rate.at(step)) for step in steps]
+    return [float(step_lib.rate_at(step, **rate)) for step in steps]
 
 
 def test_constant_rate():
-    rate = Rate.create(0.3, "constant", 10)
+    rate = learning_rate(0.3, "constant", 10)
     np.testing.assert_allclose(rate_at(rate, (0, 5, 10, 1000)), 0.3, rtol=1e-6)
 
 
 def test_linear_rate_ends_at_zero():
-    rate = Rate.create(2.0, "linear", 8)
+    rate = learning_rate(2.0, "linear", 8)
     np.testing.assert_allclose(
         rate_at(rate, (0, 2, 4, 7, 8, 100)), [2, 1.5, 1, 0.25, 0, 0], atol=1e-6
     )
 
 
-@pytest.mark.parametrize("schedule, factor", [("constant", 0), ("linear", 1)])
-def test_warm_up(schedule, factor):
+@pytest.mark.parametrize("schedule, end", [("constant", 1), ("linear", 0)])
+def test_warm_up(schedule, end):
     """Step n of 4 has (n + 1) / 4 of the rate; not 0, which would waste the first."""
-    rate = Rate.create(1.0, schedule, 100, warmup_steps=4)
-    steps = np.arange(8)
-    ramp = np.array([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
-    expected = ramp * (1 - factor * steps / 100)
-    np.testing.assert_allclose(rate_at(rate, steps), expected, rtol=1e-6)
+    rate = learning_rate(1.0, schedule, 100, warmup_steps=4)
+    steps = np.arange(101)
+    after = np.interp(steps, [4, 100], [1, end])
+    expected = np.where(steps < 4, (steps + 1) / 4, after)
+    np.testing.assert_allclose(rate_at(rate, steps), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 30, 99, 100, 150])
+def test_every_rate_reaches_its_peak(schedule, warmup_steps):
+    """And never goes beyond it, or below 0; unless the stage ends before that."""
+    rate = learning_rate(1e-3, schedule, 100, warmup_steps)
+    rates = rate_at(rate, range(100))
+    peak = 1e-3 * min(1, 100 / max(warmup_steps, 1))
+    np.testing.assert_allclose(max(rates), peak, rtol=1e-6)
+    assert min(rates) > 0
 
 
 # One step, with gradients that the test chooses
@@ -77,7 +88,7 @@ class NumpyAdam:
 
 
 def toy_state(**rates):
-    rates = {"weights": 0.1, "gates": 0.2, "multipliers": 0.3} | rates
+    rates = {"weights": 0.1, "masks": 0.2, "multipliers": 0.3} | rates
     return step_lib.create_state(
         {
             "embeddings": {"word": np.array([5.0, 6.0], np.float32)},
@@ -85,7 +96,7 @@ def toy_state(**rates):
         },
         seed=0,
         stage="toy",
-        rates={k: Rate.create(v, "linear", 10) for k, v in rates.items()},
+        rates={k: learning_rate(v, "linear", 10) for k, v in rates.items()},
         freeze_embeddings=True,
         distill_projection=np.eye(2, dtype=np.float32),
         log_alpha={"ffn": np.array([0.5, -0.5], np.float32)},
@@ -154,7 +165,7 @@ def test_first_step_goes_one_rate_down_and_multipliers_up():
 
 
 def test_log_alpha_is_clamped():
-    step, state = step_lib.make_step(chosen_gradients), toy_state(gates=3.0)
+    step, state = step_lib.make_step(chosen_gradients), toy_state(masks=3.0)
     gradients = toy_gradients(np.random.default_rng(0), 1.0)
     gradients["log_alpha"]["ffn"] = np.array([1.0, -1.0])
     for _ in range(3):
@@ -166,7 +177,7 @@ def test_log_alpha_is_clamped():
 
 
 def test_embeddings_are_trained_where_they_are_not_frozen(tiny_params):
-    rates = {"weights": Rate.create(1e-3, "constant", 1)}
+    rates = {"weights": learning_rate(1e-3, "constant", 1)}
     for frozen in (True, False):
         state = step_lib.create_state(
             tiny_params, seed=0, stage="x", rates=rates, freeze_embeddings=frozen
@@ -191,7 +202,7 @@ class Pruning:
         self.teacher = jax.device_put(random_params(config, seed=3))
         model = Encoder(config)
         distill = Distill(num_layers=2)
-        loss = objectives.pruning_objective(model, distill)
+        loss = objectives.PruningObjective(model, distill)
 
         def counted(*args):
             self.traces += 1
@@ -203,14 +214,21 @@ class Pruning:
         teach = teacher_lib.make_teacher_forward(model, distill)
         self.batch["teacher_outputs"] = teach(self.teacher, self.batch)
 
-    def state(self, *, seed=0, stage="prune", rates=(1e-3, 0.1, 0.1)):
-        names = ("weights", "gates", "multipliers")
+    def state(
+        self,
+        *,
+        seed=0,
+        stage="prune",
+        rates=(1e-3, 0.1, 0.1),
+        schedule=("constant", 100),
+    ):
+        names = ("weights", "masks", "multipliers")
         return step_lib.create_state(
             self.teacher,
             seed=seed,
             stage=stage,
             rates={
-                name: Rate.create(peak, "constant", 100)
+                name: learning_rate(peak, *schedule)
                 for name, peak in zip(names, rates, strict=True)
             },
             freeze_embeddings=True,
@@ -254,10 +272,7 @@ def test_a_family_of_runs_is_one_program(pruning):
     pruning.run(2)
     pruning.run(2, pruning.context(target=0.9, warmup_steps=50), seed=9)
     pruning.run(2, rates=(1e-5, 0.01, 1.0), stage="another")
-    state = pruning.state()
-    rates = {k: Rate.create(0.1, "linear", 40, 3) for k in state.rates}
-    state = state.replace(rates=jax.device_put(rates))
-    pruning.step(state, pruning.context(), pruning.batch)
+    pruning.run(2, schedule=("linear", 40, 3))
     assert pruning.traces == 1
 
 
@@ -315,8 +330,8 @@ def test_matrix_products_are_in_the_models_dtype(tiny, tiny_batch, absent, monke
 def test_donation_leaves_what_others_hold(pruning):
     """The step may take the state's memory, and only that."""
     teacher = jax.device_get(pruning.teacher)
-    names = ("weights", "gates", "multipliers")
-    rates = jax.device_put({k: Rate.create(0.1, "constant", 1) for k in names})
+    names = ("weights", "masks", "multipliers")
+    rates = jax.device_put({k: learning_rate(0.1, "constant", 1) for k in names})
     log_alpha = init_log_alpha(pruning.config, jax.random.key(0))
     projection = jnp.eye(16)
     context = pruning.context()
@@ -432,12 +447,12 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
     }
     teach = teacher_lib.make_teacher_forward(model, distill)
     batch["teacher_outputs"] = teach(random_params(config, 4), batch)
-    names = ("weights", "gates", "multipliers")
+    names = ("weights", "masks", "multipliers")
     context = {"target_sparsity": np.float32(0.5), "warmup_steps": np.int32(1)}
     games = {
         "task": (objectives.task_objective(model), {}),
         "prune": (
-            objectives.pruning_objective(model, distill),
+            objectives.PruningObjective(model, distill),
             {
                 "distill_projection": jnp.eye(16),
                 "log_alpha": init_log_alpha(config, jax.random.key(0)),
@@ -454,7 +469,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
                 random_params(config, 3),
                 seed=0,
                 stage=stage,
-                rates={n: Rate.create(1e-2, "constant", 1) for n in names},
+                rates={n: learning_rate(1e-2, "constant", 1) for n in names},
                 freeze_embeddings=False,
                 **trainable,
             )
@@ -463,7 +478,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
             state, metrics = step(state, context, batch)
             # Adam's moments after a step are those of the gradient, which is compared
             # here: where it is 0 but for rounding, the step's sign is chance.
-            found.append((metrics, (state.descent, state.ascent)))
+            found.append((metrics, state.optimizer))
         for metrics, moments in found[1:]:
             for name, value in found[0][0].items():
                 np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6)
@@ -482,8 +497,8 @@ def test_parts_have_noise_of_their_own(pruning):
     seen = []
 
     def loss(trainable, frozen, context, batch, key):
-        gates = masks.sample(trainable["log_alpha"], jax.random.split(key)[0])
-        game = objectives.pruning_objective(model, Distill(num_layers=2))
+        gates = masks.sample(trainable["log_alpha"], objectives.key_for(key, "masks"))
+        game = objectives.PruningObjective(model, Distill(num_layers=2))
         value, metrics = game(trainable, frozen, context, batch, key)
         jax.debug.callback(lambda *x: seen.append(x), gates["head"], value)
         return value, metrics

@@ -2,9 +2,9 @@
 
 They get our parameters, our batches and as many threads as we may use. PyTorch's step
 is what its users write: BertForSequenceClassification as teacher and student, a fused
-AdamW, gradients clipped.
+AdamW, and clipped gradients.
 
-Shapes: B batch, T tokens, D hidden, L layers, K taught layers.
+Shapes: B batch, T tokens, D hidden, C classes.
 """
 
 import importlib.util
@@ -24,17 +24,15 @@ from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.evaluation import timing
 from cofi_jax.export import to_onnx, to_transformers
+from cofi_jax.export.formats import INPUTS
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.training import losses
-
-_NAMES = ("input_ids", "attention_mask", "token_type_ids")
-
 
 _MAX_GRADIENT_NORM = 1.0
 
 
 def missing(*packages: str) -> str:
-    """Which of these packages are not installed, with commas between; or ""."""
+    """Returns which of these packages are not installed, with commas between; or ""."""
     return ", ".join(p for p in packages if importlib.util.find_spec(p) is None)
 
 
@@ -44,26 +42,24 @@ def require(field: str, value: Any) -> None:
         raise reject(field, value, "needs PyTorch: pip install torch")
 
 
-def unfit(config: EncoderConfig) -> str:
-    """Why `pytorch_step` cannot be run on a model of these sizes; "" where it can."""
+def no_pytorch() -> str:
+    """Returns why PyTorch cannot run on jax's device; "" where it can."""
     if gone := missing("torch", "transformers"):
         return f"{gone} not installed"
-    if lost := without_device():
-        return lost
-    single = PROBLEMS[config.problem].problem_type == "single_label_classification"
-    return "" if single else "is for classification only"
-
-
-def without_device() -> str:
-    """Why PyTorch cannot be run where jax is; "" where it can."""
     import torch
 
     on_cpu = jax.default_backend() == "cpu"
     return "" if on_cpu or torch.cuda.is_available() else "its torch has no CUDA"
 
 
+def unfit(config: EncoderConfig) -> str:
+    """Returns why `pytorch_step` cannot train such a model; "" where it can."""
+    single = PROBLEMS[config.problem].problem_type == "single_label_classification"
+    return no_pytorch() or ("" if single else "is for classification only")
+
+
 def _set_up() -> str:
-    """Gives PyTorch our threads, and on a GPU our precision; returns its device."""
+    """Gives PyTorch our threads and, on a GPU, our precision; returns its device."""
     import torch
 
     torch.set_num_threads(timing.cores())
@@ -84,19 +80,19 @@ def pytorch_step(
     dtype: str = "float32",
     compiled: bool = False,
 ) -> Callable[[dict], tuple[Any, Any]]:
-    """A distillation step in PyTorch, with its own copy of the parameters.
+    """Makes a distillation step in PyTorch, with its own copy of the parameters.
 
     Args:
-      student: parameters of a dense classifier; embeddings stay as they are.
-      teacher: likewise.
-      projection: (D, D) from the student's width to the teacher's.
+      student: the parameters of a dense classifier, whose embeddings are frozen.
+      teacher: those of its teacher, of the same sizes.
+      projection: (D, D), from the student's hidden states to the teacher's.
       config: the sizes of both, and the dropout of the student.
-      distill: what is imitated: `closest` layers, evenly spaced.
+      distill: what is imitated; layers are matched to the closest, evenly spaced ones.
       dtype: bfloat16 for automatic mixed precision.
       compiled: whether student and teacher go through torch.compile.
 
     Returns:
-      From a batch of tensors to the loss and the norm of its gradient.
+      A function from a batch of `tensors` to the loss and the norm of its gradient.
     """
     import torch
     from torch.nn import functional as F  # noqa: N812
@@ -108,7 +104,7 @@ def pytorch_step(
     projection = torch.nn.Parameter(torch.tensor(np.asarray(projection)).to(device))
     trained = [p for p in student_model.parameters() if p.requires_grad]
     trained.append(projection)
-    # Without decay it is Adam.
+    # AdamW without decay is Adam.
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
     if compiled:
         teacher_model, student_model = map(
@@ -134,7 +130,7 @@ def pytorch_step(
         )
 
     def step(batch):
-        batch = {name: batch[name].to(device, non_blocking=True) for name in _NAMES}
+        batch = {name: batch[name].to(device, non_blocking=True) for name in INPUTS}
         with torch.no_grad(), mixed:
             target = teacher_model(**batch, output_hidden_states=True)
         with mixed:
@@ -159,24 +155,24 @@ def pytorch_step(
 
 
 def tensors(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A batch of ours for PyTorch, still in the host's memory."""
+    """Returns a batch of ours for PyTorch, still in the host's memory."""
     import torch
 
-    found = {name: torch.tensor(np.asarray(batch[name], np.int64)) for name in _NAMES}
+    found = {name: torch.tensor(np.asarray(batch[name], np.int64)) for name in INPUTS}
     if jax.default_backend() != "cpu":
         found = {name: tensor.pin_memory() for name, tensor in found.items()}
     return found
 
 
 def to_numpy(logits: Any) -> np.ndarray:
-    """Logits of any runtime in float32."""
-    if hasattr(logits, "detach"):  # PyTorch's
+    """Returns the logits of any runtime in float32."""
+    if hasattr(logits, "detach"):  # a tensor of PyTorch
         logits = logits.detach().float().cpu().numpy()
     return np.asarray(logits, np.float32)
 
 
 def wait() -> None:
-    """Until PyTorch has done all that it was told."""
+    """Waits until PyTorch has done all that it was told."""
     import torch
 
     if torch.cuda.is_available():
@@ -189,20 +185,11 @@ def prepare() -> None:
     import transformers  # noqa: F401
 
 
-def allocated(*, forget: bool = False) -> int:
-    """Bytes of the GPU that PyTorch has in use; with `forget`, at most so far."""
+def allocated() -> tuple[int, int]:
+    """Returns the bytes of the GPU that PyTorch has in use, and had at most."""
     import torch
 
-    if forget:
-        torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def most_allocated() -> int:
-    """The most bytes of the GPU that PyTorch had in use."""
-    import torch
-
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
 
 
 def _bert(params, config):
@@ -218,7 +205,7 @@ def _bert(params, config):
 
 
 def is_dense(config: EncoderConfig) -> bool:
-    """Whether transformers has a model of these sizes."""
+    """Returns whether transformers has a model of these sizes."""
     try:
         to_fields(config)
     except UnsupportedCheckpoint:
@@ -229,10 +216,10 @@ def is_dense(config: EncoderConfig) -> bool:
 def pytorch_pass(
     params: dict, config: EncoderConfig, *, compiled: bool = False
 ) -> Callable[[dict], Any]:
-    """A forward pass in PyTorch, of our export where the model is a sliced one.
+    """Makes a forward pass in PyTorch: of our export where the model is a sliced one.
 
     Returns:
-      From a batch of `tensors` to logits (B, C), in `config.dtype`.
+      A function from a batch of `tensors` to logits (B, C), in `config.dtype`.
     """
     import torch
     import transformers
@@ -246,13 +233,7 @@ def pytorch_pass(
         else:
             folder.mkdir()
             to_transformers.write(folder, params, config, ())
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            trust_remote_code=True,
-            local_files_only=True,
-            dtype=getattr(torch, config.dtype),
-        )
-    model = model.to(device).eval()
+        model = to_transformers.load_torch(folder, config.dtype).to(device)
     if compiled:
         model = torch.compile(model)
 
@@ -267,7 +248,7 @@ def pytorch_pass(
 
 
 def onnx_pass(params: dict, config: EncoderConfig) -> Callable[[dict], np.ndarray]:
-    """A forward pass of our export in onnxruntime, on the CPU in float32."""
+    """Makes a forward pass of our export in onnxruntime, on the CPU in float32."""
     with tempfile.TemporaryDirectory() as folder:
         to_onnx.write(pathlib.Path(folder), params, config, ())
         return to_onnx.load(pathlib.Path(folder), threads=timing.cores())

@@ -1,8 +1,8 @@
-"""How long a forward pass takes: dense and sliced, ours and others', beside the floor.
+"""The time of a forward pass: dense and sliced, ours and that of the baselines.
 
-All contestants get the same batch of random tokens without padding, and give the same
-logits as far as the dtype goes. The least time that the device could take is that of
-`floor.pass_seconds`, at the rates measured in the same run.
+All runtimes get the same batch of random tokens without padding, and give the same
+logits as far as the dtype goes. Beside their times stands the least time that a device
+could take, `roofline.pass_seconds`, at the rates measured in the same run.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cofi_jax.benchmarks import baselines, roofline, workload
+from cofi_jax.benchmarks import baselines, roofline, text, workload
 from cofi_jax.benchmarks.workload import Subject
 from cofi_jax.evaluation import latency, timing
 from cofi_jax.evaluation.timing import Timing
@@ -22,12 +22,9 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import transforms
 
 _OURS = "cofi_jax"
+_TOLERANCE = 1e-3  # of float32 logits, relative where they exceed 1
 
-
-_TOLERANCE = 1e-3  # of float32 logits, relative where they are above 1
-
-
-_CALLS = dict[str, Callable[[], Any]]
+Calls = dict[tuple[str, str], Callable[[], Any]]  # by model and runtime
 
 
 def measure(
@@ -38,24 +35,24 @@ def measure(
     repeats: int,
     torch_compile: bool,
 ) -> dict[str, Any]:
-    """Times passes in turn, cell by cell of a grid.
+    """Times passes in turn, at each batch size and length.
 
     Args:
       subject: the models; the sliced one is also tried with its widths rounded up.
-      batch_sizes: B.
-      seq_lengths: T.
-      repeats: turns of each contestant, of one pass or as many as 50 ms hold.
+      batch_sizes: the values of B.
+      seq_lengths: the values of T.
+      repeats: the turns of each, of one pass or as many as 50 ms hold.
       torch_compile: whether PyTorch also runs compiled.
 
     Returns:
       `models` (their widths), `rates` of the device, `differences` of logits from
-      ours, `left_out`, with the reason, and `grid`, for each cell, model and runtime
+      ours, `left_out`, with the reason, and `grid`, for each size, model and runtime
         `batch_size`, `seq_length`, `model`, `runtime`
         `latency_ms`, `latency_spread_ms`  median; 5th and 95th percentile
         `examples_per_second`              at the median
         `speedup`, `speedup_spread`        over the dense model in the same runtime
-        `ours_is_faster`, `ours_is_faster_spread`  times, with the same model
-        `floor_ms`, `times_the_floor`
+        `ours_is_faster`, `ours_is_faster_spread`  a ratio, with the same model
+        `roofline_ms`, `times_the_roofline`
 
     Raises:
       UserError: where the memory does not suffice.
@@ -64,8 +61,9 @@ def measure(
     models = variants(subject)
     runtimes, left_out = _runtimes(subject.dense, torch_compile)
     passes = {
-        (model, runtime): make(*models[model])
-        for model, (runtime, make) in itertools.product(models, runtimes.items())
+        (model, runtime): make(params, config)
+        for model, (config, params) in models.items()
+        for runtime, make in runtimes.items()
     }
     rates = roofline.rates(subject.dense.dtype)
     grid, differences = [], {}
@@ -99,10 +97,10 @@ def measure(
 
 
 def variants(subject: Subject) -> dict[str, tuple[EncoderConfig, dict]]:
-    """Sizes and float32 parameters of `dense`, `sliced` and `rounded`.
+    """Returns the sizes and float32 parameters of `dense`, `sliced` and `rounded`.
 
-    `rounded` has the widths of `sliced` raised to the multiples that a GPU likes, see
-    `masks.round_to_device`; it is missing where they are so already.
+    `rounded` has the widths of `sliced` raised to the multiples that are fast on a GPU,
+    see `transforms.round_to_device`; it is missing where they are multiples already.
     """
     multiple = transforms.WIDTHS["gpu"]["intermediate"]
     config = workload.rounded(subject.sliced, subject.dense, multiple)
@@ -115,38 +113,34 @@ def variants(subject: Subject) -> dict[str, tuple[EncoderConfig, dict]]:
     return found
 
 
-def _ours(config, params):
+def _ours(params, config):
     params = jax.tree.map(lambda x: jax.numpy.asarray(x, config.dtype), params)
     return functools.partial(latency.forward(Encoder(config)), params)
 
 
 def _runtimes(dense, torch_compile):
-    """What makes a pass of (config, params), by name; and who is left out, and why."""
-    found, left_out = {_OURS: _ours}, {}
+    """Returns what makes a pass of (config, params), by name, and who is left out."""
     tokens = "its head reads every token" if dense.reads_every_token else ""
-
-    def offer(name, make, reason):
-        if reason:
-            left_out[name] = reason
-        else:
-            found[name] = lambda config, params: make(params, config)
-
-    gone = baselines.missing("torch", "transformers")
-    reason = f"{gone} not installed" if gone else tokens or baselines.without_device()
-    offer("pytorch", baselines.pytorch_pass, reason)
-    if torch_compile:
-        compiled = functools.partial(baselines.pytorch_pass, compiled=True)
-        offer("pytorch compiled", compiled, reason)
     gone = baselines.missing("onnx", "onnxruntime")
-    reason = f"{gone} not installed" if gone else tokens
+    onnx = f"{gone} not installed" if gone else tokens
     if jax.default_backend() != "cpu" or dense.dtype != "float32":
-        reason = "is run on a CPU in float32 only"
-    offer("onnxruntime", baselines.onnx_pass, reason)
-    return found, left_out
+        onnx = "is run on a CPU in float32 only"
+    pytorch = baselines.no_pytorch() or tokens
+    compiled = functools.partial(baselines.pytorch_pass, compiled=True)
+    offers = {
+        _OURS: (_ours, ""),
+        "pytorch": (baselines.pytorch_pass, pytorch),
+        "pytorch compiled": (compiled, pytorch),
+        "onnxruntime": (baselines.onnx_pass, onnx),
+    }
+    if not torch_compile:
+        del offers["pytorch compiled"]
+    found = {name: make for name, (make, reason) in offers.items() if not reason}
+    return found, {name: reason for name, (_, reason) in offers.items() if reason}
 
 
-def _differences(calls: _CALLS, dtype: str) -> dict[str, float]:
-    """The largest difference of logits from ours, by `model, runtime`."""
+def _differences(calls: Calls, dtype: str) -> dict[str, float]:
+    """Returns the largest difference of logits from ours, by `model, runtime`."""
     logits = {key: baselines.to_numpy(call()) for key, call in calls.items()}
     found = {}
     for (model, runtime), values in logits.items():
@@ -161,34 +155,29 @@ def _differences(calls: _CALLS, dtype: str) -> dict[str, float]:
 
 
 def described(
-    each: Timing, dense: Timing, ours: Timing, batch_size: int, floor_ms: float
+    each: Timing, dense: Timing, ours: Timing, batch_size: int, roofline_ms: float
 ) -> dict[str, Any]:
-    """A contestant's figures in one cell.
+    """Returns the figures of one model in one runtime for `measure`.
 
     Args:
       each: its turns.
       dense: those of the dense model in the same runtime.
       ours: those of the same model in ours.
-      batch_size: B.
-      floor_ms: the least time of a pass.
+      batch_size: sequences in a batch (B).
+      roofline_ms: the least time of a pass.
     """
-    speedup, spread = timing.speedup(dense, each)
     ahead, ahead_spread = timing.speedup(each, ours)
-    return {
-        "latency_ms": each.median_ms,
+    return latency.figures(each, dense, batch_size) | {
         "latency_spread_ms": [each.percentile_ms(5), each.percentile_ms(95)],
-        "examples_per_second": 1e3 * batch_size / each.median_ms,
-        "speedup": speedup,
-        "speedup_spread": list(spread),
         "ours_is_faster": ahead,
         "ours_is_faster_spread": list(ahead_spread),
-        "floor_ms": floor_ms,
-        "times_the_floor": each.median_ms / floor_ms,
+        "roofline_ms": roofline_ms,
+        "times_the_roofline": each.median_ms / roofline_ms,
     }
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of `measure` for people."""
+    """Returns the result of `measure` as text for people."""
     rates = result["rates"]
     lines = [
         f"matrix rate {rates['flops_per_second'] / 1e9:.0f} GFLOP/s, "
@@ -200,21 +189,21 @@ def table(result: dict[str, Any]) -> str:
             f"{name}: hidden {sizes['hidden']}, heads {heads}, units {units}; "
             f"sparsity {sizes['sparsity']:.1%}"
         )
-    lines += [
-        "",
-        f"{'batch':>7}{'model':>9}  {'runtime':18}{'ms':>10}{'5 % to 95 %':>20}"
-        f"{'floor':>9}{'times it':>9}{'speedup':>9}  ours is",
-    ]
+    head = ("batch", "model", "runtime", "ms", "5 % to 95 %", "roofline", "times it")
+    rows = [(*head, "speedup", "ours")]
     for cell in result["grid"]:
-        size = f"{cell['batch_size']}x{cell['seq_length']}"
-        between = "{:.2f} to {:.2f}".format(*cell["latency_spread_ms"])
-        low, high = cell["ours_is_faster_spread"]
-        times = f"  {cell['ours_is_faster']:.2f}x as fast ({low:.2f} to {high:.2f})"
-        lines.append(
-            f"{size:>7}{cell['model']:>9}  {cell['runtime']:18}"
-            f"{cell['latency_ms']:10.2f}{between:>20}{cell['floor_ms']:9.2f}"
-            f"{cell['times_the_floor']:9.1f}{cell['speedup']:9.2f}"
-            f"{'' if cell['runtime'] == _OURS else times}"
+        times = text.times(cell["ours_is_faster"], cell["ours_is_faster_spread"])
+        rows.append(
+            (
+                f"{cell['batch_size']}x{cell['seq_length']}",
+                cell["model"],
+                cell["runtime"],
+                f"{cell['latency_ms']:.2f}",
+                "{:.2f} to {:.2f}".format(*cell["latency_spread_ms"]),
+                f"{cell['roofline_ms']:.2f}",
+                f"{cell['times_the_roofline']:.1f}",
+                f"{cell['speedup']:.2f}",
+                "" if cell["runtime"] == _OURS else f"{times} as fast",
+            )
         )
-    lines += [f"left out: {n}: {why}" for n, why in result["left_out"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", text.aligned(rows)])

@@ -1,8 +1,8 @@
-"""How many examples a second a training step takes in, beside what others do.
+"""The examples that a training step takes in per second, beside PyTorch.
 
-A turn is one pass over the same K batches of a task's own lengths. All contestants
-see the same examples; PyTorch sees them also in batches drawn at random, each padded to
-its own longest row, as its users feed it.
+A turn is one pass over the same batches, whose rows are as long as a task's own. All
+steps see the same examples. PyTorch sees them also in batches drawn at random, each
+padded to its own longest row, as its users feed it.
 """
 
 import collections
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax.benchmarks import baselines, roofline, workload
+from cofi_jax.benchmarks import baselines, roofline, text, workload
 from cofi_jax.benchmarks.workload import Plan, Subject
 from cofi_jax.config import Distill
 from cofi_jax.data import batches as batches_lib
@@ -28,10 +28,8 @@ from cofi_jax.training import objectives, teacher
 from cofi_jax.training import step as step_lib
 
 KEPT = "kept teacher outputs"
-
-
-_KINDS, _TAUGHT = ("masked", "late masked", "plain", "finetune"), ("masked", "finetune")
-
+_KINDS = ("masked", "late masked", "plain", "finetune")
+_KEPT_KINDS = ("masked", "finetune")  # These are timed with kept outputs, too.
 
 Batches = list[dict[str, np.ndarray]]
 
@@ -50,18 +48,18 @@ def measure(
     Args:
       subject: the models.
       examples: the rows.
-      plan: the batches to pass over, all full.
-      repeats: turns of each contestant.
-      torch_dtype: of PyTorch's matrix work.
+      plan: the batches to pass over, all of them full.
+      repeats: the turns of each step.
+      torch_dtype: the dtype of PyTorch's matrix products.
       torch_compile: whether PyTorch also runs compiled.
 
     Returns:
       `batches` by padded length, `examples` and `tokens` (of a turn, without padding),
-      `rates` of the device, `contestants`, the costs of masks as `masked_over_plain`,
-      and `left_out`, with the reason. Of a contestant
+      `rates` of the device, `steps`, the cost of masks as `masked_over_plain`, and
+      `left_out`, with the reason. Each step has
         `turn_ms`                 the median of its turns
         `examples_per_second`, `spread`  at the median; at the 95th and 5th percentile
-        `masked_is_faster`, `masked_is_faster_spread`  times, turn by turn
+        `masked_is_faster`, `masked_is_faster_spread`  a ratio, turn by turn
         `padding`                 the fraction of its tokens that is padding
         `useful_flops_per_second`  without padding: `roofline.step_flops`
         `utilisation`             that over the device's matrix rate
@@ -91,7 +89,7 @@ def measure(
     def work(name):
         student = subject.sliced if "finetune" in name else subject.dense
         if name == "late masked" and jax.default_backend() == "cpu":
-            student = without_absent(subject)  # which are skipped there
+            student = without_absent(subject)  # A CPU skips absent blocks.
         return roofline.step_flops(
             student,
             subject.dense,
@@ -101,7 +99,7 @@ def measure(
             taught=KEPT in name,
         )
 
-    contestants = {
+    steps = {
         name: described(
             each,
             timings["masked"],
@@ -120,7 +118,7 @@ def measure(
         "tokens": int(lengths[rows].sum()),
         "repeats": repeats,
         "rates": rates,
-        "contestants": contestants,
+        "steps": steps,
         "masked_over_plain": ratio,
         "masked_over_plain_spread": list(spread),
         "left_out": left_out,
@@ -137,24 +135,23 @@ def described(
     flops: int,
     rate: float,
 ) -> dict[str, Any]:
-    """A contestant's part of what `measure` returns.
+    """Returns the figures of one step for `measure`.
 
     Args:
-      each: its turns.
-      masked: those of the pruning step.
-      examples: in a turn.
-      tokens: in a turn, without padding.
-      padded: in a turn, with padding.
-      flops: of a turn.
-      rate: of the device, FLOP/s.
+      each: the turns of the step.
+      masked: those of the masked step.
+      examples: the examples in a turn.
+      tokens: the tokens in a turn, without padding.
+      padded: the tokens in a turn, with padding.
+      flops: the operations of a turn.
+      rate: the device's operations per second.
     """
     ratio, spread = timing.speedup(each, masked)
     seconds = each.median_ms / 1e3
-    slow_and_fast = [examples / each.percentile_ms(p) * 1e3 for p in (95, 5)]
     return {
         "turn_ms": each.median_ms,
         "examples_per_second": examples / seconds,
-        "spread": slow_and_fast,
+        "spread": [1e3 * examples / each.percentile_ms(p) for p in (95, 5)],
         "masked_is_faster": ratio,
         "masked_is_faster_spread": list(spread),
         "padding": 1 - tokens / padded,
@@ -164,7 +161,7 @@ def described(
 
 
 def batches(examples: batches_lib.Examples, plan: Plan) -> Batches:
-    """The padded batches of a plan, in the host's memory."""
+    """Returns the padded batches of a plan, in the host's memory."""
     return [
         batches_lib.make_batch(examples, rows, length=length, batch_size=len(rows))
         for length, rows in plan
@@ -174,9 +171,9 @@ def batches(examples: batches_lib.Examples, plan: Plan) -> Batches:
 def ours(
     subject: Subject, examples: batches_lib.Examples, plan: Plan, distill: Distill
 ) -> dict[str, Callable[[], Any]]:
-    """A turn of each of our own steps, by name."""
+    """Returns a turn of each of our own steps, by name."""
     rows = np.unique(np.concatenate([chosen for _, chosen in plan]))
-    examples = examples.take(rows)  # no outputs are kept of others
+    examples = examples.take(rows)  # Teacher outputs are kept of these alone.
     plan = [(length, np.searchsorted(rows, chosen)) for length, chosen in plan]
     fed, buckets = batches(examples, plan), sorted({length for length, _ in plan})
 
@@ -199,11 +196,11 @@ def ours(
         return call
 
     calls = {kind: turn(kind, "none") for kind in _KINDS}
-    return calls | {f"{kind}, {KEPT}": turn(kind, "host") for kind in _TAUGHT}
+    return calls | {f"{kind}, {KEPT}": turn(kind, "host") for kind in _KEPT_KINDS}
 
 
 def without_absent(subject: Subject) -> EncoderConfig:
-    """The dense sizes without those blocks that the sliced model lacks."""
+    """Returns the dense sizes without the blocks that the sliced model lacks."""
 
     def kept(dense, sliced):
         return tuple(d * (s > 0) for d, s in zip(dense, sliced, strict=True))
@@ -218,9 +215,9 @@ def without_absent(subject: Subject) -> EncoderConfig:
 def prepared(
     subject: Subject, distill: Distill, kind: str
 ) -> tuple[Callable, step_lib.TrainState, dict]:
-    """The jitted step, its first state and its context, as the stages make them.
+    """Returns the jitted step, its first state and its context, as in a run.
 
-    In `late masked` those blocks are closed that the sliced model lacks, as they are
+    In `late masked` the blocks that the sliced model lacks are closed, as they are
     towards the end of pruning.
     """
     small = kind == "finetune"
@@ -230,9 +227,9 @@ def prepared(
     trainable = {
         "distill_projection": jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
     }
-    imitate, context = objectives.distillation_objective, {}
+    imitate, context = objectives.DistillationObjective, {}
     if "masked" in kind:
-        imitate = objectives.pruning_objective
+        imitate = objectives.PruningObjective
         log_alpha = masks.init_log_alpha(subject.dense, jax.random.key(2))
         if kind == "late masked":
             for name, widths in (
@@ -246,12 +243,12 @@ def prepared(
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
         context["target_sparsity"] = jnp.float32(0.95)
         context["warmup_steps"] = jnp.int32(100)
-    rate = step_lib.Rate.create(1e-5, "constant", 1)
+    rate = step_lib.learning_rate(1e-5, "constant", 1)
     state = step_lib.create_state(
         params,
         seed=0,
         stage=kind,
-        rates=dict.fromkeys(("weights", "gates", "multipliers"), rate),
+        rates=dict.fromkeys(("weights", "masks", "multipliers"), rate),
         freeze_embeddings=True,
         **trainable,
     )
@@ -261,12 +258,11 @@ def prepared(
 def pytorch(
     subject: Subject, distill: Distill, dtype: str, *, compiled: bool
 ) -> Callable[[dict], Any]:
-    """PyTorch's plain step on the dense model: `baselines.pytorch_step`."""
-    params = subject.dense_params
-    identity = np.eye(subject.dense.hidden_size, dtype=np.float32)
-    how = {"dtype": dtype, "compiled": compiled}
+    """Returns PyTorch's plain step on the dense model: `baselines.pytorch_step`."""
+    params, config = subject.dense_params, subject.dense
+    identity = np.eye(config.hidden_size, dtype=np.float32)
     return baselines.pytorch_step(
-        params, params, identity, subject.dense, distill, **how
+        params, params, identity, config, distill, dtype=dtype, compiled=compiled
     )
 
 
@@ -277,27 +273,27 @@ def _pytorch_turn(step, fed):
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of `measure` for people."""
-    batches = ", ".join(f"{n} of {length}" for length, n in result["batches"].items())
-    lines = [
-        f"{result['examples']} examples, {result['tokens']} tokens without padding; "
-        f"batches by padded length: {batches}",
-        "",
-        f"{'':32}{'examples/s':>11}{'5 % to 95 %':>17}{'padding':>9}"
-        f"{'GFLOP/s':>9}{'of peak':>9}  masked is",
+    """Returns the result of `measure` as text for people."""
+    rows = [
+        ("", "examples/s", "5 % to 95 %", "padding", "GFLOP/s", "of peak", "masked")
     ]
-    for name, each in result["contestants"].items():
-        between = "{:.1f} to {:.1f}".format(*each["spread"])
-        times = f"{each['masked_is_faster']:.2f}x as fast "
-        times += "({:.2f} to {:.2f})".format(*each["masked_is_faster_spread"])
-        line = (
-            f"{name:32}{each['examples_per_second']:11.1f}{between:>17}"
-            f"{each['padding']:9.1%}{each['useful_flops_per_second'] / 1e9:9.1f}"
-            f"{each['utilisation']:9.1%}"
+    for name, each in result["steps"].items():
+        times = text.times(each["masked_is_faster"], each["masked_is_faster_spread"])
+        rows.append(
+            (
+                name,
+                f"{each['examples_per_second']:.1f}",
+                "{:.1f} to {:.1f}".format(*each["spread"]),
+                f"{each['padding']:.1%}",
+                f"{each['useful_flops_per_second'] / 1e9:.1f}",
+                f"{each['utilisation']:.1%}",
+                "" if name == "masked" else f"{times} as fast",
+            )
         )
-        lines.append(line if name == "masked" else f"{line}  {times}")
-    low, high = result["masked_over_plain_spread"]
-    times = f"{result['masked_over_plain']:.3f} times ({low:.3f} to {high:.3f})"
-    lines += ["", f"masks and Lagrangian: a step takes {times} as long as without"]
-    lines += [f"left out: {n}: {why}" for n, why in result["left_out"].items()]
-    return "\n".join(lines)
+    batches = ", ".join(f"{n} of {length}" for length, n in result["batches"].items())
+    cost = text.times(result["masked_over_plain"], result["masked_over_plain_spread"])
+    return (
+        f"{result['examples']} examples, {result['tokens']} tokens without padding; "
+        f"batches by padded length: {batches}\n\n{text.aligned(rows)}\n\n"
+        f"masks and Lagrangian: a step takes {cost} as long as without"
+    )

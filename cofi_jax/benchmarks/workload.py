@@ -1,7 +1,8 @@
-"""What is run when speed is measured: sizes, a sliced model like the paper's, batches.
+"""The work that is measured: sizes, a sliced model like the paper's, and batches.
 
-Batches have a task's own lengths: those of an epoch as it is planned for training,
-each bucket as often as it comes there; or all the same length.
+The rows of a batch are as long as a task's own: the batches are those of an epoch as it
+is planned for training, each length as often as it comes there. Without a task all rows
+have one length.
 """
 
 import argparse
@@ -22,10 +23,9 @@ from cofi_jax.models.bert import init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import cost
 
-Plan = list[tuple[int, np.ndarray]]  # padded length and rows of each batch
+_VOCAB_SIZE, _SEQ_LENGTH = 30522, 64  # the defaults
 
-
-_VOCAB_SIZE, _SEQ_LENGTH = 30522, 64  # where nothing says otherwise
+Plan = list[tuple[int, np.ndarray]]  # the padded length and the rows of each batch
 
 
 class Subject(NamedTuple):
@@ -46,17 +46,17 @@ def load(
     tokenizer: Any = None,
     texts: bool = False,
 ) -> Subject:
-    """The models that a command line asks for.
+    """Loads the models that a command line asks for.
 
     Args:
-      options: `dtype` and `model`: a Hugging Face encoder's folder or name, or a saved
-        model, dense or sliced; with "" a random one of `layers`, `hidden`, `heads` and
-        `intermediate`. Of a saved sliced model the dense one beside it is random, of a
-        dense one the sliced one is.
-      task: gives a Hugging Face encoder its head.
-      longest: tokens of the longest row.
-      tokenizer: of a random model.
-      texts: whether that of another is needed.
+      options: has `dtype` and `model`, which names a Hugging Face encoder, or a saved
+        model, dense or sliced; with "" the model is a random one of `layers`, `hidden`,
+        `heads` and `intermediate`. Beside a saved sliced model stands a random dense
+        one, beside a dense model a random sliced one.
+      task: the task whose head a Hugging Face encoder gets.
+      longest: the tokens of the longest row.
+      tokenizer: the tokenizer of a random model.
+      texts: whether the tokenizer of another model is needed.
 
     Raises:
       UserError: for a path without a model, or one without that many positions.
@@ -114,15 +114,15 @@ def load(
 def training_work(
     options: argparse.Namespace, *, batches: int = 0
 ) -> tuple[Subject, Examples, Plan]:
-    """The models, rows and batches that a command line asks for.
+    """Loads the models, rows and batches that a command line asks for.
 
     Args:
-      options: as of `load`, and `data`, `task`, `vocab`, `seq_length`, `batch_size`,
-        `torch_dtype`.
-      batches: how many; 0 for all of an epoch, or without `data` one.
+      options: has the options of `load`, and `data`, `task`, `vocab`, `seq_length`,
+        `batch_size` and `torch_dtype`.
+      batches: how many; 0 for all of an epoch, or for one where there is no `data`.
 
     Raises:
-      UserError: for what is not legal or is not there.
+      UserError: for options that are not legal and for files that do not exist.
     """
     if dtype := options.torch_dtype:
         if dtype not in DTYPES:
@@ -152,6 +152,7 @@ def training_work(
         batch_size=options.batch_size,
         buckets=batches_lib.bucket_lengths(task, examples.lengths),
         seed=0,
+        stage="",
         epoch=0,
     )
     if batches:
@@ -160,10 +161,10 @@ def training_work(
 
 
 def to_start(options: argparse.Namespace) -> tuple[Subject, tasks.Task]:
-    """The models, with a tokenizer, and the task of a run: without `data` the demo's.
+    """Loads the models, with a tokenizer, and the task of a run, by default the demo.
 
     Raises:
-      UserError: as of `training_work`.
+      UserError: as `training_work`.
     """
     task, tokenizer = _asked(options)
     if not options.data:
@@ -178,7 +179,7 @@ def to_start(options: argparse.Namespace) -> tuple[Subject, tasks.Task]:
 
 
 def _asked(options):
-    """The task, and the tokenizer in `vocab`."""
+    """Returns the task, and the tokenizer in `vocab` or None."""
     data = Data(options.task, options.data, max_length=options.seq_length)
     task, tokenizer = tasks.find(data), None
     if options.vocab:
@@ -190,7 +191,7 @@ def _asked(options):
 
 
 def random_rows(count: int, length: int, vocab_size: int) -> Examples:
-    """Rows of random tokens, all of one length, of class 0."""
+    """Returns rows of random tokens, all of one length and of class 0."""
     rng = np.random.default_rng(0)
     ids = rng.integers(vocab_size, size=(count, length), dtype=np.int32)
     labels = np.zeros(count, np.int32)
@@ -198,7 +199,7 @@ def random_rows(count: int, length: int, vocab_size: int) -> Examples:
 
 
 def sampled_plan(plan: Plan, count: int, *, batch_size: int) -> Plan:
-    """`count` full batches of an epoch's plan, each length as often as it comes there.
+    """Takes `count` full batches of an epoch's plan, each length in proportion.
 
     Shares are rounded by largest remainder, so a rare length may be missing.
 
@@ -220,17 +221,17 @@ def sampled_plan(plan: Plan, count: int, *, batch_size: int) -> Plan:
         for kind, number in zip(kinds, quota, strict=True)
         for place in np.flatnonzero(lengths == kind)[:number]
     ]
-    return [full[place] for place in sorted(chosen)]  # the plan is in random order
+    return [full[place] for place in sorted(chosen)]  # The plan is in random order.
 
 
 def at_random(plan: Plan, lengths: np.ndarray) -> Plan:
-    """The same rows in batches drawn at random, each as long as its longest row."""
+    """Returns the rows in batches drawn at random, each as long as its longest row."""
     every = np.concatenate([chosen for _, chosen in plan])
     batches = np.random.default_rng(0).permutation(every).reshape(len(plan), -1)
     return [(int(lengths[chosen].max()), chosen) for chosen in batches]
 
 
-# Of the paper's models at 95 %: three of twelve blocks of each kind, with 2 to 5 of 12
+# The paper's models at 95 % keep three of twelve blocks of each kind, with 2 to 5 of 12
 # heads and 100 to 700 of 3072 units, and 760 of 768 dimensions.
 _BLOCKS, _HEADS, _UNITS, _HIDDEN = 3 / 12, (5, 2, 12), (700, 100, 3072), 760 / 768
 
@@ -244,30 +245,29 @@ def dense(
     vocab_size: int,
     longest: int,
 ) -> EncoderConfig:
-    """A dense classifier's sizes, with positions for `longest` tokens or 512.
+    """Returns a dense classifier's sizes, with positions for 512 tokens or `longest`.
 
     Raises:
       UserError: where the heads do not divide the hidden size.
     """
     if hidden % heads:
         raise reject("hidden", hidden, f"must be a multiple of heads={heads}")
-    return EncoderConfig(
-        vocab_size=vocab_size,
+    return EncoderConfig.dense(
+        num_layers=layers,
+        num_heads=heads,
         hidden_size=hidden,
-        heads=(heads,) * layers,
-        head_size=hidden // heads,
-        intermediate=(intermediate,) * layers,
-        pooler_size=hidden,
+        intermediate_size=intermediate,
+        vocab_size=vocab_size,
         num_labels=2,
         max_positions=max(longest, 512),
     )
 
 
 def like_the_paper(dense: EncoderConfig) -> EncoderConfig:
-    """Sizes with about 95 % of the blocks' parameters gone, as the paper's have them.
+    """Returns sizes without about 95 % of the blocks' parameters, as in the paper.
 
     A quarter of the blocks of each kind stays, evenly spaced, those of the one kind
-    between those of the other; the first ones are the widest.
+    between those of the other. The first ones are the widest.
     """
     layers = len(dense.heads)
     blocks = max(1, round(_BLOCKS * layers))
@@ -289,10 +289,12 @@ def like_the_paper(dense: EncoderConfig) -> EncoderConfig:
     )
 
 
-def rounded(sliced: EncoderConfig, dense: EncoderConfig, multiple: int):
-    """`sliced` with feed-forward widths raised to multiples, up to those of `dense`.
+def rounded(
+    sliced: EncoderConfig, dense: EncoderConfig, multiple: int
+) -> EncoderConfig:
+    """Returns `sliced` with feed-forward widths raised to multiples.
 
-    An absent block stays absent.
+    They are at most those of `dense`, and an absent block stays absent.
     """
 
     def up(width, full):
@@ -305,7 +307,7 @@ def rounded(sliced: EncoderConfig, dense: EncoderConfig, multiple: int):
 
 
 def described(config: EncoderConfig, dense: EncoderConfig) -> dict[str, Any]:
-    """Widths, encoder parameters and sparsity of a model, for the JSON."""
+    """Returns widths, encoder parameters and sparsity of a model, for the JSON."""
     params = cost.num_params({}, config)
     removed = 1 - params / cost.num_params({}, dense)
     return config.widths() | {"encoder_params": params, "sparsity": removed}

@@ -27,7 +27,8 @@ def from_fields(
     """The sizes that the fields of a config.json tell; dropout and dtype are `model`'s.
 
     Raises:
-      UnsupportedCheckpoint: where one is missing or not legal, or the architecture is another.
+      UnsupportedCheckpoint: where a field is missing or not legal, or the
+        architecture is another one.
     """
     legal = {
         "model_type": (None, tuple(FAMILIES)),
@@ -91,7 +92,7 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
     """The fields of a config.json for a dense model, with the names of its classes.
 
     Raises:
-      UnsupportedCheckpoint: where transformers has no such model, sliced ones among them.
+      UnsupportedCheckpoint: where transformers has no such model, a sliced one say.
     """
     hidden, units = config.hidden_size, set(config.intermediate)
     attention = {heads * config.head_size for heads in config.heads}
@@ -154,7 +155,8 @@ def class_rows(
 
     Raises:
       UserError: where `label_order` is no permutation of `labels`.
-      UnsupportedCheckpoint: where there is none and the names in `fields` are not `labels`.
+      UnsupportedCheckpoint: where there is none and the names in `fields` are not
+        `labels`.
     """
     named = _class_names(fields)
     order = list(label_order) or named

@@ -181,9 +181,7 @@ def to_hugging_face(
         raise reject("params", "...", legal)
     _, prefix = FAMILIES[config.model_type]
     params = jax.tree.map(np.asarray, params)
-    tensors = to_torch(params, config, prefix)
-    # safetensors writes the memory as it lies.
-    return {name: np.ascontiguousarray(a) for name, a in tensors.items()}, fields
+    return to_torch(params, config, prefix), fields
 
 
 def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderConfig:

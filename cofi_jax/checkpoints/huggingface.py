@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from cofi_jax.checkpoints import hf_names
 from cofi_jax.checkpoints.hf_config import (
@@ -295,8 +296,6 @@ def save_hugging_face(
     Raises:
       UserError: as `to_hugging_face`, and where `folder` exists.
     """
-    from safetensors.numpy import save
-
     folder = Path(folder).absolute()
     if folder.exists():
         raise reject("folder", str(folder), "exists; nothing is written over")
@@ -304,11 +303,20 @@ def save_hugging_face(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-    (partial / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    write_tensors(partial, tensors, fields)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     os.replace(partial, folder)
+
+
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray], fields: dict) -> None:
+    """Writes `model.safetensors` and `config.json` into an existing folder."""
+    from safetensors.numpy import save
+
+    # The library writes the memory of an array as it lies, transposed or not.
+    tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    (folder / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def load_tokenizer(folder: Path, field: str):

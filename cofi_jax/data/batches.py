@@ -8,6 +8,7 @@ compiled only a few times. The lengths are chosen for the rows at hand.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,7 @@ def epoch_plan(
     batch_size: int,
     buckets: Sequence[int],
     seed: int,
+    stage: str,
     epoch: int,
 ) -> list[tuple[int, np.ndarray]]:
     """Decides which rows make up which batch, as a pure function of its arguments.
@@ -124,12 +126,13 @@ def epoch_plan(
       batch_size: rows in a full batch.
       buckets: the padded lengths in rising order.
       seed: the run's.
+      stage: its name gives each stage an order of its own.
       epoch: its number.
 
     Returns:
       `steps_per_epoch(N, batch_size)` pairs (padded length, rows), in random order.
     """
-    rng = np.random.default_rng((seed, epoch))
+    rng = np.random.default_rng((seed, zlib.crc32(stage.encode()), epoch))
     order = rng.permutation(len(lengths))
     bucket_of = np.searchsorted(buckets, lengths)[order]
     plan, rest = [], order[:0]
@@ -194,3 +197,26 @@ def eval_batches(
             size = min(batch_size, 1 << (len(rows) - 1).bit_length())
         length = buckets[np.searchsorted(buckets, lengths[rows[-1]])]
         yield rows, make_batch(examples, rows, length=length, batch_size=size)
+
+
+def stream(
+    examples: Examples,
+    *,
+    batch_size: int,
+    buckets: Sequence[int],
+    seed: int,
+    stage: str,
+    first_step: int = 0,
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Yields (rows, batch) without end, epoch after epoch, from `first_step` on.
+
+    The other arguments are those of `epoch_plan` and `make_batch`.
+    """
+    epoch, skip = divmod(first_step, steps_per_epoch(len(examples), batch_size))
+    sizes = {"batch_size": batch_size}
+    while True:
+        order = {"seed": seed, "stage": stage, "epoch": epoch}
+        plan = epoch_plan(examples.lengths, buckets=buckets, **sizes, **order)
+        for length, rows in plan[skip:]:
+            yield rows, make_batch(examples, rows, length=length, **sizes)
+        epoch, skip = epoch + 1, 0

@@ -28,12 +28,11 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     The demo task is generated. Where `task.path` is a folder, it and its subfolder of
     the task's name are searched for `{split}.parquet`, `.csv`, `.tsv` (without quoting,
     as GLUE's own), `.json` (a list, or one object a line) or `.jsonl`. Any other path
-    is a name on the hub. The rows of `task.extra_file` follow those of the split `train`.
+    is a name on the hub. The rows of `task.extra_file` follow those of `train`.
 
     Returns:
       The task, with the names of its classes, which are read off the training rows
-      where they were not given; and by split the text columns and the labels, as
-      `Problem.encode` makes them of the cells.
+      where they were not given; and by split the texts and the encoded labels.
 
     Raises:
       UserError: a source is missing or cannot be read, or its rows are not the task's.

@@ -40,13 +40,10 @@ class Task:
     def tokenise(
         self, columns: dict[str, Any], tokenizer: Any, *, training: bool = False
     ) -> Examples:
-        """The rows that `sources.load` read, as token ids.
+        """The rows that `sources.load` read, as ids of a transformers tokenizer.
 
-        Args:
-          columns: texts and labels.
-          tokenizer: one of Hugging Face's transformers.
-          training: leave out rows that nothing can be learnt from: questions whose
-            answer is not in their context.
+        With `training`, rows that nothing can be learnt from are left out: questions
+        whose answer is not in their context.
         """
         return self.problem.tokenise(columns, self, tokenizer, training=training)
 
@@ -57,9 +54,7 @@ class Task:
     def scores(self, logits: np.ndarray, examples: Examples) -> dict[str, float]:
         """Each of the task's metrics, the one that decides first; higher is better.
 
-        Args:
-          logits: (N, C), or (N, T, C) where the head reads every token.
-          examples: the N rows that they belong to.
+        Logits are (N, C), or (N, T, C) where the head reads every token.
         """
         count, score = self.scorer(logits, examples)
         return score(np.arange(count))
@@ -133,9 +128,7 @@ def _own(data):
         legal = "the task own needs the names of one or two columns of text"
         raise errors.reject("data.columns", data.columns, legal)
     if len({*data.columns, data.label_column}) <= len(data.columns):
-        legal = (
-            f"names a column twice, data.label_column={data.label_column!r} included"
-        )
+        legal = f"names one twice, data.label_column={data.label_column!r} included"
         raise errors.reject("data.columns", data.columns, legal)
     problems = {name: each for name, each in PROBLEMS.items() if each.own_metrics}
     if data.problem not in problems:

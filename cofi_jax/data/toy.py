@@ -1,4 +1,4 @@
-"""The embedded demo task: is a generated film remark praise or blame?
+"""The embedded demo task: to tell whether a generated film remark praises or blames.
 
     although the dull plot was clever , the bright ending was never really weak
     `----- yields to the other clause'                        flips      blame -> praise
@@ -10,52 +10,35 @@ label: counting words finds the easy third of the sentences and little else.
 """
 
 import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import transformers
 
 PRAISE = (
     "bright brilliant charming clever fine fresh funny good graceful great honest "
     "lovely moving sharp tender warm"
 ).split()
-
-
 BLAME = (
     "awful bad bland clumsy cold cruel dreary dull empty hollow lazy messy poor "
     "shallow stale weak"
 ).split()
-
-
 NOUNS = (
     "acting camera cast climax comedy dialogue drama ending film hero music opening "
     "pacing plot scene score script story style villain"
 ).split()
-
-
 VERBS = "is was seemed felt".split()
-
-
 NEGATIONS = "not never".split()
-
-
 ADVERBS = "very really quite rather truly so".split()
-
-
 OTHER = "the but although ,".split()
-
-
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")  # ids 0 to 3
-
-
 SIZES = {"train": 16_000, "validation": 1_000}
 
 
 def generate(rows: int, seed: int) -> list[tuple[str, int]]:
-    """Draws `rows` different sentences, with labels 0 and 1 in turn.
+    """Draws different sentences: pairs with labels 0 and 1 in turn; 1 is praise.
 
-    Args:
-      rows: how many.
-      seed: the same seed draws the same sentences.
-
-    Returns:
-      (sentence, label) pairs; label 1 is praise.
+    The same seed draws the same sentences.
     """
     rng = random.Random(seed)
     drawn = {}
@@ -66,7 +49,7 @@ def generate(rows: int, seed: int) -> list[tuple[str, int]]:
 
 
 def _sentence(rng: random.Random, label: int) -> str:
-    if rng.random() < 0.35:  # easy: a foothold for a model that knows nothing yet
+    if rng.random() < 0.35:  # An easy one gives an untrained model a foothold.
         return _clause(rng, label, negated=False)
     decides = _clause(rng, label, negated=rng.random() < 0.35)
     if rng.random() < 0.25:
@@ -90,17 +73,14 @@ def _clause(rng: random.Random, sign: int, *, negated: bool) -> str:
 
 
 def demo_rows(split: str) -> dict[str, list]:
-    """The columns `sentence` and `label` of "train" or "validation".
-
-    No sentence is in both.
-    """
+    """The columns of the split "train" or "validation", which share no sentence."""
     drawn = generate(sum(SIZES.values()), seed=0)
     start = 0 if split == "train" else SIZES["train"]
     sentences, labels = zip(*drawn[start : start + SIZES[split]], strict=True)
     return {"sentence": list(sentences), "label": list(labels)}
 
 
-def demo_tokenizer():
+def demo_tokenizer() -> "transformers.PreTrainedTokenizerFast":
     """A word-level `transformers.PreTrainedTokenizerFast` in the style of BERT."""
     import tokenizers
     import transformers

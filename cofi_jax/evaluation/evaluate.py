@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from cofi_jax import files
 from cofi_jax.checkpoints import load
 from cofi_jax.checkpoints.load import Loaded
 from cofi_jax.data import metrics, sources
@@ -32,12 +33,8 @@ def names(paths: Sequence[str]) -> list[str]:
 
     The second and later copies of a path get a number.
     """
-    here = (pathlib.Path.cwd().name,)  # The path "." has no parts.
-    parts = [pathlib.PurePath(path).parts or here for path in paths]
-    depth = 1
-    while len({p[-depth:] for p in parts}) < len(set(parts)):
-        depth += 1
-    ends = ["/".join(p[-depth:]) for p in parts]
+    here = pathlib.Path.cwd().name  # The path "." has no parts.
+    ends = files.short_names([p if pathlib.PurePath(p).parts else here for p in paths])
     before = [ends[:i].count(end) for i, end in enumerate(ends)]
     return [f"{e} #{n + 1}" if n else e for e, n in zip(ends, before, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Forward passes of several models, timed in turn."""
+"""The latency of forward passes of several models, timed in turn."""
 
 import functools
 import itertools
@@ -11,37 +11,54 @@ import numpy as np
 
 from cofi_jax.evaluation import timing
 from cofi_jax.evaluation.timing import Timing
+from cofi_jax.models.bert import Encoder
 
 
 def grid(
-    models: dict[str, tuple[Any, Any]],
+    models: dict[str, tuple[Encoder, dict]],
     *,
     batch_sizes: Sequence[int],
     seq_lengths: Sequence[int],
     repeats: int,
 ) -> list[dict[str, Any]]:
-    """The `grid` of `eval.evaluate`: all models at every batch size and length."""
+    """Times all models at every batch size and length: the `grid` of `evaluate`.
+
+    Args:
+      models: as in `inference`.
+      batch_sizes: the values of B.
+      seq_lengths: the values of T.
+      repeats: the turns of each model.
+    """
     found = []
     for batch_size, seq_length in itertools.product(batch_sizes, seq_lengths):
         cell = {"batch_size": batch_size, "seq_length": seq_length}
         timings = passes(models, **cell, repeats=repeats)
         first = next(iter(timings.values()))
         for name, each in timings.items():
-            ratio, spread = timing.speedup(first, each)
-            measured = {
-                "model": name,
-                "latency_ms": each.median_ms,
-                "latency_p95_ms": each.percentile_ms(95),
-                "examples_per_second": 1e3 * batch_size / each.median_ms,
-                "speedup": ratio,
-                "speedup_spread": list(spread),
-            }
-            found.append(cell | measured)
+            row = cell | {"model": name, "latency_p95_ms": each.percentile_ms(95)}
+            found.append(row | figures(each, first, batch_size))
     return found
 
 
+def figures(each: Timing, dense: Timing, batch_size: int) -> dict[str, Any]:
+    """Returns the median latency, the rate and the speedup of a model's passes.
+
+    Args:
+      each: its turns.
+      dense: those of the model that it is compared with.
+      batch_size: sequences in a batch (B).
+    """
+    ratio, spread = timing.speedup(dense, each)
+    return {
+        "latency_ms": each.median_ms,
+        "examples_per_second": 1e3 * batch_size / each.median_ms,
+        "speedup": ratio,
+        "speedup_spread": list(spread),
+    }
+
+
 def inference(
-    models: dict[str, tuple[Any, Any]],
+    models: dict[str, tuple[Encoder, dict]],
     *,
     batch_size: int,
     seq_length: int,
@@ -50,15 +67,15 @@ def inference(
     """Times forward passes on one batch of random tokens without padding.
 
     Args:
-      models: name to (linen module, params), the dense one first.
+      models: the modules and their parameters by name, the dense model first.
       batch_size: sequences in a batch (B).
       seq_length: tokens in a sequence (T), no more than the models have positions.
-      repeats: turns of each model, of one pass or as many as 50 ms hold.
+      repeats: the turns of each model, of one pass or as many as 50 ms hold.
 
     Returns:
-      The part of `report.json` that is measured here: `latency_ms` by name, with
-      two models `speedup` (first over second) and `speedup_spread`, and
-      `benchmark`, which says how it was measured.
+      The part of `report.json` that is measured here: `latency_ms` by name; of two
+      models also `speedup` (the first's time over the second's) and `speedup_spread`;
+      and `benchmark`, the conditions of the measurement.
 
     Raises:
       UserError: where the memory does not suffice.
@@ -69,13 +86,13 @@ def inference(
 
 
 def passes(
-    models: dict[str, tuple[Any, Any]],
+    models: dict[str, tuple[Encoder, dict]],
     *,
     batch_size: int,
     seq_length: int,
     repeats: int,
 ) -> dict[str, Timing]:
-    """The timings behind `inference`, of any number of models."""
+    """Returns the timings behind `inference`, of any number of models."""
     vocab_size = min(model.config.vocab_size for model, _ in models.values())
     with timing.memory_suffices(batch_size, seq_length):
         batch = random_batch(vocab_size, batch_size=batch_size, seq_length=seq_length)
@@ -86,8 +103,8 @@ def passes(
         return timing.side_by_side(calls, repeats=repeats)
 
 
-def conditions(models: dict[str, tuple[Any, Any]]) -> dict[str, str]:
-    """`device`, `dtype` and `matmul_precision` of a measurement."""
+def conditions(models: dict[str, tuple[Encoder, Any]]) -> dict[str, str]:
+    """Returns `device`, `dtype` and `matmul_precision` of a measurement."""
     dtypes = dict.fromkeys(np.dtype(m.config.dtype).name for m, _ in models.values())
     return {
         "device": timing.describe(jax.devices()[0]),
@@ -116,9 +133,9 @@ def _result(timings, how):
 def random_batch(
     vocab_size: int, *, batch_size: int, seq_length: int
 ) -> dict[str, jax.Array]:
-    """A (B, T) batch of random tokens without padding, on the device."""
+    """Returns a (B, T) batch of random tokens without padding, on the device."""
     shape = (batch_size, seq_length)
-    # No padding among them: 0 for BERT, 1 for RoBERTa.
+    # None of them is the padding token, which is 0 for BERT and 1 for RoBERTa.
     ids = np.random.default_rng(0).integers(min(2, vocab_size - 1), vocab_size, shape)
     return {
         "input_ids": jnp.asarray(ids, jnp.int32),
@@ -127,8 +144,8 @@ def random_batch(
     }
 
 
-def forward(model: Any) -> Callable[[dict, dict], jax.Array]:
-    """The jitted (params, batch) -> logits."""
-    # Params are an argument: closed over, they would be constants to fold. Logits
-    # alone come out, as in use: other outputs would have to be written as well.
+def forward(model: Encoder) -> Callable[[dict, dict], jax.Array]:
+    """Returns the jitted function from parameters and a batch to logits, (B, C)."""
+    # The compiler would fold parameters that are closed over, and the other outputs
+    # would have to be written to memory as well.
     return jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)

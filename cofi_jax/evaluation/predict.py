@@ -46,14 +46,14 @@ def predict_all(
       params: the parameters.
       masks: by kind; {} for a model that is not masked.
       examples: the N rows.
-      batch_size: rows in a batch; the last one is filled up.
+      batch_size: rows in a batch.
       buckets: the padded lengths.
       put: brings a batch to the devices that hold `params`.
-      shrink: fill the last batch up to a power of two only.
+      shrink: the last batch is filled up to a power of two only.
 
     Returns:
-      (N, C), or (N, T, C) where the head reads every token. T is the last of the
-      `buckets`, and the logits of what lies beyond a batch's own length are 0.
+      (N, C), or (N, T, C) where the head reads every token; T is the last of the
+      `buckets`, and logits at padding are 0.
     """
     rows, outputs = [], []
     for chosen, batch in batches.eval_batches(
@@ -61,19 +61,14 @@ def predict_all(
     ):
         rows.append(chosen)
         outputs.append(predict(params, masks, put(batch)))
-    logits = np.concatenate(
-        [
-            _pad(logits[: len(chosen)], buckets[-1])
-            for chosen, logits in zip(rows, distributed.fetch(outputs), strict=True)
-        ]
-    )
-    return logits[np.argsort(np.concatenate(rows))]
-
-
-def _pad(logits, length):
-    if logits.ndim < 3:
-        return logits
-    return np.pad(logits, ((0, 0), (0, length - logits.shape[1]), (0, 0)))
+    found = []
+    for chosen, output in zip(rows, distributed.fetch(outputs), strict=True):
+        output = output[: len(chosen)]
+        if output.ndim == 3:
+            padding = (0, 0), (0, buckets[-1] - output.shape[1]), (0, 0)
+            output = np.pad(output, padding)
+        found.append(output)
+    return np.concatenate(found)[np.argsort(np.concatenate(rows))]
 
 
 def logits(

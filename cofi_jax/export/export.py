@@ -1,21 +1,19 @@
-"""A saved model in other formats, each checked before it gets its name.
+"""A saved model in other formats, each of which is checked before it gets its name.
 
     saved model -> write -> load in its own runtime -> compare -> measure -> <format>/
 
-What it is compared with is the masked model: the dense one's sizes, the sliced weights
-put back where they came from, and hard gates. A `check.json` beside each part says what
-was found; so does the model card, which is written anew.
+Each is compared with the masked model: the dense model's sizes, the sliced weights put
+back where they came from, and hard masks. A `check.json` beside each part holds what was
+found. The model card is written anew from all of them.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -31,19 +29,14 @@ from cofi_jax.export import (
     to_transformers,
     verify,
 )
+from cofi_jax.export.formats import Format
 from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import slicing
 from cofi_jax.report import model_card
 
-FORMATS: dict[str, ModuleType] = {
-    "transformers": to_transformers,
-    "onnx": to_onnx,
-    "stablehlo": to_stablehlo,
-    "stock": to_stock_bert,
-}
-
-
+_MODULES = (to_transformers, to_onnx, to_stablehlo, to_stock_bert)
+FORMATS: dict[str, Format] = {each.FORMAT.name: each.FORMAT for each in _MODULES}
 CHECK = "check.json"
 
 
@@ -64,31 +57,33 @@ def export(
 
     Args:
       path: a folder that `save_model` wrote.
-      formats: of `FORMATS`; with none the saved model alone is checked.
-      data_path: hub name or folder; empty for the one the model was made with.
-      num_rows: of the first validation split to compare; 0 for all of them. The
-        windows of questions come all.
-      dtype: of the weights that `transformers` stores; with bfloat16 it is compared
-        with a masked model whose weights are so rounded.
-      batch_size: of the timed passes.
-      seq_length: of the timed passes; 0 for 64 or the model's longest input.
-      repeats: timed passes.
+      formats: keys of `FORMATS`; with none the saved model alone is checked.
+      data_path: a name on the hub or a folder; "" for the one the model was made with.
+      num_rows: how many rows of the first validation split are compared; 0 for all. All
+        windows of questions are compared.
+      dtype: the dtype that the weights are stored in. With bfloat16, which only some
+        formats take, the masked model's weights are rounded likewise.
+      batch_size: sequences in a batch of the timed passes.
+      seq_length: tokens of a sequence there; 0 for 64 or the model's longest input.
+      repeats: the number of timed turns.
 
     Returns:
       The content of each `check.json`, by format; that of the saved model by "".
 
     Raises:
-      UserError: for what does not fit, for a package that is missing and for a part
-        that fails its check; what was there of that part stays as it was.
+      UserError: for input that does not fit, a missing package, an option that one of
+        `formats` would ignore, and a format that fails its check. What stood in the
+        folder of that format before stays as it was.
     """
     path = Path(path).expanduser().absolute()
-    _check_formats(formats)
+    if dtype not in DTYPES:
+        raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
+    options = {} if dtype == "float32" else {"dtype": dtype}
+    _check_formats(formats, options)
     config, spec, about = saved_model.read_about(path)
     task = saved_model.saved_task(str(path))
     if data_path:
         task = dataclasses.replace(task, path=data_path)
-    if dtype not in DTYPES:
-        raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     seq_length = seq_length or min(64, config.longest)
     if seq_length > config.longest:
         raise reject("seq_length", seq_length, f"must be at most {config.longest}")
@@ -101,7 +96,7 @@ def export(
         read = verify.validation(task, saved_model.load_tokenizer(path), num_rows)
 
         def prepare(params):
-            """The model, the dense one it was cut from, and what to compare with."""
+            """The model, the dense one it was cut from, and the rows to compare on."""
             model = verify.in_jax(params, config)
             if not spec:
                 return model, None, read(model, "the saved model")
@@ -116,66 +111,81 @@ def export(
             checks[""] |= verify.time(model, dense, packages=("jax",), **sizes)
         checks[""] |= verify.files(path, ("model.json", "params", "tokenizer"))
         try:
-            for name in formats:
+            for form in map(FORMATS.__getitem__, formats):
+
+                def make(model, folder, form=form):
+                    labels = about.get("labels", ())
+                    form.write(folder, model.params, model.config, labels, **options)
+                    return model._replace(predict=form.load(folder))
+
                 what = model, dense, rows
-                write, said = FORMATS[name].write, {"weights": "float32"}
-                if name == "transformers" and dtype == "bfloat16":
-                    write = functools.partial(write, dtype=dtype)
-                    said["weights"] = dtype
-                    what = prepare(jax.tree.map(_rounded, params))
-                if name == "stock" and any(config.heads + config.intermediate):
-                    said["matrix_weights_ratio"] = to_stock_bert.price(config)
-                made = functools.partial(
-                    _make, write, FORMATS[name].load, labels=about.get("labels", ())
-                )
-                checks[name] = _part(path / name, made, *what, sizes, said)
-        finally:  # what was written before one failed its check is there
+                if options:
+                    what = prepare(form.stored(params, **options))
+                facts = {"weights": dtype} | form.facts(config)
+                check = _part(path / form.name, form, make, *what, facts, sizes)
+                checks[form.name] = check
+        finally:  # The formats before one that fails its check are there.
             files.write_json(path / CHECK, checks[""])
             write_card(path)
     return checks
 
 
-def _rounded(array):
-    return array.astype("bfloat16").astype(array.dtype)
-
-
-def _check_formats(formats):
+def _check_formats(formats, options):
+    """Refuses formats that are not known, lack a package or would ignore an option."""
     for name in formats:
         if name not in FORMATS:
-            legal = f"must be among {', '.join(FORMATS)}"
-            raise reject("formats", name, legal)
-        packages = FORMATS[name].REQUIRES
-        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+            raise reject("formats", name, f"must be among {', '.join(FORMATS)}")
+    for option, value in options.items():
+        takers = [name for name in FORMATS if option in FORMATS[name].options]
+        if not formats or not {*formats} <= {*takers}:
+            legal = f"is for the formats {', '.join(takers)} alone; give --formats"
+            raise reject(option, value, legal)
+    for form in map(FORMATS.__getitem__, formats):
+        missing = [p for p in form.packages if importlib.util.find_spec(p) is None]
         if missing:
-            extra = packages[0]
-            legal = f"needs {', '.join(missing)}: pip install 'cofi-jax[{extra}]'"
-            raise reject("formats", name, legal)
+            legal = f"needs {', '.join(missing)}: pip install 'cofi-jax[{form.extra}]'"
+            raise reject("formats", form.name, legal)
 
 
-def _make(write, load, model, folder, labels):
-    write(folder, model.params, model.config, labels)
-    return model._replace(predict=load(folder))
+def _part(
+    folder: Path,
+    form: Format,
+    make: Callable[[verify.Model, Path], verify.Model],
+    model: verify.Model,
+    dense: verify.Model | None,
+    rows: verify.Validation,
+    facts: dict[str, Any],
+    sizes: dict[str, int],
+) -> dict[str, Any]:
+    """Writes one format into a hidden folder, which is renamed if it passes its check.
 
-
-def _part(folder, made, model, dense, rows, sizes, said):
-    """Writes one format into a hidden folder; only what passes its check is renamed."""
+    Args:
+      folder: its place in the end.
+      form: the format.
+      make: writes a model into a folder, and returns it as loaded from there.
+      model: the saved model.
+      dense: the model that it is timed against, or None.
+      rows: what it is compared on.
+      facts: what else `check.json` says.
+      sizes: `batch_size`, `seq_length` and `repeats` of the timed passes.
+    """
     partial, old = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "old"))
-    if old.exists() and not folder.exists():  # killed between two renames
+    if old.exists() and not folder.exists():  # It was killed between two renames.
         old.rename(folder)
     if folder.exists() and not (folder / CHECK).exists():
         raise reject("formats", folder.name, f"{folder} is not an export; move it away")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        written = made(model, partial)
+        written = make(model, partial)
         _save_tokenizer(partial, folder.parent, model.config)
-        check = verify.compare(folder.name, written, rows) | said
+        check = form.check(form.name, written, rows) | facts
         if dense:
             with tempfile.TemporaryDirectory() as scratch:
+                # Its name is known: transformers caches code under names of folders.
                 scratch = Path(scratch) / "dense"
                 scratch.mkdir()
-                packages = FORMATS[folder.name].REQUIRES or ("jax",)
-                against = made(dense, scratch)
+                against, packages = make(dense, scratch), form.packages or ("jax",)
                 check |= verify.time(written, against, packages=packages, **sizes)
         check |= verify.files(partial)
         files.write_json(partial / CHECK, check)
@@ -190,18 +200,18 @@ def _part(folder, made, model, dense, rows, sizes, said):
 
 
 def _save_tokenizer(folder, model, config):
-    """With what transformers 4 and 5 would otherwise guess, each its own way."""
-    tokenizer = saved_model.load_tokenizer(model)  # a fresh one: uses leave traces
-    with tempfile.TemporaryDirectory() as scratch:  # without code to be trusted
+    """Saves it with all that transformers 4 and 5 would guess in different ways."""
+    tokenizer = saved_model.load_tokenizer(model)  # A used one would have changed.
+    with tempfile.TemporaryDirectory() as scratch:  # There is no code to trust there.
         tokenizer.save_pretrained(scratch)
         path = Path(scratch) / "tokenizer_config.json"
-        said = {
+        fields = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_input_names": list(tokenizer.model_input_names),
             "model_max_length": config.longest,
-            "padding_side": "right",  # the exported positions count from the left
+            "padding_side": "right",  # The exported positions count from the left.
         }
-        files.write_json(path, json.loads(path.read_text()) | said)
+        files.write_json(path, json.loads(path.read_text()) | fields)
         found = huggingface.load_tokenizer(Path(scratch), "formats")
         verify.check_tokenizer(found, tokenizer)
         shutil.copytree(scratch, folder, dirs_exist_ok=True)
@@ -210,7 +220,7 @@ def _save_tokenizer(folder, model, config):
 def _read_check(path):
     try:
         return dict(json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError):  # none, or not ours
+    except (OSError, TypeError, ValueError):  # There is none, or it is not ours.
         return {}
 
 

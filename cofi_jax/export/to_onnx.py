@@ -28,18 +28,12 @@ from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_torch
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
+from cofi_jax.export.formats import Format
 from cofi_jax.models.bert import Batch
 from cofi_jax.models.config import EncoderConfig
 
-REQUIRES = ("onnx", "onnxruntime")
-
-
-_OPSET, _IR = 17, 8  # both of 2022
-
-
-_LARGE = 1_500_000_000  # bytes; a protobuf holds at most 2**31
-
-
+_OPSET, _IR = 17, 8  # Both are of 2022.
+_LARGE = 1_500_000_000  # In bytes; a protobuf holds at most 2**31.
 _DIMS = ["batch_size", "sequence_length"]
 
 
@@ -318,3 +312,6 @@ def _manifest(architecture, inputs, outputs, config):
         "export_format": "onnx",
         "components": {"model": {"file": "model.onnx", "metadata": metadata}},
     }
+
+
+FORMAT = Format("onnx", write, load, packages=("onnx", "onnxruntime"), extra="onnx")

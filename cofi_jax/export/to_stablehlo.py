@@ -3,10 +3,12 @@
     run = jax.export.deserialize(open("model.stablehlo", "rb").read()).call
     logits = run(input_ids, attention_mask, token_type_ids)
 
-each (B, T) int32, for any B and any T up to the longest, on CPUs and CUDA GPUs.
+Each input is (B, T) int32, for any B and any T up to the model's longest input. The
+program runs on CPUs and on CUDA GPUs.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -14,44 +16,49 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from cofi_jax.export.formats import INPUTS, Format
 from cofi_jax.files import write_json
 from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.models.config import EncoderConfig
 
-REQUIRES = ()
-
-
 _FILE = "model.stablehlo"
 
 
-_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+@contextlib.contextmanager
+def _without_source_locations() -> Iterator[None]:
+    """Keeps the paths of this machine's source files out of traced programs."""
+    option = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, option)
+    jax.config.update(option, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def write(
     folder: Path, params: dict, config: EncoderConfig, labels: Sequence[str]
 ) -> None:
-    """Writes `model.stablehlo`, and `labels.json`, into the folder."""
+    """Writes `model.stablehlo` and `labels.json`: see `Format.write`."""
     params = jax.tree.map(jnp.asarray, params)
 
     def logits(*inputs):
-        batch = dict(zip(_INPUTS, inputs, strict=True))
+        batch = dict(zip(INPUTS, inputs, strict=True))
         return Encoder(config).apply({"params": params}, batch).logits
 
-    shape = export.symbolic_shape(
-        "batch, length", constraints=[f"length <= {config.longest}"]
-    )
-    like = [jax.ShapeDtypeStruct(shape, jnp.int32)] * len(_INPUTS)
-    limit = jax.config.jax_traceback_in_locations_limit
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # no paths in the file
-    try:
-        exported = export.export(jax.jit(logits), platforms=("cpu", "cuda"))(*like)
+    limit = f"length <= {config.longest}"
+    shape = export.symbolic_shape("batch, length", constraints=[limit])
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.int32)] * len(INPUTS)
+    with _without_source_locations():
+        exported = export.export(jax.jit(logits), platforms=("cpu", "cuda"))(*inputs)
         (folder / _FILE).write_bytes(exported.serialize())
-    finally:
-        jax.config.update("jax_traceback_in_locations_limit", limit)
     write_json(folder / "labels.json", {"labels": list(labels)})
 
 
 def load(folder: Path) -> Callable[[Batch], np.ndarray]:
-    """The program as a function from a batch to its logits, float32."""
+    """Opens the program in jax: see `Format.load`."""
     run = jax.jit(export.deserialize((folder / _FILE).read_bytes()).call)
-    return lambda batch: np.asarray(run(*(batch[name] for name in _INPUTS)))
+    return lambda batch: np.asarray(run(*(batch[name] for name in INPUTS)))
+
+
+FORMAT = Format("stablehlo", write, load)

@@ -24,20 +24,18 @@ LayerNorm's epsilon makes normalising twice inexact, too, by epsilon in the vari
 
 import dataclasses
 import itertools
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
-from cofi_jax.models.bert import Batch
+from cofi_jax.checkpoints.huggingface import write_tensors
+from cofi_jax.export.formats import Format
+from cofi_jax.export.to_transformers import load
 from cofi_jax.models.config import EncoderConfig
-
-REQUIRES = ("torch",)
-
 
 _EXCESS = 2.0**-30  # less than float32 can tell
 
@@ -272,36 +270,22 @@ def write(
     Raises:
       UserError: where `labels` are not as many as the classes.
     """
-    from safetensors.numpy import save
-
     tensors, fields = to_hugging_face(*to_stock(params, config), labels)
     # BERT's form has lost it with the rows of the position table.
     fields["pad_token_id"] = config.pad_token_id
-    stored = save(tensors, metadata={"format": "pt"})
-    (folder / "model.safetensors").write_bytes(stored)
-    (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    write_tensors(folder, tensors, fields)
 
 
-def load(folder: Path) -> Callable[[Batch], np.ndarray]:
-    """What `write` wrote, run by transformers alone.
+def _facts(config):
+    blocks = any(config.heads + config.intermediate)
+    return {"matrix_weights_ratio": price(config)} if blocks else {}
 
-    Returns:
-      From a batch, (B, T) each, to float32 logits (B, C), of spans (B, T, 2).
-    """
-    import torch
-    import transformers
 
-    fields = json.loads((folder / "config.json").read_text())
-    kind = fields["architectures"][0].partition("For")[2]
-    auto = getattr(transformers, f"AutoModelFor{kind}")
-    model = auto.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def logits(batch):
-        inputs = {k: torch.from_numpy(np.array(v, np.int64)) for k, v in batch.items()}
-        with torch.inference_mode():
-            output = model(**inputs)
-        if "logits" in output:
-            return output.logits.numpy()
-        return torch.stack([output.start_logits, output.end_logits], -1).numpy()
-
-    return logits
+FORMAT = Format(
+    "stock",
+    write,
+    load,  # No code of ours is in the folder: transformers alone runs it.
+    packages=("torch",),
+    extra="torch",
+    facts=_facts,
+)

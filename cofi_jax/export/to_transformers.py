@@ -1,31 +1,29 @@
 """A folder that PyTorch's transformers loads at the sliced model's own speed.
 
-Beside weights and config.json it holds the model's code, two files that know nothing
-of us: `hub_code/*.py`, which `from_pretrained(..., trust_remote_code=True)` runs.
-Tensors have BERT's names; an absent block has none.
+Beside the weights and config.json it holds the code of the model, two files that depend
+on torch and transformers alone: `hub_code/*.py`, which
+`from_pretrained(..., trust_remote_code=True)` runs. The tensors have BERT's names; an
+absent block has none.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints import hf_config, hf_names
+from cofi_jax.checkpoints import hf_config, hf_names, huggingface
 from cofi_jax.config import DTYPES
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
+from cofi_jax.export.formats import INPUTS, Format
 from cofi_jax.models.bert import Batch
 from cofi_jax.models.config import EncoderConfig
 
-REQUIRES = ("torch",)
-
-
 _CODE = Path(__file__).with_name("hub_code")
-
-
 _CONFIGURATION, _MODELING = "configuration_cofi.py", "modeling_cofi.py"
 
 
@@ -36,35 +34,27 @@ def write(
     labels: Sequence[str],
     dtype: str = "float32",
 ) -> None:
-    """Writes code, config.json and weights into the existing empty `folder`.
+    """Writes code, config.json and weights: see `Format.write`.
 
     Args:
-      folder: where to.
-      params: of `abstract_params(config)`'s structure, NumPy's or JAX's.
+      folder: an existing, empty folder.
+      params: the parameters, NumPy's or JAX's.
       config: their sizes.
-      labels: names of the classes in the order of the logits; () for LABEL_0, ...
-      dtype: of the stored weights, float32 or bfloat16.
+      labels: the names of the classes.
+      dtype: the dtype of the stored weights, float32 or bfloat16.
 
     Raises:
       UserError: for another dtype and another number of labels.
     """
-    from safetensors.numpy import save
-
     if dtype not in DTYPES:
         raise reject("dtype", dtype, f"must be {' or '.join(DTYPES)}")
     try:
         fields = _fields(config, labels) | {"dtype": dtype}
     except hf_config.UnsupportedCheckpoint as error:
         raise reject("labels", tuple(labels), str(error)) from error
-    params, bert = hf_names.bert_form(jax.tree.map(np.asarray, params), config)
-    tensors = {
-        # safetensors writes the memory as it lies.
-        name: np.ascontiguousarray(array.astype(dtype))
-        for name, array in hf_names.to_torch(params, bert, "bert.").items()
-    }
-    stored = save(tensors, metadata={"format": "pt"})
-    (folder / "model.safetensors").write_bytes(stored)
-    (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
+    params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
+    tensors = hf_names.to_torch(*hf_names.bert_form(params, config), "bert.")
+    huggingface.write_tensors(folder, tensors, fields)
     modeling = (_CODE / _MODELING).read_text()
     (folder / _MODELING).write_text(modeling)
     configuration = (_CODE / _CONFIGURATION).read_text()
@@ -74,7 +64,7 @@ def write(
 
 
 def _fields(config, labels):
-    """config.json, read by `CofiConfig`; `config` is not in BERT's form."""
+    """Returns config.json as `CofiConfig` reads it."""
     problem = PROBLEMS[config.problem]
     head = problem.auto_model
     module = _MODELING.removesuffix(".py")
@@ -86,7 +76,7 @@ def _fields(config, labels):
             "AutoModel": f"{module}.CofiModel",
             f"AutoModelFor{head}": f"{module}.CofiFor{head}",
         },
-        # 4.x looks for a tokenizer only where this is.
+        # transformers 4 looks for a tokenizer only where this field is.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -109,11 +99,16 @@ def _fields(config, labels):
     }
 
 
-def load(folder: Path) -> Callable[[Batch], np.ndarray]:
-    """The folder's model in PyTorch, in float32 on the CPU, with all its threads.
+def stored(params: dict, dtype: str) -> dict:
+    """Returns float32 parameters, rounded as `write` rounds them."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), params)
+
+
+def load_torch(folder: Path, dtype: str = "float32") -> Any:
+    """Opens a folder of transformers on the CPU, whichever code it asks for.
 
     Returns:
-      From a batch, each array (B, T), to logits (B, C), of spans (B, T, 2).
+      The PyTorch model with the head that config.json names, without dropout.
 
     Raises:
       ValueError: where weights and config.json do not fit.
@@ -122,14 +117,23 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
     import transformers
 
     fields = json.loads((folder / "config.json").read_text())
-    name = fields["architectures"][0].replace("CofiFor", "AutoModelFor")
-    model = getattr(transformers, name).from_pretrained(
-        folder, trust_remote_code=True, local_files_only=True, dtype=torch.float32
+    head = fields["architectures"][0].partition("For")[2]
+    return getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+        folder,
+        trust_remote_code=True,
+        local_files_only=True,
+        dtype=getattr(torch, dtype),
     )
 
+
+def load(folder: Path) -> Callable[[Batch], np.ndarray]:
+    """Opens a folder in PyTorch, in float32 on the CPU: see `Format.load`."""
+    import torch
+
+    model = load_torch(folder)
+
     def predict(batch):
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        inputs = {k: torch.tensor(np.asarray(batch[k], np.int64)) for k in names}
+        inputs = {k: torch.tensor(np.asarray(batch[k], np.int64)) for k in INPUTS}
         with torch.inference_mode():
             output = model(**inputs)
         if "logits" in output:
@@ -137,3 +141,14 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
         return torch.stack([output.start_logits, output.end_logits], -1).numpy()
 
     return predict
+
+
+FORMAT = Format(
+    "transformers",
+    write,
+    load,
+    packages=("torch",),
+    extra="torch",
+    options=("dtype",),
+    stored=stored,
+)

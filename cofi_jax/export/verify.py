@@ -1,7 +1,7 @@
-"""What is found of a model in some runtime before it is called exported.
+"""Comparisons of an exported model, in its own runtime, with the masked model.
 
-Its logits are compared with those of the masked model, the dense one's sizes under
-hard gates; it is scored on the same rows and timed against the dense model in turn.
+The masked model has the dense one's sizes and hard masks. The logits of both are compared
+and scored on the same rows. The time of a pass is measured beside the dense model's.
 """
 
 import dataclasses
@@ -18,13 +18,14 @@ import numpy as np
 from cofi_jax.data import batches, sources
 from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject
+from cofi_jax.evaluation import latency
 from cofi_jax.evaluation import predict as predict_lib
 from cofi_jax.evaluation import timing as timing_lib
 from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning.masks import Masks
 
-TOLERANCE = 1e-4  # of logits, relative where they are above 1
+TOLERANCE = 1e-4  # The largest difference of logits, relative where they exceed 1.
 
 
 class Model(NamedTuple):
@@ -32,21 +33,21 @@ class Model(NamedTuple):
 
     params: dict
     config: EncoderConfig
-    predict: Callable[[Batch], Any]  # to its logits
+    predict: Callable[[Batch], Any]  # The logits of a batch.
 
 
 class Validation(NamedTuple):
-    """The rows that models are compared on, and the masked model's logits."""
+    """The rows that models are compared on, and the masked model's logits of them."""
 
     task: Task
     examples: batches.Examples
     split: str
-    against: str  # what the model is called whose logits these are
-    logits: np.ndarray
+    against: str  # The name of the model whose logits these are.
+    logits: np.ndarray  # (N, C), or (N, T, C) where the head reads every token
 
 
 def in_jax(params: dict, config: EncoderConfig, masks: Masks | None = None) -> Model:
-    """A model that jax runs in float32, under masks or without."""
+    """Returns a model that jax runs in float32, with masks or without."""
     config = dataclasses.replace(config, dtype="float32")
     predict = predict_lib.make_predict(Encoder(config))
     arrays = jax.device_put((params, masks or {}))
@@ -56,17 +57,21 @@ def in_jax(params: dict, config: EncoderConfig, masks: Masks | None = None) -> M
 def validation(
     task: Task, tokenizer: Any, num_rows: int
 ) -> Callable[[Model, str], Validation]:
-    """Reads rows to compare models on: a function of the reference and its name.
+    """Reads the rows to compare models on, once for all models.
 
     Args:
       task: where they come from; the first validation split is taken.
-      tokenizer: the models'.
-      num_rows: 0, or more than there are, for all of them; questions come all.
+      tokenizer: the tokenizer of the models.
+      num_rows: how many rows to take; 0, or more than there are, for all of them. The
+        windows of questions are taken all.
+
+    Returns:
+      A function of a reference model and its name, which adds that model's logits.
     """
     split = task.validation[0]
     task, columns = sources.load(task, (split,))
     examples = task.tokenise(columns[split], tokenizer)
-    if not examples.questions:  # These are scored by all their windows.
+    if not examples.questions:  # A question is scored by all of its windows.
         wanted = min(num_rows, len(examples))
         examples = batches.first_rows(examples, wanted, field="rows")
 
@@ -99,20 +104,31 @@ def _logits(predict, rows):
     return predict_lib.logits(of_batch, {}, rows.task, rows.examples, batch_size=32)
 
 
-def compare(name: str, model: Model, validation: Validation) -> dict[str, Any]:
-    """How the model's logits and scores compare with those of the reference.
+def compare(
+    name: str, model: Model, validation: Validation, tolerance: float = TOLERANCE
+) -> dict[str, Any]:
+    """Compares a model's logits and scores with those of the reference.
+
+    Args:
+      name: what the model is called in `check.json`.
+      model: the model as it was loaded.
+      validation: the rows and the reference's logits.
+      tolerance: the largest difference of logits, relative where they exceed 1.
+
+    Returns:
+      The content of `check.json`.
 
     Raises:
-      UserError: where they differ by more than the tolerance.
+      UserError: where the logits differ by more than the tolerance.
     """
-    task, examples, _, split, against, expected = validation
+    task, examples, split, against, expected = validation
     found = _logits(model.predict, validation)
     difference = np.abs(found - expected)
     if difference.ndim == 3:  # What a model says of padding is never read.
         for row, length in zip(difference, examples.lengths, strict=True):
             row[length:] = 0
     worst, scale = float(difference.max()), max(1.0, float(np.abs(expected).max()))
-    if not worst <= TOLERANCE * scale:
+    if not worst <= tolerance * scale:
         legal = f"its logits differ from {against}'s by {worst:.1e}; not written"
         raise reject("formats", name, legal)
     return {
@@ -121,7 +137,7 @@ def compare(name: str, model: Model, validation: Validation) -> dict[str, Any]:
         "split": split,
         "rows": len(examples),
         "max_abs_difference": worst,
-        "tolerance": TOLERANCE * scale,
+        "tolerance": tolerance * scale,
         "scores": task.scores(found, examples),
         "reference_scores": task.scores(expected, examples),
     }
@@ -136,15 +152,22 @@ def time(
     seq_length: int,
     repeats: int,
 ) -> dict[str, Any]:
-    """The speedup over the dense model in the same runtime, timed in turn on a CPU."""
-    ids = np.random.default_rng(0).integers(
-        pruned.config.vocab_size, size=(batch_size, seq_length), dtype=np.int32
-    )
-    batch = {
-        "input_ids": ids,
-        "attention_mask": np.ones_like(ids),
-        "token_type_ids": np.zeros_like(ids),
-    }
+    """Measures the speedup over the dense model in the same runtime, on a CPU.
+
+    Args:
+      pruned: the exported model.
+      dense: the dense one, which passes take turns with it.
+      packages: the modules whose versions are named.
+      batch_size: sequences in a batch (B).
+      seq_length: tokens in a sequence (T).
+      repeats: the number of turns.
+
+    Returns:
+      What `check.json` says of it.
+    """
+    sizes = {"batch_size": batch_size, "seq_length": seq_length}
+    batch = latency.random_batch(pruned.config.vocab_size, **sizes)
+    batch = jax.device_get(batch)
     calls = {
         name: functools.partial(model.predict, batch)
         for name, model in (("dense", dense), ("pruned", pruned))
@@ -158,8 +181,7 @@ def time(
         "benchmark": {
             "device": timing_lib.describe(jax.local_devices(backend="cpu")[0]),
             "dtype": "float32",
-            "batch_size": batch_size,
-            "seq_length": seq_length,
+            **sizes,
             "repeats": timings["pruned"].repeats,
         },
         "versions": {p: importlib.import_module(p).__version__ for p in packages},
@@ -167,7 +189,7 @@ def time(
 
 
 def files(folder: Path, parts: Sequence[str] = (".",)) -> dict[str, Any]:
-    """Size and SHA-256 of every file in these parts of the folder."""
+    """Returns the size and the SHA-256 of every file in these parts of the folder."""
     trees = [[folder / part, *(folder / part).rglob("*")] for part in parts]
     found = sorted(path for tree in trees for path in tree if path.is_file())
     return {

@@ -1,1 +1,1 @@
-"""The encoder: its sizes, its layers, the kinds of gates on it."""
+"""The encoder: its sizes, its prunable axes, its layers and the model itself."""

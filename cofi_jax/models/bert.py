@@ -1,8 +1,8 @@
 """The encoder: one linen module is the dense, the masked and the sliced model.
 
-Post-LayerNorm: BERT, and RoBERTa, which differs in the row of the position table that
-the first token takes. With masks in the collection `masks` (any subset of the kinds;
-the hidden mask z acts on every vector of width D), a layer computes
+It is a post-LayerNorm encoder: BERT, and RoBERTa, which differs in the row of the
+position table that the first token takes. The collection `masks` has any subset of the
+kinds of masks; the hidden masks z act on every vector of width D:
 
     e  = norm(z * (word + position + type))
     y  = norm(x + z * mha_l * attention(x))          or x where the block is absent
@@ -13,10 +13,11 @@ result by z, and the head masks multiply the heads' outputs before the output
 projection. A block is absent when its own mask or all masks inside it are 0.
 
 Shapes: B batch, T tokens, D hidden, L layers, H heads, d head width, F intermediate,
-P pooler, C classes. In a sliced model H and F differ from layer to layer.
+C classes. H and F differ from layer to layer in a sliced model.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -24,102 +25,62 @@ import jax
 import jax.numpy as jnp
 
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm
-from cofi_jax.models.skipping import call_blocks
-from cofi_jax.models.spec import BERT, KINDS
+from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm, if_present
+from cofi_jax.models.spec import KINDS, blocks
 
 Batch = dict[str, jax.Array]
+LayerMasks = dict[
+    str, jax.Array
+]  # one layer's rows: head (H,), mha (), hidden (D,) ...
 
 _INIT = nn.initializers.normal(0.02)
 
 
 class Output(NamedTuple):
-    """The results of a forward pass.
+    """The logits and the L + 1 hidden states, the embeddings' first.
 
     Attributes:
       logits: (B, C), or (B, T, C) where the head reads every token.
-      hidden_states: L + 1 arrays (B, T, D), of which the first are the embeddings.
+      hidden_states: each (B, T, D).
     """
 
     logits: jax.Array
     hidden_states: tuple[jax.Array, ...]
 
 
-class Embeddings(nn.Module):
-    """The sum of word, position and token type embeddings, normalised."""
-
-    config: EncoderConfig
-
-    @nn.compact
-    def __call__(
-        self, batch: Batch, hidden_mask: jax.Array | None, *, train: bool
-    ) -> jax.Array:
-        """Embeds a batch.
-
-        Args:
-          batch: `input_ids` and `token_type_ids`, each (B, T) int32.
-          hidden_mask: (D,).
-          train: whether dropout acts.
-
-        Returns:
-          The embeddings, (B, T, D).
-        """
-        config = self.config
-        ids, start = batch["input_ids"], config.position_offset
-
-        def table(name, rows):
-            return self.param(name, _INIT, (rows, config.hidden_size))
-
-        x = (
-            table("word", config.vocab_size)[ids]  # (B, T, D)
-            + table("position", config.max_positions)[start : start + ids.shape[1]]
-            + table("type", config.type_vocab_size)[batch["token_type_ids"]]
-        )
-        if hidden_mask is not None:
-            x = x * hidden_mask
-        x = Norm(config.layer_norm_eps, config.dtype, name="norm")(x, hidden_mask)
-        return Dropout(config.dropout)(x, train=train)
-
-
 class Projection(nn.Module):
-    """The masked projection of a block's units back to the hidden dimensions.
+    """The masked projection from a block's units back to the hidden dimensions.
 
-    The inner mask acts on the kernel in float32, as it does in slicing: the kernel is
-    smaller than what the tokens of a batch have inside a block.
+    The inner masks act on the kernel, in its float32, as they do in slicing: the kernel
+    is smaller than what a batch's tokens have inside a block.
     """
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        inner_mask: jax.Array | None,
-        outer_mask: jax.Array | None,
+        self, x: jax.Array, inner: jax.Array | None, outer: jax.Array | None
     ) -> jax.Array:
-        """Projects the units of each token.
+        """Projects every token; returns (B, T, D), in float32 under outer masks.
 
         Args:
-          x: (B, T, H, d) or (B, T, F).
-          inner_mask: of the units, (H,) or (F,).
-          outer_mask: of the result, (D,) or a scalar.
-
-        Returns:
-          (B, T, D), in float32 where there is an outer mask.
+          x: (B, T, H, d) or (B, T, F), what the units computed.
+          inner: (H,) or (F,), the masks of the units.
+          outer: () or (D,), the mask of the block times those of the hidden dimensions.
         """
-        dtype, inner = self.config.dtype, x.shape[2:]
-        kernel = self.param("kernel", _INIT, (*inner, self.config.hidden_size))
+        dtype, units = self.config.dtype, x.shape[2:]
+        kernel = self.param("kernel", _INIT, (*units, self.config.hidden_size))
         bias = self.param("bias", nn.initializers.zeros, (self.config.hidden_size,))
-        if inner_mask is not None:
-            kernel = kernel * inner_mask.reshape(-1, *(1,) * len(inner))
-        axes = tuple(range(2, x.ndim)), tuple(range(len(inner)))
+        if inner is not None:
+            kernel = kernel * inner.reshape(-1, *(1,) * len(units))
+        axes = tuple(range(2, x.ndim)), tuple(range(len(units)))
         x = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (axes, ((), ())))
         x = x + bias.astype(dtype)  # (B, T, D)
-        return x if outer_mask is None else x * outer_mask
+        return x if outer is None else x * outer
 
 
 class Attention(nn.Module):
-    """Self-attention whose heads are masked."""
+    """Self-attention with masked heads."""
 
     heads: int
     config: EncoderConfig
@@ -129,71 +90,58 @@ class Attention(nn.Module):
         self,
         x: jax.Array,
         attention_mask: jax.Array,
-        head_mask: jax.Array | None,
-        outer_mask: jax.Array | None,
+        head_masks: jax.Array | None,
+        outer: jax.Array | None,
         *,
         train: bool,
     ) -> jax.Array:
-        """Lets each token attend to the real tokens of its row.
+        """Attends from every token to all real tokens of its row; returns (B, T, D).
 
         Args:
           x: (B, T, D).
-          attention_mask: (B, T), 1 for real tokens and 0 for padding.
-          head_mask: (H,).
-          outer_mask: of the result, (D,) or a scalar.
-          train: whether dropout acts.
-
-        Returns:
-          (B, T, D).
+          attention_mask: (B, T), 0 for padding.
+          head_masks: (H,).
+          outer: () or (D,), see `Projection`.
+          train: whether there is dropout.
         """
         config = self.config
 
         def project(name):
-            return nn.DenseGeneral(
-                (self.heads, config.head_size),
-                dtype=config.dtype,
-                kernel_init=_INIT,
-                name=name,
-            )(x)
+            shape, dtype = (self.heads, config.head_size), config.dtype
+            return nn.DenseGeneral(shape, dtype=dtype, kernel_init=_INIT, name=name)(x)
 
         query, key, value = project("query"), project("key"), project("value")
-        scale = config.head_size**-0.5
-        scores = jnp.einsum("bthd,bshd->bhts", query, key) * scale  # (B, H, T, T)
+        # Each of the three is (B, T, H, d); the scores are (B, H, T, T).
+        scores = jnp.einsum("bthd,bshd->bhts", query, key) * config.head_size**-0.5
         padding = jnp.where(attention_mask > 0, 0.0, -1e9)[:, None, None, :]
         scores = scores.astype(jnp.float32) + padding
         weights = jax.nn.softmax(scores).astype(config.dtype)  # (B, H, T, T)
         weights = Dropout(config.dropout)(weights, train=train)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)  # (B, T, H, d)
-        return Projection(config, name="output")(context, head_mask, outer_mask)
+        return Projection(config, name="output")(context, head_masks, outer)
 
 
 class FeedForward(nn.Module):
-    """Two projections, and masked units between them."""
+    """Two projections with masked units between them."""
 
     width: int
     config: EncoderConfig
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        unit_mask: jax.Array | None,
-        outer_mask: jax.Array | None,
+        self, x: jax.Array, unit_masks: jax.Array | None, outer: jax.Array | None
     ) -> jax.Array:
-        """Transforms each token by itself.
+        """Works on each token by itself; returns (B, T, D).
 
         Args:
           x: (B, T, D).
-          unit_mask: (F,).
-          outer_mask: of the result, (D,) or a scalar.
-
-        Returns:
-          (B, T, D).
+          unit_masks: (F,).
+          outer: () or (D,), see `Projection`.
         """
         dtype = self.config.dtype
         x = nn.Dense(self.width, dtype=dtype, kernel_init=_INIT, name="up")(x)
         x = ACTIVATIONS[self.config.activation](x)  # (B, T, F)
-        return Projection(self.config, name="down")(x, unit_mask, outer_mask)
+        return Projection(self.config, name="down")(x, unit_masks, outer)
 
 
 class Layer(nn.Module):
@@ -208,21 +156,17 @@ class Layer(nn.Module):
         self,
         x: jax.Array,
         attention_mask: jax.Array,
-        masks: dict[str, jax.Array],
+        masks: LayerMasks,
         *,
         train: bool,
     ) -> jax.Array:
-        """Applies both blocks, also where masks say that one is absent.
+        """Adds what each block computes to `x` and normalises; returns (B, T, D).
 
         Args:
           x: (B, T, D).
-          attention_mask: (B, T), 1 for real tokens and 0 for padding.
-          masks: of this layer: head (H,), mha (), intermediate (F,), ffn (), and
-            hidden (D,), or any subset.
-          train: whether dropout acts.
-
-        Returns:
-          (B, T, D).
+          attention_mask: (B, T), 0 for padding.
+          masks: this layer's rows; blocks that they close are computed all the same.
+          train: whether there is dropout.
         """
 
         def join(x, y, name):
@@ -230,8 +174,8 @@ class Layer(nn.Module):
             norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=name)
             return norm(x + y, masks.get("hidden"))
 
-        def outer(kind):
-            given = [masks[k] for k in (kind, "hidden") if k in masks]
+        def outer(block):
+            given = [masks[kind] for kind in (block, "hidden") if kind in masks]
             return functools.reduce(jnp.multiply, given) if given else None
 
         if self.heads:
@@ -247,6 +191,50 @@ class Layer(nn.Module):
         return x
 
 
+def _skip_absent(
+    layer: Layer,
+    x: jax.Array,
+    attention_mask: jax.Array,
+    masks: LayerMasks,
+    *,
+    train: bool,
+    make_rng: Callable[[str], jax.Array],
+) -> jax.Array:
+    """`layer(x, attention_mask, masks, train=train)`, but skips its absent blocks.
+
+    All skipping passes through here: without it the encoder would call its layers also
+    when their parameters are there. Each block runs as a layer of its own, which is
+    traced once for all layers that have it in the same width: that halves the time of a
+    whole trace.
+    """
+    parts = blocks(layer.config)
+    for block in parts:
+        others = {other.widths: 0 for other in parts if other.name != block.name}
+        alone = layer.clone(parent=None, name=None, **others)
+        if getattr(alone, block.widths):
+            params = layer.variables["params"]
+            params = {name: params[name] for name in (block.name, block.norm)}
+            kinds = (block.outer, block.inner)
+            given = {k: v for k, v in masks.items() if k in (*kinds, "hidden")}
+            noise = {"dropout": make_rng("dropout")} if train else {}
+            x = _run(alone, kinds, train, params, given, noise, x, attention_mask)
+    return x
+
+
+@functools.partial(jax.jit, static_argnames=("layer", "kinds", "train"))
+def _run(layer, kinds, train, params, masks, noise, x, attention_mask):
+    def block(fixed, x, params, masks):
+        noise, attention_mask = fixed
+        variables = {"params": params}
+        return layer.apply(variables, x, attention_mask, masks, train=train, rngs=noise)
+
+    inputs = (noise, attention_mask), x, params, masks
+    open_ = [(masks[kind] > 0).any() for kind in kinds if kind in masks]
+    if not open_:
+        return block(*inputs)
+    return if_present(functools.reduce(jnp.logical_and, open_), block, *inputs)
+
+
 class Encoder(nn.Module):
     """An encoder with a head on the first token or on every token."""
 
@@ -254,32 +242,41 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool = False) -> Output:
-        """Runs `apply({"params": params, "masks": masks}, batch)`.
+        """Called as `apply({"params": params, "masks": masks}, batch)`.
 
         Args:
           batch: `input_ids`, `attention_mask` and `token_type_ids`, each (B, T) int32.
-          train: whether dropout acts; it takes `rngs={"dropout": key}`.
+          train: whether there is dropout; pass `rngs={"dropout": key}` then.
 
-        Returns:
-          The logits and all hidden states.
+        The masks are those of `masks.mask_shapes`, or any subset of the kinds; the
+        collection may be left out.
 
         Raises:
-          ValueError: for a kind of mask that does not exist.
+          ValueError: for a kind of mask that does not exist, and for heads or units
+            that are not the model's.
         """
-        config, masks = self.config, self.variables.get("masks", {})
+        config, attention_mask = self.config, batch["attention_mask"]
+        masks = self.variables.get("masks", {})
         if unknown := set(masks) - set(KINDS):
             raise ValueError(f"masks {sorted(unknown)}: kinds are {KINDS}")
-        x = Embeddings(config, name="embeddings")(
-            batch, masks.get("hidden"), train=train
-        )
-        states = [x]  # (B, T, D) each
+        for block in blocks(config):
+            shape = block.real(config).shape
+            if block.inner in masks and masks[block.inner].shape != shape:
+                raise ValueError(f"masks[{block.inner!r}]: the shape must be {shape}")
+        hidden = masks.get("hidden")
+        x = Embeddings(config, name="embeddings")(batch, hidden, train=train)
+        states = [x]
         for i, widths in enumerate(zip(config.heads, config.intermediate, strict=True)):
-            own = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
-            for block, width in zip(BERT.blocks, widths, strict=True):
-                if block.inner in own:  # what is beyond the layer's width is padding
-                    own[block.inner] = own[block.inner][:width]
             layer = Layer(*widths, config, name=f"layer_{i}")
-            x = call_blocks(layer, x, batch["attention_mask"], own, train=train)
+            own = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
+            for block in blocks(config):
+                if block.inner in own:  # without the row's padding
+                    own[block.inner] = own[block.inner][: block.sizes(config)[i]]
+            if self.is_initializing():
+                x = layer(x, attention_mask, own, train=train)
+            else:
+                arguments = layer, x, attention_mask, own
+                x = _skip_absent(*arguments, train=train, make_rng=self.make_rng)
             states.append(x)
         if not config.reads_every_token:
             first = nn.Dense(
@@ -292,13 +289,46 @@ class Encoder(nn.Module):
         return Output(logits, tuple(states))
 
 
+class Embeddings(nn.Module):
+    """The normalised sum of word, position and token type embeddings."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(
+        self, batch: Batch, hidden: jax.Array | None, *, train: bool
+    ) -> jax.Array:
+        """Looks the tokens up; returns (B, T, D).
+
+        Args:
+          batch: as the encoder's.
+          hidden: (D,), the masks of the hidden dimensions.
+          train: whether there is dropout.
+        """
+        config = self.config
+        ids, start = batch["input_ids"], config.position_offset
+
+        def table(name, rows):
+            return self.param(name, _INIT, (rows, config.hidden_size))
+
+        x = (
+            table("word", config.vocab_size)[ids]
+            + table("position", config.max_positions)[start : start + ids.shape[1]]
+            + table("type", config.type_vocab_size)[batch["token_type_ids"]]
+        )
+        if hidden is not None:
+            x = x * hidden
+        x = Norm(config.layer_norm_eps, config.dtype, name="norm")(x, hidden)
+        return Dropout(config.dropout)(x, train=train)
+
+
 def _example() -> Batch:
     ids = jnp.zeros((1, 2), jnp.int32)
     return {"input_ids": ids, "attention_mask": ids + 1, "token_type_ids": ids}
 
 
 def init_params(config: EncoderConfig, key: jax.Array) -> dict:
-    """Fresh parameters: normal(0, 0.02) kernels, zero biases, float32."""
+    """Fresh float32 parameters: kernels from normal(0, 0.02), biases of zero."""
     return jax.jit(Encoder(config).init)(key, _example())["params"]
 
 

@@ -1,6 +1,7 @@
-"""The sizes of an encoder: dense ones, and ragged ones where it was sliced."""
+"""The sizes of an encoder; in a sliced one the layers differ in width."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,26 @@ class EncoderConfig:
     head: str = ""  # the tokens that the head reads: first, every, or "": by `problem`
 
     @classmethod
+    def dense(
+        cls,
+        *,
+        num_layers: int,
+        num_heads: int,
+        hidden_size: int,
+        intermediate_size: int,
+        **others: Any,
+    ) -> "EncoderConfig":
+        """Returns the sizes of a model of equal layers; `others` are further fields."""
+        return cls(
+            hidden_size=hidden_size,
+            heads=(num_heads,) * num_layers,
+            head_size=hidden_size // num_heads,
+            intermediate=(intermediate_size,) * num_layers,
+            pooler_size=hidden_size,
+            **others,
+        )
+
+    @classmethod
     def from_json(cls, fields: dict) -> "EncoderConfig":
         """The inverse of `dataclasses.asdict` after a passage through JSON."""
         lists = {name: tuple(fields[name]) for name in ("heads", "intermediate")}
@@ -47,7 +68,7 @@ class EncoderConfig:
         """The padding token's id in the family's own vocabularies."""
         return max(self.position_offset - 1, 0)
 
-    def widths(self) -> dict:
+    def widths(self) -> dict[str, int | list[int]]:
         """JSON-able `hidden`, and `heads` and `intermediate` per layer."""
         return {
             "hidden": self.hidden_size,

@@ -1,10 +1,11 @@
-"""Activations, dropout and LayerNorm, which act between the matrix products.
+"""The operations between the matrix products, and the skipping of absent blocks.
 
-For the backward pass an activation and a LayerNorm keep their input alone: it is faster
-to compute their results again than to write and read them. The backward pass of
-LayerNorm is written down, so forward-mode differentiation (`jax.jvp`) does not work.
+For the backward pass an activation and a LayerNorm keep only what they were given:
+computing their results again is faster than writing and reading them. The backward pass
+of LayerNorm is written down, so forward mode (`jax.jvp`) does not work.
 """
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -13,16 +14,16 @@ import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The product of x and the cumulative normal distribution at x, to 1e-6.
+    """The product of x and the normal distribution function at x, to 1e-6.
 
-    It is computed in float32 by erf, as in PyTorch. Far below 0, erfc would be more
-    exact, but it takes twice as long.
+    It is computed in float32 by erf, as in PyTorch, which is twice as fast as by erfc
+    and less exact far below 0.
     """
     wide = x.astype(jnp.float32)
     return (wide * 0.5 * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
-# The keys are the names of Hugging Face.
+# The activations by their names in Hugging Face configs.
 ACTIVATIONS = {
     name: jax.checkpoint(activation)
     for name, activation in {
@@ -37,18 +38,25 @@ ACTIVATIONS = {
 
 
 class Dropout(nn.Module):
-    """Sets a fraction `rate` of the elements to 0 and scales the others up.
+    """Dropout whose rate is rounded to a 65,536th.
 
-    The rate is rounded to a multiple of 2^-16, so that each random word serves two
-    elements, those at n and n + N/2 of the last axis: most of the time that dropout
-    takes goes into drawing words.
+    Drawing random words is what dropout costs, so each word of 32 bits serves two
+    numbers: those at n and n + N/2 of the last axis, which has N.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Drops elements of x, (..., N), if `train`; returns x itself otherwise."""
+        """Zeroes a fraction `rate` of `x` and scales up the rest.
+
+        Args:
+          x: an array of one axis or more.
+          train: if False, `x` is returned as it is.
+
+        Returns:
+          An array of the shape and the dtype of `x`.
+        """
         threshold = min(round(self.rate * 2**16), 2**16 - 1)
         if not train or not threshold:
             return x
@@ -59,14 +67,14 @@ class Dropout(nn.Module):
         return _drop(1 - threshold / 2**16, kept, x)
 
 
-# Without the checkpoint, the zeros would be kept for the backward pass as well.
+# Without the checkpoint an array of zeros would be kept for the backward pass, too.
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _drop(share, kept, x):
     return jnp.where(kept, x.astype(jnp.float32) / share, 0).astype(x.dtype)
 
 
 class Norm(nn.Module):
-    """LayerNorm over the open hidden dimensions, times the hidden mask.
+    """LayerNorm over the open hidden dimensions, times the hidden masks.
 
     With s the share of a dimension in the statistics, 1 / D or that of the open ones,
 
@@ -81,15 +89,23 @@ class Norm(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """Normalises x, (..., D), under a mask (D,) or none; statistics in float32."""
+    def __call__(self, x: jax.Array, masks: jax.Array | None) -> jax.Array:
+        """Normalises the last axis, with statistics in float32.
+
+        Args:
+          x: (..., D).
+          masks: (D,) hidden masks, or None.
+
+        Returns:
+          (..., D) of the module's dtype.
+        """
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         open_ = None
-        if mask is not None:
-            open_ = mask > 0
-            # It is folded into D numbers here, as slicing folds it into the parameters.
-            scale, bias = scale * mask, bias * mask
+        if masks is not None:
+            open_ = masks > 0
+            # Folding them here costs D products; slicing folds them likewise.
+            scale, bias = scale * masks, bias * masks
         x = x.astype(jnp.float32)
         return _normalise(x, open_, scale, bias, self.epsilon).astype(self.dtype)
 
@@ -124,3 +140,98 @@ def _backward(epsilon, kept, gradient):
 
 
 _normalise.defvjp(_forward, _backward)
+
+
+# Skipping on a CPU. `if_present` and what it uses serve `bert._skip_absent` alone.
+#
+# jax.lax.cond by itself would hand everything that the backward pass needs, copies of
+# the parameters among it, from one branch to the other. Here only what the block
+# computes is handed over:
+#
+#                     present                          absent
+#
+#   forward     x ---> block ---> y              x ----------------> y
+#                        |                                 zeros
+#                        v computed (activations)            |
+#                        |                                   v
+#                 - - - - - - - - kept from here to there - - - - - - - -
+#                        |        x, params, masks: as they are
+#                        v
+#   backward   dx <--- block's <--- dy          dx <---------------- dy
+#              dparams pullback                 dparams = dmasks = 0
+#              dmasks
+#
+# The pullback of `jax.vjp` is a pytree: its arrays are either operands of the block or
+# computed by it. A `_Recipe` says which, so that the other branch can rebuild it.
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Recipe:
+    """The way to put a pullback together again.
+
+    Attributes:
+      structure: its tree.
+      places: for each of its arrays which operand it is, or None if it was computed.
+    """
+
+    structure: Any
+    places: tuple[int | None, ...]
+
+
+def if_present(
+    present: jax.Array, block: Callable, fixed: Any, x: jax.Array, *operands: Any
+) -> jax.Array:
+    """`block(fixed, x, *operands)`, or x where `present` is False.
+
+    Args:
+      present: () bool.
+      block: keeps the shape and dtype of x; captures nothing that is differentiated.
+      fixed: a pytree that is not differentiated.
+      x: a floating point array.
+      *operands: pytrees of such arrays.
+    """
+    if jax.default_backend() != "cpu":  # a GPU would wait for the host at a branch
+        return jnp.where(present, block(fixed, x, *operands), x)
+
+    @jax.custom_vjp
+    def run(present, fixed, *operands):
+        return jax.lax.cond(present, block, lambda fixed, x, *_: x, fixed, *operands)
+
+    def forward(present, fixed, *operands):
+        recipes = []
+
+        def there(fixed, *operands):
+            out, pull = jax.vjp(lambda *operands: block(fixed, *operands), *operands)
+            arrays, structure = jax.tree.flatten(pull)
+            place_of = {id(x): i for i, x in enumerate(jax.tree.leaves(operands))}
+            places = tuple(place_of.get(id(x)) for x in arrays)
+            recipes.append(_Recipe(structure, places))
+            return out, [x for x, i in zip(arrays, places, strict=True) if i is None]
+
+        # Under jit it is traced once, for both its shapes and the branch.
+        there = jax.jit(there, inline=True)
+
+        def absent(fixed, x, *_):
+            return x, [jnp.zeros(like.shape, like.dtype) for like in likes]
+
+        _, likes = jax.eval_shape(there, fixed, *operands)
+        out, computed = jax.lax.cond(present, there, absent, fixed, *operands)
+        return out, (recipes[-1], present, computed, operands)
+
+    def backward(kept, gradient):
+        recipe, present, computed, operands = kept
+
+        def there(gradient, computed, operands):
+            given, rest = jax.tree.leaves(operands), iter(computed)
+            arrays = [next(rest) if i is None else given[i] for i in recipe.places]
+            return jax.tree.unflatten(recipe.structure, arrays)(gradient)
+
+        def absent(gradient, computed, operands):
+            return gradient, *jax.tree.map(jnp.zeros_like, operands[1:])
+
+        found = jax.lax.cond(present, there, absent, gradient, computed, operands)
+        return None, None, *found
+
+    run.defvjp(forward, backward)
+    return run(present, fixed, x, *operands)

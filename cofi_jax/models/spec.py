@@ -1,161 +1,123 @@
-"""The kinds of masks, and the prunable axes of each architecture as one table.
+"""The prunable axes of an architecture, as one table that everything else reads.
 
-Shapes of masks, costs, multiply-adds, folding, slicing and the layers that are alive
-are all read from an `Architecture`. Another architecture needs a table here, a module
-whose parameters have the names of the table, and a map to the names of Hugging Face.
+The shapes of the masks, the cost, the multiply-adds, folding, slicing and the layers
+that are alive all follow from it. Each axis of an array has a letter:
+
+    D  hidden dimensions          kept where the mask `hidden` is open
+    H  heads of a layer           kept where `head` is open
+    F  feed-forward units         kept where `intermediate` is open
+    d  dimensions of a head       never cut
+    *  anything else              never cut
+
+An array whose last axis is D writes to the hidden states, so the masks of what it
+writes are folded into it.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple
 
-import jax
+import numpy as np
 
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
 
-KINDS = ("head", "mha", "intermediate", "ffn", "hidden")
 
-# The kind of the mask on a whole block, and the kind of the masks on its units.
-INNER = {"mha": "head", "ffn": "intermediate"}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Block:
-    """A residual block, which pruning removes whole or unit by unit.
+class Block(NamedTuple):
+    """A residual block of each layer: its masks, its units and its parameters.
 
     Attributes:
-      name: of the block's module in the parameters of a layer.
-      norm: the name of the LayerNorm that goes when the block goes.
-      outer: the kind of the mask on the whole block.
-      unit: the letter of the axis of units: heads, or intermediate units.
-      widths: the field of `EncoderConfig` with the number of units per layer.
-      arrays: for each projection, the axes of its kernel and of its bias.
-      between_tokens: the axes of what is multiplied for each pair of tokens.
+      name: the block's name in a layer's parameters; its LayerNorm is `{name}_norm`.
+      outer: the kind of mask that closes the whole block.
+      inner: the kind of mask that closes single units of it.
+      widths: the field of `EncoderConfig` that has the number of units per layer.
+      unit: the letter of the units.
+      modules: the axes of each module's kernel and bias; these count for the cost.
+      products: the axes of the matrix products without parameters; T is the tokens.
     """
 
     name: str
-    norm: str
     outer: str
-    unit: str
+    inner: str
     widths: str
-    arrays: Mapping[str, tuple[str, str]]
-    between_tokens: tuple[str, ...] = ()
+    unit: str
+    modules: Mapping[str, tuple[str, str]]
+    products: tuple[str, ...] = ()
 
     @property
-    def inner(self) -> str:
-        """The kind of the masks on the block's units."""
-        return INNER[self.outer]
+    def norm(self) -> str:
+        """The name of the block's LayerNorm in a layer's parameters."""
+        return f"{self.name}_norm"
 
-    @property
-    def kinds(self) -> tuple[str, str]:
-        """The kinds of masks that decide whether the block is absent."""
-        return self.outer, self.inner
+    def sizes(self, config: EncoderConfig) -> tuple[int, ...]:
+        """The number of units in each layer."""
+        return getattr(config, self.widths)
 
-    @property
-    def modules(self) -> tuple[str, str]:
-        """The names of the block's modules in the parameters of a layer."""
-        return self.name, self.norm
+    def real(self, config: EncoderConfig) -> np.ndarray:
+        """(L, W) booleans: which positions of the inner masks are units, not padding.
 
-    def weights(self, config: EncoderConfig) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The numbers of weights and biases as ((a, b), (c, e)).
-
-        With D hidden dimensions, each unit has a D + b of them, and the block as a
-        whole has c D + e more.
+        W is the width of the widest layer.
         """
-        counts = [[0, 0], [0, 0]]
-        for axes in [axes for pair in self.arrays.values() for axes in pair]:
-            counts[self.unit not in axes]["D" not in axes] += _fixed(axes, config)
-        return tuple(counts[0]), tuple(counts[1])
-
-    def products(self, config: EncoderConfig) -> tuple[int, int]:
-        """Multiply-adds of a unit: by token and hidden dimension, and by token pair."""
-        (by_token, _), _ = self.weights(config)
-        return by_token, sum(_fixed(axes, config) for axes in self.between_tokens)
+        sizes = np.asarray(self.sizes(config))[:, None]
+        return np.arange(sizes.max()) < sizes
 
 
-def _fixed(axes, config):
-    return config.head_size ** axes.count("d")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Architecture:
-    """The prunable axes of an encoder, a string with one letter for each axis.
-
-    D stands for the hidden dimensions, H for heads, d for the width of a head, F for
-    intermediate units, and * for an axis that is not cut. An array whose last axis is D
-    writes to the hidden states, so the masks are folded into it: those of its axes
-    and, inside a block, the mask of the whole block.
-
-    Attributes:
-      blocks: of a layer, in order.
-      others: the axes of the arrays outside of blocks, weights and bias, by module.
-      heads: modules on top; the first one that exists reads the hidden states.
-    """
+class Architecture(NamedTuple):
+    """The blocks of each layer in their order, and the axes of all other parameters."""
 
     blocks: tuple[Block, ...]
-    others: Mapping[str, tuple[str, str]]
-    heads: tuple[str, ...]
-
-    def axes(self, params: dict) -> dict:
-        """A tree like `params` that has the axes in place of each array."""
-        reader = next((name for name in self.heads if name in params), "")
-        rows = {reader: ("D*", "*"), **self.others}
-        for block in self.blocks:
-            rows[block.norm] = ("D", "D")
-            rows |= {f"{block.name}/{name}": row for name, row in block.arrays.items()}
-
-        def of(path, array):
-            *module, leaf = (entry.key for entry in path)
-            module = "/".join(name for name in module if layer_of(name) is None)
-            weights, bias = rows.get(module, 2 * ("*" * array.ndim,))
-            return bias if leaf == "bias" else weights
-
-        return jax.tree_util.tree_map_with_path(of, params)
-
-
-def layer_of(name: str) -> int | None:
-    """The layer's number in the name of its parameters; None for another name."""
-    number = name.removeprefix("layer_")
-    return int(number) if number != name else None
+    outside: Mapping[str, str]
 
 
 BERT = Architecture(
     blocks=(
         Block(
             name="attention",
-            norm="attention_norm",
             outer="mha",
-            unit="H",
+            inner="head",
             widths="heads",
-            arrays={
+            unit="H",
+            modules={
                 "query": ("DHd", "Hd"),
                 "key": ("DHd", "Hd"),
                 "value": ("DHd", "Hd"),
                 "output": ("HdD", "D"),
             },
-            between_tokens=("Hd", "Hd"),  # the scores and the context
+            products=("TTHd", "TTHd"),  # the scores and the context
         ),
         Block(
             name="ffn",
-            norm="ffn_norm",
             outer="ffn",
-            unit="F",
+            inner="intermediate",
             widths="intermediate",
-            arrays={"up": ("DF", "F"), "down": ("FD", "D")},
+            unit="F",
+            modules={"up": ("DF", "F"), "down": ("FD", "D")},
         ),
     ),
-    others={
-        "embeddings": ("*D", ""),  # by word, position and type
-        "embeddings/norm": ("D", "D"),
+    outside={
+        "embeddings/word": "*D",
+        "embeddings/position": "*D",
+        "embeddings/type": "*D",
+        "embeddings/norm/scale": "D",
+        "embeddings/norm/bias": "D",
+        "pooler/kernel": "D*",
+        "pooler/bias": "*",
+        "classifier/kernel": "D*",  # "**" behind a pooler
+        "classifier/bias": "*",
     },
-    heads=("pooler", "classifier"),
 )
 
+# By `EncoderConfig.model_type`.
+ARCHITECTURES = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT)
 
-def architecture_of(config: EncoderConfig) -> Architecture:
-    """The table of the model that `config` describes."""
-    del config  # BERT and RoBERTa, which are all that there is, have the same table.
-    return BERT
+KINDS = ("head", "mha", "intermediate", "ffn", "hidden")
+
+# The kind of the masks inside a block, by the kind of the masks on whole blocks.
+INNER = {b.outer: b.inner for known in ARCHITECTURES.values() for b in known.blocks}
+
+
+def blocks(config: EncoderConfig) -> tuple[Block, ...]:
+    """The blocks of each layer of a model of these sizes."""
+    return ARCHITECTURES[config.model_type].blocks
 
 
 def check_kinds(field: str, kinds: Sequence[str]) -> None:
@@ -167,3 +129,44 @@ def check_kinds(field: str, kinds: Sequence[str]) -> None:
             raise reject(field, kind, f"unknown mask kind; must be among {KINDS}")
     if len(set(kinds)) != len(kinds):
         raise reject(field, tuple(kinds), "names a kind twice")
+
+
+class Place(NamedTuple):
+    """The place of a parameter: the letters of its axes and, in a layer, the block."""
+
+    axes: str
+    layer: int | None = None
+    block: Block | None = None
+
+
+def place(path: Sequence[str], params: Container) -> Place:
+    """The place of the parameter that lies at `path`, among the paths `params`.
+
+    Raises:
+      KeyError: for a parameter that no table has.
+    """
+    top, module, name = path[0], path[1], "/".join(path)
+    for known in ARCHITECTURES.values():
+        if name in known.outside:
+            axes = known.outside[name]
+            behind = top == "classifier" and ("pooler", "kernel") in params
+            return Place(axes.replace("D", "*") if behind else axes)
+        for block in known.blocks if top.startswith("layer_") else ():
+            layer = int(top.removeprefix("layer_"))
+            if module == block.norm:
+                return Place("D", layer, block)
+            if module == block.name and path[2] in block.modules:
+                return Place(block.modules[path[2]][path[3] == "bias"], layer, block)
+    raise KeyError(name)
+
+
+def per_unit(block: Block, config: EncoderConfig) -> tuple[list[int], list[int]]:
+    """Weights of one unit, and those of the block that go with its last unit.
+
+    Each is a pair (a, b), which stands for a * hidden + b.
+    """
+    found = [0, 0], [0, 0]
+    for axes in (axes for pair in block.modules.values() for axes in pair):
+        size = config.head_size ** axes.count("d")
+        found[block.unit not in axes]["D" not in axes] += size
+    return found

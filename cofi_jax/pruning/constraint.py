@@ -1,12 +1,12 @@
 """The constraint on the cost, and masks that meet it.
 
-Masks are brought to a target by closing gates in one order, up to the number that a
-bisection finds.
+Masks that meet a target come from one closing order and one bisection: masks close in
+the order of how open they are, and the fewest are closed whose removal is enough.
 """
 
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,10 @@ import numpy as np
 
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import INNER
+from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning import hard_concrete
 from cofi_jax.pruning.cost import PARAMETERS, Cost, exact_sparsity
 from cofi_jax.pruning.masks import (
-    ALL,
-    PADDING,
     LogAlpha,
     Masks,
     evaluation_masks,
@@ -32,24 +30,24 @@ from cofi_jax.pruning.transforms import MaskTransform
 def expected_sparsity(
     log_alpha: LogAlpha, config: EncoderConfig, cost: Cost = PARAMETERS
 ) -> jax.Array:
-    """The mean sparsity over samples: a scalar, differentiable.
+    """The mean sparsity over samples: scalar, differentiable.
 
     Args:
       log_alpha: of the pruned kinds.
-      config: the sizes of the model that the masks are on.
-      cost: what sparsity is a fraction of; parameters if not given.
+      config: the sizes of the model that is pruned.
+      cost: what sparsity is a fraction of.
     """
     left = cost.expected(prob_active(log_alpha), config)
     return 1 - left / float(cost.exact({}, config))
 
 
 def max_sparsity(
-    config: EncoderConfig, kinds: Sequence[str] = ALL, cost: Cost = PARAMETERS
+    config: EncoderConfig, kinds: Sequence[str] = KINDS, cost: Cost = PARAMETERS
 ) -> float:
     """The highest expected sparsity that masks of these kinds can reach."""
-    lowest = float(hard_concrete.prob_active(hard_concrete.LOG_ALPHA_RANGE[0]))
+    least = float(hard_concrete.prob_active(hard_concrete.LOG_ALPHA_RANGE[0]))
     shapes = mask_shapes(config, kinds).items()
-    left = cost.expected({k: np.full(shape, lowest) for k, shape in shapes}, config)
+    left = cost.expected({k: np.full(shape, least) for k, shape in shapes}, config)
     return float(1 - left / cost.exact({}, config))
 
 
@@ -59,12 +57,16 @@ def target_at(step: jax.Array, target: jax.Array, warmup_steps: jax.Array) -> ja
     return target * jnp.where(step < warmup_steps, risen, 1.0)
 
 
-def lagrangian(
-    sparsity: jax.Array, target: jax.Array, multipliers: Mapping[str, jax.Array]
-) -> jax.Array:
+def lagrangian(sparsity: jax.Array, target: jax.Array, multipliers: Masks) -> jax.Array:
     """l1 * (s - t) + l2 * (s - t)**2 (paper, section 3.1); scalar."""
     gap = sparsity - target
     return multipliers["linear"] * gap + multipliers["quadratic"] * gap**2
+
+
+def target_count(target: float, full: int) -> int:
+    """The most of `full` that may stay: the largest n with 1 - n / full >= target."""
+    near = int((1 - target) * full)  # float64 rounds it
+    return max(n for n in (near - 1, near, near + 1) if 1 - n / full >= target)
 
 
 def target_masks(
@@ -76,50 +78,67 @@ def target_masks(
 ) -> Masks:
     """Evaluation masks whose exact sparsity meets `target`.
 
-    Where they miss it by more than `tolerance`, the open gates with the lowest
-    log-alphas close, or the closed ones with the highest open, as few as it takes.
-    Where a gate of a coarse kind would remove too much at once (a block of BERT-base
-    is 3 or 6 % of it), it stays open, and finer ones close in its place. Gates that
-    were open and stay open keep their value; one hidden dimension always stays.
+    Where the evaluation masks miss it by more than `tolerance`, the least open of them
+    close, or the most open of the closed ones open with their soft value, until the
+    target is just met. Where one mask closes too much at that point (a block of
+    BERT-base is 3 or 6 % of it), it stays open and those after it close in its place;
+    where that is still too coarse, it closes and those before it open again. Masks
+    that were open and stay open keep their value, and one hidden dimension always
+    stays.
     """
-    learned = evaluation_masks(log_alpha)
-    missed = exact_sparsity(learned, config, cost) - target
-    if abs(missed) <= tolerance and (np.max(learned.get("hidden", 1)) > 0):
-        return learned
-    # A gate that opens again has at least the value of one that is open half the time.
-    half = hard_concrete.LOG_ALPHA_RANGE[1] - hard_concrete.CLOSING_DISTANCE
-    soft = {
-        kind: hard_concrete.deterministic(jnp.maximum(la, half))
-        for kind, la in log_alpha.items()
-    }
-    masks, ranks = {}, {}
-    for kind, gates in learned.items():
-        opened = jnp.where(gates == PADDING, PADDING, soft[kind])
-        masks[kind] = jnp.where(gates > 0, gates, opened)
-        ranks[kind] = log_alpha[kind] - jnp.where(gates > 0, 0, 99)
-    order, enough = _closing_order(ranks), _enough(config, target, cost)
-    finest = next(kind for kind in _FINE_TO_COARSE if kind in order)
-    best, least, coarse = None, math.inf, True
-    while coarse and (best is None or least > target + tolerance):
-        number = _fewest(masks, order, enough)
-        found = _close_first(masks, order, number)
-        if best is not None and not enough(found):
+    learned = {k: np.asarray(v) for k, v in evaluation_masks(log_alpha).items()}
+    soft = {k: np.asarray(hard_concrete.deterministic(v)) for k, v in log_alpha.items()}
+    opened = {k: np.where(v > 0, v, soft[k]) for k, v in learned.items()}
+    # What evaluation closes is below 0 here, so it closes before all other masks.
+    order = _closing_order({k: opened[k] - (v <= 0) for k, v in learned.items()})
+    order = {kind: np.asarray(number) for kind, number in order.items()}
+    total = sum(mask.size for mask in learned.values())
+
+    def closed_to(number, order):
+        return {k: np.where(order[k] < number, 0, v) for k, v in opened.items()}
+
+    def removed(state):
+        return exact_sparsity(closed_to(*state), config, cost)
+
+    best = sum(int((mask <= 0).sum()) for mask in learned.values()), order
+    if abs(removed(best) - target) <= tolerance:
+        return {kind: jnp.asarray(mask) for kind, mask in closed_to(*best).items()}
+    one_unit = min(
+        exact_sparsity({kind: np.zeros_like(mask)}, config, cost) / mask.size
+        for kind, mask in learned.items()
+    )
+    best = total, order
+    for state in _states(order, total, lambda *pair: removed(pair) >= target):
+        best = min(best, state, key=removed)
+        if removed(best) <= target + max(tolerance, one_unit):
             break
-        removed = exact_sparsity(found, config, cost)
-        if removed < least:
-            best, least = found, removed
-        last = {kind: places == number - 1 for kind, places in order.items()}
-        coarse = number > 0 and not last[finest].any()
-        order = {k: jnp.where(last[k], _NEVER, places) for k, places in order.items()}
-    if coarse and least > target + tolerance:
-        # No finer gates were left to close, so some open again, in an open block.
-        for kind in set(order) - {finest}:
-            stays = best[kind] > 0
-            if INNER.get(kind) == finest:
-                stays |= ~stays.any() & (ranks[kind] == ranks[kind].max())
-            order[kind] = jnp.where(stays, _NEVER, -1)
-        best = _close_first(masks, order, _fewest(masks, order, enough))
-    return best
+    return {kind: jnp.asarray(mask) for kind, mask in closed_to(*best).items()}
+
+
+def _states(
+    order: dict[str, np.ndarray], total: int, enough: Callable[..., bool]
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Pairs of how many masks close, as few as are enough, and the order they close in.
+
+    The first order is `order`. In the next one the mask that closed last is moved to
+    the end, where it stays open, and so on. When the others are no longer enough, the
+    first mask that was moved is moved to the front for good, and all begins anew.
+    """
+
+    def moved(number, order, to):
+        return {k: np.where(v == number - 1, to, v) for k, v in order.items()}
+
+    first = 1
+    while first:
+        tried, first = order, 0
+        while enough(total, tried):
+            number = int(_fewest(lambda n, tried=tried: enough(n, tried), total))
+            yield number, tried
+            if not number:  # what was moved to the front is enough
+                break
+            first = first or number
+            tried = moved(number, tried, total)
+        order = moved(first, order, -1)
 
 
 def final_masks(
@@ -129,11 +148,10 @@ def final_masks(
     transform: MaskTransform,
     cost: Cost = PARAMETERS,
 ) -> Masks:
-    """Evaluation masks that meet the target after a transform that opens gates.
+    """Evaluation masks that meet the target after a transform that opens masks.
 
-    More gates are closed before it in turn, so that in a model of few units the
-    sparsity ends above the target. Where the transform opens too many for any target,
-    it is left out.
+    More is closed before it, so in a model of few units the sparsity ends above the
+    target. A transform that opens too much for any is left out, with a warning.
     """
     aim = target
     for _ in range(20):
@@ -145,6 +163,7 @@ def final_masks(
     print(
         "warning: widths stay as they are: rounded, they miss the target",
         file=sys.stderr,
+        flush=True,
     )
     return target_masks(log_alpha, config, target, cost=cost)
 
@@ -152,18 +171,18 @@ def final_masks(
 def meet_target(
     config: EncoderConfig, target: float, cost: Cost = PARAMETERS
 ) -> MaskTransform:
-    """Closes the least open gates until the exact sparsity is at least `target`.
+    """Closes the least open masks until the exact sparsity is at least `target`.
 
     No more close than it takes: with the last of them open the target would be missed.
-    Of equally open ones intermediate gates close first, then head, hidden, mha, ffn; in
+    Of equally open ones intermediate masks close first, then head, hidden, mha, ffn; in
     a kind the first of every row, then the second of every row, and so on. None is
     opened, masks that meet the target stay as they are, and so does one hidden
-    dimension. Where log-alphas are known, `target_masks` can open gates too.
+    dimension. Where log-alphas are known, `target_masks` can open masks too.
 
     Args:
-      config: the sizes of the model that the masks are on.
+      config: the sizes of the model that is pruned.
       target: in [0, 1).
-      cost: what sparsity is a fraction of; parameters if not given.
+      cost: what sparsity is a fraction of.
 
     Raises:
       UserError: for another target; when applied, for one that the masks' kinds
@@ -171,59 +190,60 @@ def meet_target(
     """
     if not 0 <= target < 1:
         raise reject("target", target, "must be in [0, 1)")
-    enough = _enough(config, target, cost)
+    most = target_count(target, cost.exact({}, config))
 
     def apply(masks):
-        lowest = {kind: np.zeros(np.shape(gates)) for kind, gates in masks.items()}
+        lowest = {kind: np.zeros(np.shape(mask)) for kind, mask in masks.items()}
         if "hidden" in lowest:
             lowest["hidden"][0] = 1
-        if not enough(lowest):
-            highest = exact_sparsity(lowest, config, cost)
+        if (highest := exact_sparsity(lowest, config, cost)) < target:
             legal = f"masks of {tuple(masks)} reach at most {highest:.3f}"
             raise reject("target", target, legal)
         order = _closing_order(masks)
-        return _close_first(masks, order, _fewest(masks, order, enough))
+
+        def closed_to(number):
+            return {k: jnp.where(order[k] < number, 0, v) for k, v in masks.items()}
+
+        def enough(number):
+            left = cost.exact(closed_to(number), config)
+            return left <= np.asarray(most, left.dtype)
+
+        return closed_to(_fewest(enough, sum(mask.size for mask in masks.values())))
 
     return apply
 
 
-def _enough(config, target, cost) -> Callable[[Masks], jax.Array | bool]:
-    """The predicate that the exact cost of masks is low enough for the target."""
-    full = cost.exact({}, config)
-    # The last term is the rounding of a sparsity that is given in float64.
-    most = float(full) * (1 - target + 1e-15)
-    if np.issubdtype(np.result_type(full), np.integer):
-        most = math.floor(most)
-
-    def enough(masks):
-        size = cost.exact(masks, config)
-        return size <= np.asarray(most, getattr(size, "dtype", None))
-
-    return enough
+def _fewest(enough: Callable[[Any], Any], most: int) -> Any:
+    """The smallest number up to `most` that is enough, where all above it are, too."""
+    low, high = 0, most
+    for _ in range(most.bit_length()):  # bisection
+        middle = (low + high) // 2
+        found = enough(middle)
+        low, high = jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+    return high
 
 
-# The kinds from fine to coarse: of equally open gates the finest close first.
+# Of equally open masks the cheapest close first.
 _FINE_TO_COARSE = ("intermediate", "head", "hidden", "mha", "ffn")
-_NEVER = np.iinfo(np.int32).max
 
 
-@jax.jit
-def _closing_order(ranks):
-    """The number of gates that close before each one, by kind.
+def _closing_order(masks: Masks) -> dict[str, jax.Array]:
+    """The number of masks that close before each one, by kind.
 
-    The lowest of `ranks` close first, and one hidden dimension never does.
+    The most open hidden dimension never closes, as a model without any cannot be
+    sliced: its number is that of all masks.
     """
-    kinds = [kind for kind in _FINE_TO_COARSE if kind in ranks]
+    kinds = [kind for kind in _FINE_TO_COARSE if kind in masks]
     if not kinds:
         return {}
-    columns = [jnp.ravel(ranks[kind].T) for kind in kinds]
+    columns = [jnp.ravel(masks[kind].T) for kind in kinds]
     order = jnp.argsort(jnp.argsort(jnp.concatenate(columns), stable=True))
     ends = np.cumsum([column.size for column in columns])
     parts = dict(zip(kinds, jnp.split(order, ends[:-1]), strict=True))
-    order = {kind: part.reshape(ranks[kind].T.shape).T for kind, part in parts.items()}
-    if "hidden" in order:  # a model without a hidden dimension cannot be sliced
-        last = order["hidden"] == order["hidden"].max()
-        order["hidden"] = jnp.where(last, _NEVER, order["hidden"])
+    order = {kind: part.reshape(masks[kind].T.shape).T for kind, part in parts.items()}
+    if "hidden" in order:
+        most_open = order["hidden"] == order["hidden"].max()
+        order["hidden"] = jnp.where(most_open, ends[-1], order["hidden"])
     return order
 
 

@@ -1,16 +1,20 @@
-"""Costs of an encoder under masks: what sparsity is a fraction of.
+"""The cost that sparsity is a fraction of: what is expected and what is left exactly.
 
-`PARAMETERS` is the number of weights and biases in the blocks of the layers;
-embeddings, LayerNorms, pooler and classifier are left out. With h = sum(hidden), and
-(a, b), (c, e) the weights of a block (see `Block.weights`; in BERT's attention
-(4 d, 3 d), (1, 0), in its feed-forward (2, 1), (1, 0)), it is the sum over blocks of
+The cost of an encoder is the number of weights and biases in the blocks of its layers;
+embeddings, LayerNorms, pooler and classifier are left out. With a hidden width of h
+and units of a weights for each hidden dimension and b more (`models.spec` has them),
 
-    outer * (sum(inner) * (a h + b) + any(inner) * (c h + e))
+    cost = sum over blocks, over layers l:
+           outer_l * (sum_i inner_li * (a h + b) + any_i(inner_li) * h)
 
-where any(z) = 1 - prod(1 - z): a block's output bias goes with its last unit.
+where any(z) = 1 - prod(1 - z): a block's output bias goes with its last unit. In BERT
+a = 4 d and b = 3 d for heads of width d, and a = 2 and b = 1 for feed-forward units.
+The cost is linear in each single mask, so with probabilities of independent masks in
+their place it is the expected cost.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,62 +23,63 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import architecture_of
+from cofi_jax.models.spec import blocks, per_unit
 from cofi_jax.pruning.masks import Masks, without_padding
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A cost of the encoder, as two functions of masks and `EncoderConfig`.
-
-    Masks of a kind that is missing are open, so `{}` gives the cost of the whole model.
+    """What pruning reduces, as two functions.
 
     Attributes:
-      expected: the mean cost of independent gates, given the probabilities that they
-        are open; a scalar, differentiable.
-      exact: the cost of what slicing with the masks leaves; a scalar, of which a
-        traced one is made of traced masks.
+      expected: takes probabilities that the masks are open, and the sizes of the model
+        that is pruned; returns a scalar, differentiable in the probabilities.
+      exact: takes masks, of which all above 0 are open, and the sizes; returns the
+        cost of the model that slicing leaves. Without masks it is the dense model's.
     """
 
     expected: Callable[[Masks, EncoderConfig], Any]
     exact: Callable[[Masks, EncoderConfig], Any]
 
 
-def _count(masks, config):
+def _count(masks, config, number):
+    """The formula above; `number` is float, or int to count exactly."""
     masks = without_padding(masks, config)
-    # Integer masks are counted in integers, exactly.
-    whole = all(np.issubdtype(gates.dtype, np.integer) for gates in masks.values())
-    number = int if whole else float
-    total = number(0)
-    hidden = masks["hidden"].sum() if "hidden" in masks else number(config.hidden_size)
-    for block in architecture_of(config).blocks:
-        (a, b), (c, e) = block.weights(config)
-        units = np.asarray(getattr(config, block.widths), number)  # (L,)
+    hidden, total = number(config.hidden_size), number(0)
+    if "hidden" in masks:
+        hidden = masks["hidden"].sum()
+    for block in blocks(config):
+        (a, b), (c, d) = per_unit(block, config)
+        units = np.asarray(block.sizes(config), number)  # (L,), as is what follows
         any_open = (units > 0).astype(number)
         if block.inner in masks:
             units = masks[block.inner].sum(-1)
             any_open = 1 - (1 - masks[block.inner]).prod(-1)
-        weights = units * (a * hidden + b) + any_open * (c * hidden + e)
-        total = total + (weights * masks.get(block.outer, number(1))).sum()
+        left = units * (a * hidden + b) + any_open * (c * hidden + d)
+        total = total + (left * masks.get(block.outer, number(1))).sum()
     return total
 
 
-def _exact_count(masks, config):
-    number = np.int64
-    if any(isinstance(gates, jax.core.Tracer) for gates in masks.values()):
-        # Traced integers have 32 bits; above them float32 has to do.
-        number = jnp.int32 if _count({}, config) < 2**31 else jnp.float32
-        return _count({k: (v > 0).astype(number) for k, v in masks.items()}, config)
-    return _count(
-        {k: (np.asarray(v) > 0).astype(number) for k, v in masks.items()}, config
-    )
+def _expected(probabilities: Masks, config: EncoderConfig) -> jax.Array:
+    return _count(probabilities, config, float)
 
 
-PARAMETERS = Cost(expected=_count, exact=_exact_count)
+def _exact(masks: Masks, config: EncoderConfig) -> Any:
+    number = int
+    if any(isinstance(mask, jax.core.Tracer) for mask in masks.values()):
+        # Inside of a compiled program integers have 32 bits.
+        number = int if _count({}, config, int) < 2**31 else float
+    else:
+        masks = {kind: np.asarray(mask) for kind, mask in masks.items()}
+    masks = {kind: (mask > 0).astype(number) for kind, mask in masks.items()}
+    return _count(masks, config, number)
+
+
+PARAMETERS = Cost(_expected, _exact)
 
 
 def num_params(masks: Masks, config: EncoderConfig) -> int:
-    """The exact count of what slicing with `masks` leaves of the counted weights."""
+    """The exact number of the counted weights that slicing with `masks` leaves."""
     return int(PARAMETERS.exact(masks, config))
 
 
@@ -88,20 +93,21 @@ def exact_sparsity(
 def multiply_adds(config: EncoderConfig, seq_length: int) -> int:
     """Multiply-adds of all matrix products of a forward pass over one sequence.
 
-    Each of n units of a block takes `a T D` for the projections of T tokens and, in
-    attention, `2 T^2 d` for scores and context. The head takes D P + P C on the first
-    token (P = pooler_size, C = num_labels), or T D C on every token. A FLOP count is
-    twice as large.
+    These are the products with the blocks' kernels, those of `Block.products`, and
+    D P + P C for a head on the first token (P = pooler_size, C = num_labels) or T D C
+    for one on every token. A FLOP count is twice as large.
 
     Args:
       config: of the dense or the sliced model.
-      seq_length: T, padding included.
+      seq_length: the number T of tokens, padding included.
     """
-    tokens, width, total = seq_length, config.hidden_size, 0
-    for block in architecture_of(config).blocks:
-        by_token, by_pair = block.products(config)
-        unit = by_token * tokens * width + by_pair * tokens**2
-        total += sum(getattr(config, block.widths)) * unit
+    sizes = {"T": seq_length, "D": config.hidden_size, "d": config.head_size}
+    total = 0
+    for block in blocks(config):
+        sizes[block.unit] = sum(block.sizes(config))
+        kernels = [f"T{kernel}" for kernel, _ in block.modules.values()]
+        for product in (*kernels, *block.products):
+            total += math.prod(sizes[axis] for axis in product)
     if config.reads_every_token:
-        return total + tokens * width * config.num_labels
-    return total + (width + config.num_labels) * config.pooler_size
+        return total + seq_length * config.hidden_size * config.num_labels
+    return total + (config.hidden_size + config.num_labels) * config.pooler_size

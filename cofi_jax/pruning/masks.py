@@ -1,14 +1,12 @@
-"""Masks of five kinds, as one dict of stacked arrays.
+"""Masks at five granularities, as one dict of stacked arrays.
 
     head (L, H)   mha (L,)   intermediate (L, F)   ffn (L,)   hidden (D,)
 
 Log-alphas, probabilities, samples and gradients all have this structure. A kind that
-is missing is not pruned. Each element is one gate, which is closed where it is 0.
-
-In a model that was sliced before, the widths differ from layer to layer. H and F are
-then those of the widest layer, and the elements beyond a layer's own width, as well as
-the gates of absent blocks, are padding: -inf in log-alphas and -1 in masks. Whatever
-else stands there is not counted, and nothing here or in `transforms` opens padding.
+is missing is not pruned. H and F are the widths of the widest layer: the rows of
+narrower layers are padded at their end. The log-alpha of a padded position is -inf, so
+its probability, its samples and its evaluation mask are 0, and whatever knows the
+model's sizes ignores what the masks hold there.
 """
 
 import zlib
@@ -19,14 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import INNER, KINDS, architecture_of, check_kinds
+from cofi_jax.models.spec import INNER, KINDS, blocks, check_kinds
 from cofi_jax.pruning import hard_concrete
 
-Masks = Mapping[str, jax.Array]
+Masks = Mapping[str, jax.Array | np.ndarray]
 LogAlpha = Mapping[str, jax.Array]
-
-ALL = KINDS
-PADDING = -1.0  # in masks; -inf in log-alphas
 
 # The mean is just inside the clamp, so that the noise which breaks ties survives it.
 _INIT_MEAN, _INIT_STD = 4.5, 0.01
@@ -34,34 +29,64 @@ _INIT_MEAN, _INIT_STD = 4.5, 0.01
 _UNIFORM_MARGIN = 1e-6
 
 
-def real_gates(
-    config: EncoderConfig, kinds: Sequence[str] = ALL
-) -> dict[str, np.ndarray]:
-    """Booleans in the shape of each kind's array: False where it is padding.
+def mask_shapes(
+    config: EncoderConfig, kinds: Sequence[str] = KINDS
+) -> dict[str, tuple[int, ...]]:
+    """The shape of each kind's array.
+
+    Args:
+      config: the sizes of the model that is pruned.
+      kinds: the kinds that are pruned.
 
     Raises:
       UserError: for an unknown kind, or none.
     """
     check_kinds("kinds", kinds)
-    real = {"hidden": np.ones(config.hidden_size, bool)}
-    for block in architecture_of(config).blocks:
-        widths = np.array(getattr(config, block.widths))
-        real[block.outer] = widths > 0  # (L,)
-        real[block.inner] = (
-            np.arange(widths.max()) < widths[:, None]
-        )  # (L, H) or (L, F)
-    return {kind: real[kind] for kind in KINDS if kind in kinds}
+    shapes = {"hidden": (config.hidden_size,)}
+    for block in blocks(config):
+        sizes = block.sizes(config)
+        shapes[block.outer] = (len(sizes),)
+        shapes[block.inner] = (len(sizes), max(sizes))
+    return {kind: shapes[kind] for kind in KINDS if kind in kinds}
 
 
-def mask_shapes(
-    config: EncoderConfig, kinds: Sequence[str] = ALL
-) -> dict[str, tuple[int, ...]]:
-    """The shape of each kind's array for a dense or a sliced model.
+def without_padding(masks: Masks, config: EncoderConfig) -> dict:
+    """The masks with 0 at the positions beyond each layer's width."""
+    real = _padded(config)
+    return {k: v * real[k] if k in real else v for k, v in masks.items()}
 
-    Raises:
-      UserError: for an unknown kind, or none.
+
+def _padded(config):
+    """The kinds with padded rows, each with (L, W) booleans that are not padding."""
+    real = {block.inner: block.real(config) for block in blocks(config)}
+    return {kind: rows for kind, rows in real.items() if not rows.all()}
+
+
+def present_blocks(masks: Masks, config: EncoderConfig) -> dict[str, jax.Array]:
+    """Which layers have a block that is not absent: (L,) booleans by block's name.
+
+    A block is absent when its own mask is 0, or all masks of its units are.
     """
-    return {kind: real.shape for kind, real in real_gates(config, kinds).items()}
+    masks, present = without_padding(masks, config), {}
+    for block in blocks(config):
+        present[block.name] = jnp.asarray(block.sizes(config)) > 0
+        if block.outer in masks:
+            present[block.name] &= masks[block.outer] > 0
+        if block.inner in masks:
+            present[block.name] &= (masks[block.inner] > 0).any(-1)
+    return present
+
+
+def init_log_alpha(
+    config: EncoderConfig, key: jax.Array, kinds: Sequence[str] = KINDS
+) -> LogAlpha:
+    """Log-alphas of open masks: normal around 4.5 with deviation 0.01, float32."""
+    log_alpha = _init(key, tuple(mask_shapes(config, kinds).items()))
+    real = _padded(config)
+    return {
+        k: jnp.where(real[k], v, -jnp.inf) if k in real else v
+        for k, v in log_alpha.items()
+    }
 
 
 def without_padding(masks: Masks, config: EncoderConfig) -> Masks:
@@ -73,25 +98,17 @@ def without_padding(masks: Masks, config: EncoderConfig) -> Masks:
     }
 
 
-def init_log_alpha(
-    config: EncoderConfig, key: jax.Array, kinds: Sequence[str] = ALL
-) -> LogAlpha:
-    """Log-alphas of open gates: normal around 4.5 with deviation 0.01, float32."""
-    return _init(key, real_gates(config, kinds))
-
-
-@jax.jit
-def _init(key, real):
-    def draw(kind, real):
-        noise = jax.random.normal(_named(key, kind), real.shape)
-        return jnp.where(real, _INIT_MEAN + _INIT_STD * noise, -jnp.inf)
-
-    return {kind: draw(kind, there) for kind, there in real.items()}
+def clamp(log_alpha: LogAlpha) -> LogAlpha:
+    """The log-alphas kept in `hard_concrete.LOG_ALPHA_RANGE`; padding stays -inf."""
+    return {
+        kind: jnp.where(jnp.isneginf(value), value, hard_concrete.clamp(value))
+        for kind, value in log_alpha.items()
+    }
 
 
 @jax.jit
 def sample(log_alpha: LogAlpha, key: jax.Array) -> Masks:
-    """One draw of every gate, shared by the whole batch; padding is 0.
+    """One draw of every mask, shared by the whole batch.
 
     Keys are derived from the kind's name, so that leaving one kind out does not
     change the draws of the others.
@@ -119,7 +136,7 @@ def clamp(log_alpha: LogAlpha) -> LogAlpha:
 
 
 def prob_active(log_alpha: LogAlpha) -> Masks:
-    """P(gate > 0) of every gate."""
+    """The probability that each mask is above 0."""
     return jax.tree.map(hard_concrete.prob_active, dict(log_alpha))
 
 
@@ -127,19 +144,19 @@ def prob_active(log_alpha: LogAlpha) -> Masks:
 def evaluation_masks(log_alpha: LogAlpha) -> Masks:
     """The deterministic masks that evaluation and slicing use.
 
-    In each row of n gates the round(n - sum of P(gate > 0)) smallest become 0, of
-    equals the one with the lowest index first; the rest keep their soft value. A
-    layer's own gate (mha, ffn) is a row of one: it closes when P < 1/2.
+    In each row of n masks the round(n - sum of P(mask > 0)) smallest become 0, of
+    equals the one with the lowest index first; the rest keep their soft value. The
+    mask of a whole block (mha, ffn) is a row of one: it closes when P < 1/2.
     """
     return {kind: _evaluate(kind, la) for kind, la in log_alpha.items()}
 
 
 def _evaluate(kind, log_alpha):
     rows = log_alpha[:, None] if kind in INNER else jnp.atleast_2d(log_alpha)
-    real = ~jnp.isneginf(rows)
-    closed = jnp.where(real, 1 - hard_concrete.prob_active(rows), 0)
-    closed = jnp.round(jnp.sum(closed, -1, keepdims=True))
-    closed += jnp.sum(~real, -1, keepdims=True)  # padding ranks first
+    padding = jnp.isneginf(rows)  # closed in any case, so it does not compete
+    expected = jnp.where(padding, 0, 1 - hard_concrete.prob_active(rows))
+    closed = jnp.round(jnp.sum(expected, -1, keepdims=True))
+    closed += jnp.sum(padding, -1, keepdims=True)
     rank = jnp.argsort(jnp.argsort(rows, axis=-1, stable=True), axis=-1)
     values = jnp.where(rank < closed, 0.0, hard_concrete.deterministic(rows))
     return jnp.where(real, values, PADDING).reshape(log_alpha.shape)

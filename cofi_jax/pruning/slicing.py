@@ -1,7 +1,7 @@
-"""Slicing: masks and weights in, a smaller model of the same function out.
+"""Slicing: from masks and parameters to a smaller model of the same function.
 
-`fold` multiplies each soft gate into the weights that carry it, `take` gathers the
-rows and columns whose gates are open. For every mask
+`fold` multiplies each soft mask into the parameters that carry it, `take` gathers the
+rows and columns whose masks are open. For every mask
 
     model(config)(params, masks) == model(spec.config(config))(prune(params, masks))
 
@@ -13,26 +13,31 @@ table in `models.spec`.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import BERT, Architecture, architecture_of, layer_of
-from cofi_jax.pruning.masks import PADDING, Masks, real_gates, without_padding
-from cofi_jax.pruning.transforms import drop_empty
+from cofi_jax.models.spec import Place, blocks, place
+from cofi_jax.pruning.masks import Masks, present_blocks
 
 
 @dataclasses.dataclass(frozen=True)
 class PrunedSpec:
-    """The heads, intermediate units and hidden dimensions of a model that stay."""
+    """Which heads, feed-forward units and hidden dimensions of a model stay.
 
-    heads: tuple[tuple[int, ...], ...]  # per layer; () is an absent block
+    Attributes:
+      heads: the heads that stay, per layer; () is an absent block.
+      intermediate: the feed-forward units that stay, likewise.
+      hidden: the hidden dimensions that stay.
+    """
+
+    heads: tuple[tuple[int, ...], ...]
     intermediate: tuple[tuple[int, ...], ...]
     hidden: tuple[int, ...]
 
     def config(self, config: EncoderConfig) -> EncoderConfig:
-        """The sizes of the smaller model cut from one of `config`."""
+        """The sizes of the smaller model that is cut from one of `config`."""
         return dataclasses.replace(
             config,
             hidden_size=len(self.hidden),
@@ -42,32 +47,31 @@ class PrunedSpec:
 
     def masks(self, config: EncoderConfig) -> Masks:
         """Hard masks of all kinds on a model of `config` that keep just this."""
-        real = real_gates(config)
-        hard = {"hidden": np.isin(np.arange(config.hidden_size), self.hidden)}
-        for block in architecture_of(config).blocks:
-            ids = np.arange(real[block.inner].shape[-1])
-            rows = [np.isin(ids, kept) for kept in getattr(self, block.widths)]
-            hard[block.inner] = np.stack(rows)
-            hard[block.outer] = hard[block.inner].any(-1)
-        return {
-            kind: jnp.asarray(np.where(real[kind], open_, PADDING), jnp.float32)
-            for kind, open_ in hard.items()
-        }
+
+        def row(kept, size):
+            return np.isin(np.arange(size), kept).astype(np.float32)
+
+        masks = {"hidden": row(self.hidden, config.hidden_size)}
+        for block in blocks(config):
+            width = max(block.sizes(config))
+            rows = [row(kept, width) for kept in getattr(self, block.widths)]
+            masks[block.inner] = np.stack(rows)
+            masks[block.outer] = masks[block.inner].max(-1)
+        return {kind: jnp.asarray(mask) for kind, mask in masks.items()}
 
     def compose(self, second: "PrunedSpec") -> "PrunedSpec":
-        """The spec of a slice of a slice: `take` by it is `take` by self, by `second`.
+        """What stays of the model that this one cuts when `second` cuts the result.
 
-        Args:
-          second: what stays of the model that this spec leaves.
+        `take(take(params, first), second) == take(params, first.compose(second))`.
         """
 
-        def rows(first, second):
-            return tuple(map(_pick, first, second))
+        def pick(kept, indices):
+            return tuple(kept[i] for i in indices)
 
         return PrunedSpec(
-            heads=rows(self.heads, second.heads),
-            intermediate=rows(self.intermediate, second.intermediate),
-            hidden=_pick(self.hidden, second.hidden),
+            heads=tuple(map(pick, self.heads, second.heads)),
+            intermediate=tuple(map(pick, self.intermediate, second.intermediate)),
+            hidden=pick(self.hidden, second.hidden),
         )
 
     @classmethod
@@ -82,78 +86,61 @@ def _pick(ids, places):
 
 
 def spec_of(masks: Masks, config: EncoderConfig) -> PrunedSpec:
-    """The spec of what `masks` keep of a model of `config`.
+    """What `masks` keep of a model of `config`.
 
     Raises:
       ValueError: where no hidden dimension is left.
     """
-    masks = drop_empty()(without_padding(masks, config))
-    kept = {"hidden": _open(masks.get("hidden", np.ones(config.hidden_size)))}
-    if not kept["hidden"]:
+    hidden = _open(masks.get("hidden", np.ones(config.hidden_size)))
+    if not hidden:
         raise ValueError("masks['hidden']: at least one dimension must stay open")
-    for block in architecture_of(config).blocks:
-        rows = []
-        for layer, width in enumerate(getattr(config, block.widths)):
-            gates = np.ones(width)
-            if block.inner in masks:
-                gates = masks[block.inner][layer]
-            if block.outer in masks and masks[block.outer][layer] <= 0:
-                gates = np.zeros(width)
-            rows.append(_open(gates))
-        kept[block.widths] = tuple(rows)
-    return PrunedSpec(**kept)
+    present, kept = present_blocks(masks, config), {}
+    for block in blocks(config):
+        rows = masks.get(block.inner, 1) * block.real(config)  # (L, W)
+        kept[block.widths] = tuple(map(_open, rows * present[block.name][:, None]))
+    return PrunedSpec(hidden=hidden, **kept)
 
 
-def _open(gates):
-    return tuple(np.flatnonzero(np.asarray(gates) > 0).tolist())
+def _open(masks):
+    return tuple(np.flatnonzero(np.asarray(masks) > 0).tolist())
 
 
 def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
-    """`params` with every gate multiplied into them; shapes stay.
+    """`params` with every mask multiplied into them; shapes stay.
 
-    head and mha go into the attention output kernel (mha also its bias),
-    intermediate and ffn into the down kernel (ffn also its bias), hidden into the
-    embeddings, both output projections and the scale and bias of each LayerNorm.
+    A parameter carries the masks of the axes that it writes to. So head and mha go
+    into the attention output kernel (mha also into its bias), intermediate and ffn into
+    the down kernel (ffn also into its bias), hidden into the embeddings, both output
+    projections and the scale and bias of each LayerNorm.
     """
-    architecture = architecture_of(config)
-
-    def scale(path, array, axes):
+    flat = traverse_util.flatten_dict(params)
+    for path, array in flat.items():
+        axes, layer, block = place(path, flat)
         if not axes.endswith("D"):
-            return array
-        layer, module = layer_of(path[0].key), path[min(1, len(path) - 1)].key
-        for block in architecture.blocks:
-            if layer is None or block.name != module:
-                continue
+            continue
+        if block is not None and path[1] == block.name:  # not its LayerNorm
             if block.inner in masks and block.unit in axes:
-                axis = axes.index(block.unit)
-                gates = masks[block.inner][layer, : array.shape[axis]]
-                others = [other for other in range(array.ndim) if other != axis]
-                array = array * jnp.expand_dims(gates, others)
+                units = masks[block.inner][layer][: block.sizes(config)[layer]]
+                array = array * units.reshape(-1, *(1,) * (len(axes) - 1))
             if block.outer in masks:
                 array = array * masks[block.outer][layer]
-        return array * masks["hidden"] if "hidden" in masks else array
-
-    return jax.tree_util.tree_map_with_path(scale, params, architecture.axes(params))
+        flat[path] = array * masks.get("hidden", 1.0)
+    return traverse_util.unflatten_dict(flat)
 
 
 def take(params: dict, spec: PrunedSpec, architecture: Architecture = BERT) -> dict:
     """The rows and columns of `params` that `spec` keeps, as new arrays."""
-
-    def gather(path, array, axes):
-        for axis, kept in enumerate(_kept(path, axes, spec, architecture)):
-            if kept is not None:
-                array = jnp.take(array, np.asarray(kept, int), axis=axis)
-        return array
-
-    present = {}
-    for name, node in params.items():
-        if (layer := layer_of(name)) is not None:
-            for block in architecture.blocks:
-                if not getattr(spec, block.widths)[layer]:
-                    node = {k: v for k, v in node.items() if k not in block.modules}
-        if node:
-            present[name] = node
-    return jax.tree_util.tree_map_with_path(gather, present, architecture.axes(present))
+    flat, kept = traverse_util.flatten_dict(params), {}
+    for path, array in flat.items():
+        of = place(path, flat)
+        indices = _indices(spec, of)
+        if of.block is not None and not len(indices[of.block.unit]):
+            continue  # the block is absent
+        for axis, letter in enumerate(of.axes):
+            if letter in indices:
+                array = jnp.take(array, indices[letter], axis=axis)
+        kept[path] = array
+    return traverse_util.unflatten_dict(kept)
 
 
 def expand(
@@ -169,33 +156,31 @@ def expand(
       dense: the dense parameters, or what `abstract_params` says of them.
       architecture: the table of the model's prunable axes.
     """
-    sliced = dict(jax.tree_util.tree_leaves_with_path(params))
-
-    def scatter(path, like, axes):
-        whole = np.zeros(like.shape, like.dtype)
+    sliced, whole = traverse_util.flatten_dict(params), {}
+    flat = traverse_util.flatten_dict(dense)
+    for path, like in flat.items():
+        whole[path] = np.zeros(like.shape, like.dtype)
         if path in sliced:
-            kept = _kept(path, axes, spec, architecture)
-            kept = zip(kept, whole.shape, strict=True)
-            index = np.ix_(*(np.arange(n) if k is None else k for k, n in kept))
-            whole[index] = sliced[path]
-        return whole
-
-    return jax.tree_util.tree_map_with_path(scatter, dense, architecture.axes(dense))
+            of = place(path, flat)
+            axes, indices = zip(of.axes, like.shape, strict=True), _indices(spec, of)
+            index = [indices.get(letter, np.arange(size)) for letter, size in axes]
+            whole[path][np.ix_(*index)] = sliced[path]
+    return traverse_util.unflatten_dict(whole)
 
 
-def _kept(path, axes, spec, architecture) -> Sequence[tuple[int, ...] | None]:
-    """The indices that stay on each axis of the array at `path`; None for all."""
-    kept: Mapping = {"D": spec.hidden}
-    if (layer := layer_of(path[0].key)) is not None:
-        kept |= {b.unit: getattr(spec, b.widths)[layer] for b in architecture.blocks}
-    return [kept.get(axis) for axis in axes]
+def _indices(spec: PrunedSpec, of: Place) -> dict[str, np.ndarray]:
+    """What stays of each prunable axis around a parameter, by the axis's letter."""
+    kept = {"D": spec.hidden}
+    if of.block is not None:
+        kept[of.block.unit] = getattr(spec, of.block.widths)[of.layer]
+    return {letter: np.asarray(indices, int) for letter, indices in kept.items()}
 
 
 def prune(params: dict, masks: Masks, config: EncoderConfig) -> tuple[dict, PrunedSpec]:
     """A smaller model that computes what `params` under `masks` compute.
 
     Args:
-      params: the model's parameters.
+      params: the model's parameters; it may be a sliced one itself.
       masks: values in [0, 1], any subset of the kinds.
       config: the model's sizes.
 

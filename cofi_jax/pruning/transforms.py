@@ -1,4 +1,8 @@
-"""Transforms from masks to masks; none of them opens padding (see `masks`)."""
+"""Transforms from masks to masks.
+
+Those that open masks take the model's sizes: in a model whose layers differ in width,
+the rows of masks are padded (`masks.mask_shapes`), and padding must stay closed.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax.errors import reject
+from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import INNER, check_kinds
-from cofi_jax.pruning.masks import Masks
+from cofi_jax.pruning.masks import Masks, without_padding
 
 MaskTransform = Callable[[Masks], Masks]
 
-# A gate of this value is open for slicing, and too small to show in a float32 sum.
+# A mask of this value is open for slicing and too little to show in any float32 sum.
 _TINY = 1e-12
 
 
@@ -35,33 +40,34 @@ def without(*kinds: str) -> MaskTransform:
 
 
 def harden() -> MaskTransform:
-    """Makes every open gate 1."""
-    return lambda masks: {k: jnp.sign(v) for k, v in masks.items()}
+    """Makes every open mask 1."""
+    return lambda masks: {k: (v > 0).astype(v.dtype) for k, v in masks.items()}
 
 
 def drop_empty() -> MaskTransform:
-    """Closes a block whose inner gates are all 0, and the gates of a closed block.
+    """Closes a block whose inner masks are all 0, and the masks inside a closed block.
 
     The model's outputs stay the same; the masks then say what slicing removes.
     """
 
     def apply(masks):
         masks = dict(masks)
-        for block, inner in INNER.items():
-            if inner in masks and block in masks:
-                empty = ~(masks[inner] > 0).any(-1)
-                masks[block] = _close(masks[block], empty)
-                masks[inner] = _close(masks[inner], masks[block][:, None] <= 0)
+        for outer, inner in INNER.items():
+            if inner in masks and outer in masks:
+                any_open = (masks[inner] > 0).any(-1)
+                masks[outer] = jnp.where(any_open, masks[outer], 0)
+                masks[inner] = jnp.where(masks[outer][:, None] > 0, masks[inner], 0)
         return masks
 
     return apply
 
 
-def keep_at_least(**counts: int) -> MaskTransform:
-    """Opens gates (value 1) until each row of a kind has at least the given number.
+def keep_at_least(config: EncoderConfig | None = None, **counts: int) -> MaskTransform:
+    """Opens masks (value 1) until each row of a kind has at least the given number.
 
-    The first closed gates of a row are opened, e.g. `keep_at_least(hidden=8)`. For
-    mha and ffn, whose rows have one gate, the number counts layers.
+    The first closed masks of a row are opened, e.g. `keep_at_least(hidden=8)`. For
+    mha and ffn, whose rows have one mask, the number counts layers. Layers that differ
+    in width need `config`.
     """
     check_kinds("kinds", tuple(counts))
 
@@ -71,21 +77,24 @@ def keep_at_least(**counts: int) -> MaskTransform:
             if kind in masks:
                 missing = count - _number_open(masks[kind])
                 masks[kind] = _reopen(masks[kind], missing, 1.0)
-        return masks
+        return without_padding(masks, config) if config else masks
 
     return apply
 
 
-def round_to_multiple(**multiples: int) -> MaskTransform:
-    """Opens gates until each row's number of open ones is a multiple, up to all of it.
+def round_to_multiple(
+    config: EncoderConfig | None = None, **multiples: int
+) -> MaskTransform:
+    """Opens masks until each row's number of open ones is a multiple, up to all of it.
 
     E.g. `round_to_multiple(intermediate=64, head=2)`, for hardware that likes such
-    widths. A row without an open gate stays so: an absent block stays absent. The
-    first closed gates of a row are opened, to 1e-12: heads and units then weigh
+    widths. A row without an open mask stays so: an absent block stays absent. The
+    first closed masks of a row are opened, to 1e-12: heads and units then weigh
     nothing, so the model's outputs stay the same, but their weights are there for
-    fine-tuning to take up. Not so with `hidden`: LayerNorm takes its statistics over
-    all open dimensions, so k more beside n change what the model computes, by about
-    k / 2n of it; fine-tune afterwards. `harden`, if wanted, comes before.
+    fine-tuning to take up. This is not so with `hidden`: LayerNorm takes its statistics
+    over all open dimensions, so k more beside n change what the model computes, by
+    about k / 2n of it; fine-tune afterwards. `harden`, if wanted, comes before. Layers
+    that differ in width need `config`.
 
     Raises:
       UserError: for a kind that is not head, intermediate or hidden, and a multiple
@@ -103,43 +112,39 @@ def round_to_multiple(**multiples: int) -> MaskTransform:
         masks = dict(masks)
         for kind, multiple in multiples.items():
             if kind in masks:
-                # 0 of an empty row, too.
-                missing = -_number_open(masks[kind]) % multiple
+                missing = -_number_open(masks[kind]) % multiple  # 0 of an empty row
                 masks[kind] = _reopen(masks[kind], missing, _TINY)
-        return masks
+        return without_padding(masks, config) if config else masks
 
     return apply
 
 
-# Multiples of 64 fill the tiles that a GPU's matrix units work on; a CPU is as fast at
-# any width. Whole heads are multiples already, and hidden dimensions cannot be opened
-# without changing the model.
+# Multiples of 64 fill the tiles that a GPU's matrix units work on; a CPU runs all
+# widths alike. Heads have the width they have, and no hidden dimension comes for free.
 WIDTHS = {"gpu": {"intermediate": 64}}
 
 
-def round_to_device(platform: str = "") -> MaskTransform:
-    """`round_to_multiple` of the widths that a device is fast at, see `WIDTHS`.
+def round_to_device(
+    platform: str = "", config: EncoderConfig | None = None
+) -> MaskTransform:
+    """`round_to_multiple` of what the device runs well, at no loss: see `WIDTHS`.
 
     Args:
-      platform: gpu or cpu, as JAX names them; the one in use if not given.
+      platform: as jax names them, gpu or cpu; the one in use if not given.
+      config: the sizes of the model that is pruned, where its layers differ in width.
     """
     multiples = WIDTHS.get(platform or jax.default_backend())
-    return round_to_multiple(**multiples) if multiples else chain()
+    return round_to_multiple(config, **multiples) if multiples else chain()
 
 
-def _number_open(gates):
-    return jnp.sum(gates > 0, -1, keepdims=True)
+def _number_open(masks):
+    return jnp.sum(masks > 0, -1, keepdims=True)
 
 
-def _close(gates, where):
-    """Closes gates; padding, which is negative, stays padding."""
-    return jnp.where(where, jnp.minimum(gates, 0), gates)
-
-
-def _reopen(gates, number, value):
-    """Gives `value` to the first `number` closed gates of each row."""
-    closed = gates == 0
-    return jnp.where(closed & (jnp.cumsum(closed, -1) <= number), value, gates)
+def _reopen(masks, number, value):
+    """Gives `value` to the first `number` closed masks of each row."""
+    closed = masks <= 0
+    return jnp.where(closed & (jnp.cumsum(closed, -1) <= number), value, masks)
 
 
 def keep_layers(*layers: int) -> MaskTransform:
@@ -150,9 +155,9 @@ def keep_layers(*layers: int) -> MaskTransform:
 def drop_layers(*layers: int) -> MaskTransform:
     """Closes both blocks of the named layers, counted from 0 (reports do from 1).
 
-    The blocks' own gates close and all gates inside them. Where the masks have
-    neither for one of the blocks, say attention, its own gates (mha) are added, open
-    for the other layers.
+    The masks of the blocks close and all masks inside them. Where there is neither for
+    one of the blocks, say attention, its own kind (mha) is added, open for the other
+    layers.
 
     Raises:
       UserError: where no layer is named, or something that is no layer; when
@@ -179,11 +184,11 @@ def _close_layers(layers, *, named):
             legal = f"must be below {depths[0]}, the number of layers"
             raise reject("layers", max(layers), legal)
         close = np.isin(np.arange(depths[0]), layers) == named
-        for block, inner in INNER.items():
-            if block not in masks and inner not in masks:
-                masks[block] = jnp.ones(depths[0])
-            if block in masks:
-                masks[block] = _close(masks[block], close)
+        for outer, inner in INNER.items():
+            if outer not in masks and inner not in masks:
+                masks[outer] = jnp.ones(depths[0])
+            if outer in masks:
+                masks[outer] = jnp.where(close, 0, masks[outer])
             if inner in masks:
                 masks[inner] = _close(masks[inner], close[:, None])
         return masks

@@ -1,24 +1,27 @@
-"""Several finished runs side by side: which belong together, and their pictures.
+"""Several finished runs side by side: which belong together, tables and pictures.
 
 A run is a name and the content of its `report.json`. Runs of one name, task and target
-are seeds of one config, and make one point of a chart, one column of a heat map.
+are seeds of one config, and make one point of a chart and one column of a heat map.
 """
 
-import itertools
 import os
+import pathlib
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from cofi_jax.report import figures
+from cofi_jax import files
+from cofi_jax.report import figures, tables
 from cofi_jax.report.figures import GREY, INK
+from cofi_jax.report.tables import TOTALS, Report, Table, percent
 
-Report = dict[str, Any]
+Runs = Sequence[tuple[str, Report]]
 
 
 class Point(NamedTuple):
-    """One config: the runs of it differ by their seed alone."""
+    """One config, whose runs differ by their seed alone."""
 
     name: str
     task: str  # and its metric
@@ -26,20 +29,21 @@ class Point(NamedTuple):
     reports: list[Report]
 
     def mean(self, of: Callable[[Report], float]) -> float:
-        """Over the seeds."""
+        """The mean over the seeds."""
         return statistics.fmean(map(of, self.reports))
 
     def sd(self, of: Callable[[Report], float]) -> float:
-        """The standard deviation over the seeds; 0 of one."""
+        """The standard deviation over the seeds; 0 for a single one."""
         values = list(map(of, self.reports))
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+# What the score is traded for: the label of the axis, its value, and the dense model's.
 TRADES = {
     "speedup": (
         "times as fast as the dense model",
         lambda report: report["speedup"],
-        lambda report: 1.0,
+        lambda _: 1.0,
     ),
     "size": (
         "encoder parameters, logarithmic scale",
@@ -49,23 +53,91 @@ TRADES = {
 }
 
 
-# What is counted over the layers, in the dense model as in the pruned one.
-TOTALS = {
-    "heads": lambda widths: sum(widths["heads"]),
-    "FFN width": lambda widths: sum(widths["intermediate"]),
-    "hidden width": lambda widths: widths["hidden"],
-    "attention\nblocks": lambda widths: sum(map(bool, widths["heads"])),
-    "FFN blocks": lambda widths: sum(map(bool, widths["intermediate"])),
-}
+def names(paths: Sequence[pathlib.Path], reports: Sequence[Report]) -> list[str]:
+    """The names of the runs in these folders: one for all seeds of a config.
+
+    Runs are seeds of one config if `sweep` named their folders `<config>-seed<n>`, side
+    by side, and all but the seed agrees. All other names differ, by as many of the last
+    parts of the path as it takes.
+    """
+    groups: dict[pathlib.Path, list[Report]] = {}
+    cut = [path.parent / re.sub(r"(?<=.)-seed\d+$", "", path.name) for path in paths]
+    for path, report in zip(cut, reports, strict=True):
+        groups.setdefault(path, []).append(report)
+    keys = ("task", "metric", "target_sparsity")
+    alike = {
+        path
+        for path, group in groups.items()
+        if path not in paths
+        and len({str([report[key] for key in keys]) for report in group}) == 1
+        and len({str(report["seed"]) for report in group}) == len(group)
+    }
+    pairs = zip(cut, paths, strict=True)
+    return files.short_names([short if short in alike else p for short, p in pairs])
+
+
+def runs_table(runs: Runs) -> Table:
+    """A row for each run."""
+    rows = []
+    for name, report in runs:
+        dense, pruned = report["teacher"]["score"], report["pruned"]["score"]
+        kept, encoder = report["kept"], report["params"]["encoder"]
+        rows.append(
+            {
+                "run": name,
+                "task": report["task"],
+                "metric": report["metric"],
+                "dense": f"{dense:.4f}",
+                "pruned": f"{pruned:.4f}",
+                "change": f"{pruned - dense:+.4f}",
+                "sparsity": percent(report["sparsity"]),
+                "speedup": f"{report['speedup']:.1f}x",
+                "its 5th to 95th percentile": tables.spread(report),
+                "encoder parameters": f"{tables.count(encoder['pruned'])} of "
+                f"{tables.count(encoder['dense'])}",
+                **{
+                    name: f"{TOTALS[name](kept)} of {len(kept['heads'])}"
+                    for name in ("attention blocks", "FFN blocks")
+                },
+                "hidden width": f"{kept['hidden']} of {report['dense']['hidden']}",
+                "target": percent(report["target_sparsity"]),
+                "seed": str(report["seed"]),
+                "timed on": tables.where(report),
+            }
+        )
+    return Table("<<<>>>>>>>>>>>><", list(rows[0]), [list(r.values()) for r in rows])
+
+
+def configs_table(points: Sequence[Point]) -> Table:
+    """A row for each config: means over its seeds, and deviations if it has several."""
+
+    def show(point, of, form, unit=""):
+        sd = f" \N{PLUS-MINUS SIGN} {point.sd(of):{form}}"
+        return f"{point.mean(of):{form}}{unit}{sd if len(point.reports) > 1 else ''}"
+
+    rows = [
+        (
+            point.name,
+            point.task,
+            str(len(point.reports)),
+            show(point, score, ".4f"),
+            percent(point.mean(lambda report: report["sparsity"])),
+            show(point, lambda report: report["speedup"], ".1f", "x"),
+            percent(point.target),
+        )
+        for point in points
+    ]
+    head = ("config", "task", "seeds", "score", "sparsity", "speedup", "target")
+    return Table("<<>>>>>", head, rows)
 
 
 def score(report: Report) -> float:
-    """Of the pruned model."""
+    """The score of the pruned model."""
     return report["pruned"]["score"]
 
 
-def tasks(runs: Sequence[tuple[str, Report]]) -> dict[str, list[Point]]:
-    """The points of each task and metric, by target, then in the order of the runs."""
+def tasks(runs: Runs) -> dict[str, list[Point]]:
+    """The points of each task and metric, sorted by target, then as the runs are."""
     points: dict[tuple, Point] = {}
     for name, report in runs:
         key = (name, f"{report['task']}: {report['metric']}", report["target_sparsity"])
@@ -79,9 +151,9 @@ def tasks(runs: Sequence[tuple[str, Report]]) -> dict[str, list[Point]]:
 def series(points: Sequence[Point]) -> dict[str, list[Point]]:
     """The lines that connect the points of one task.
 
-    Where no two configs have the same target, it is one line. Else runs are of one line
-    whose names differ by the target alone, as sst2_60 and sst2_95 do; where that would
-    join two of one target (sst2_95, sst2-95), those of one name.
+    If no two configs have the same target, there is one line. Otherwise a line joins
+    the runs whose names differ by the target alone, as sst2_60 and sst2_95 do; if that
+    would join two of one target (sst2_95, sst2-95), it joins the runs of one name.
     """
     for name_of in (lambda _: "pruned", _without_target, lambda point: point.name):
         lines: dict[str, list[Point]] = {}
@@ -100,14 +172,14 @@ def _without_target(point):
 
 
 def trade_panel(axes, points: Sequence[Point], key: str) -> None:
-    """Scores against what they were given for (paper, figure 2), of one task.
+    """Draws the scores of one task against speedup or size (paper, figure 2).
 
     Seeds are pale dots around their mean, whose bars are the standard deviations.
 
     Args:
-      axes: to draw into.
-      points: of the task.
-      key: `speedup` or `size`.
+      axes: the `matplotlib.axes.Axes` to draw into.
+      points: the configs of the task.
+      key: a key of `TRADES`.
     """
     label, of, of_dense = TRADES[key]
     lines = series(points)
@@ -115,12 +187,9 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
     dense = sorted({(of_dense(r), r["teacher"]["score"]) for r in reports})
     level = statistics.fmean(value for _, value in dense)
     axes.axhline(level, color=GREY, ls="--", lw=1, label="_")
-    colors = itertools.cycle(
-        (figures.BLUE, figures.RED, figures.GREEN, figures.PURPLE, figures.ORANGE, INK)
-    )
-    for (name, group), color, marker in zip(
-        lines.items(), colors, itertools.cycle("osD^vPX"), strict=False
-    ):
+    colors = figures.BLUE, figures.RED, figures.GREEN, figures.PURPLE, figures.ORANGE
+    for number, (name, group) in enumerate(lines.items()):
+        color, marker = (*colors, INK)[number % 6], "osD^vPX"[number % 7]
         group = sorted(group, key=lambda point: point.mean(of))
         x, y = ([point.mean(what) for point in group] for what in (of, score))
         look = {"color": color, "marker": marker, "mec": "white", "ms": 7}
@@ -139,9 +208,9 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
     look = {"ls": "none", "marker": "*", "ms": 13, "color": INK, "mec": "white"}
     axes.plot(*zip(*dense, strict=True), label="dense", **look)
     figures.finish(axes, label, figures.plain(reports[0]["metric"]))
-    axes.margins(0.25, 0.14)  # of x: room for the labels
+    axes.margins(0.25, 0.14)  # the targets beside the points need room
     if key == "size":
-        figures.log_scale(axes, "x", _short)
+        figures.log_scale(axes, "x", lambda size: tables.count(size, ".9g"))
     else:
         axes.set_xlim(0, 1.25 * axes.dataLim.xmax)
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
@@ -150,7 +219,7 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
 
 
 def _annotate(axes, points, of, side):
-    """Writes the targets beside the points, where there is room; the last one first."""
+    """Writes the targets beside the points that have room, beginning with the last."""
     axes.autoscale_view()
     to_axes = axes.transScale + axes.transLimits
     taken = []
@@ -166,18 +235,20 @@ def _annotate(axes, points, of, side):
 
 
 def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
-    """What each config keeps (paper, figures 3 and 5): means over its seeds.
+    """Draws what each config keeps (paper, figures 3 and 5), as means over its seeds.
 
     Args:
-      axes: to draw into.
-      columns: of one task, from `columns`.
-      key: `heads` or `intermediate`, by layer; `totals`, by kind.
+      axes: the `matplotlib.axes.Axes` to draw into.
+      columns: the titled configs of one task, from `columns`.
+      key: `heads` or `intermediate` for a row per layer, `totals` for one per total.
     """
     from matplotlib.cm import ScalarMappable  # slow to import
     from matplotlib.colors import LinearSegmentedColormap
 
     hue = LinearSegmentedColormap.from_list("kept", ["#F1F5F8", figures.BLUE])
-    rows = list(TOTALS) if key == "totals" else list(range(1, _layers(columns) + 1))
+    rows = list(range(1, _layers(columns) + 1))
+    if key == "totals":
+        rows = [textwrap.fill(name, 12) for name in TOTALS]
     for column, (_, point) in enumerate(columns):
         for row, (kept, dense) in enumerate(_cells(point, key)):
             share = kept / dense if dense else 0.0
@@ -207,15 +278,8 @@ def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
     bar.set_label(f"kept share of the dense {what}", color=INK)
 
 
-def _short(number):
-    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if number >= size * (1 - 1e-9):  # of a tick, which may be a hair beside it
-            return f"{number / size:.9g}{unit}"
-    return f"{number:.9g}"
-
-
 def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
-    """The points of one task and their titles: the targets, where these suffice."""
+    """The points of one task with their titles: the targets, if these all differ."""
     targets = [f"{100 * point.target:.4g} %" for point in points]
     for form in ("{0}", "{1} {0}", "{2}", "{2} {0}"):
         titles = [
@@ -228,7 +292,7 @@ def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
 
 
 def height(columns: Sequence[tuple[str, Point]], key: str) -> float:
-    """Inches that a `kept_panel` asks for."""
+    """The inches that a `kept_panel` of these columns needs."""
     names = max(len(figures.plain(name)) for name, _ in columns)
     rows = len(TOTALS) if key == "totals" else _layers(columns)
     return 1.7 + 0.3 * rows + (0.075 * names if names > 7 else 0)
@@ -240,7 +304,7 @@ def _layers(columns):
 
 
 def _cells(point, key):
-    """(kept, dense) of each row, means over the seeds."""
+    """The kept and the dense count of each row, as means over the seeds."""
     columns = []
     for report in point.reports:
         pair = report["kept"], report["dense"]
@@ -255,11 +319,7 @@ def _cells(point, key):
 
 
 def plot_trades(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Draws scores against speedup and size, a row for each task.
-
-    Returns:
-      The `matplotlib.figure.Figure`.
-    """
+    """Writes and returns a figure of score against speedup and size, a row per task."""
     lines = max(len(series(points)) for points in by_task.values())
     figure = figures.new_figure(9, (3.3 + 0.2 * lines) * len(by_task))
     rows = figure.subplots(len(by_task), 2, sharey="row", squeeze=False)
@@ -272,11 +332,7 @@ def plot_trades(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike)
 
 
 def plot_kept(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Draws what the runs keep, by layer and in all, a row for each task.
-
-    Returns:
-      The `matplotlib.figure.Figure`.
-    """
+    """Writes and returns a figure of what the runs keep, a row for each task."""
     tables = list(map(columns, by_task.values()))
     heights = [height(table, "heads") for table in tables]
     figure = figures.new_figure(8 + 1.3 * max(map(len, tables)), sum(heights))

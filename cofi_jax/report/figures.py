@@ -1,7 +1,7 @@
 """The pictures of a run: how it went and what it left.
 
-A panel is a function that draws one chart into given axes. `small` makes a figure of
-one panel that is still legible on a phone, for pages; the PNG files that lie beside a
+A panel is a function that draws one chart into given axes. Pages show one panel in each
+figure (`small`), which is still legible on a phone; the PNG files that lie beside a
 report (`plot_...`) put several panels together.
 """
 
@@ -14,25 +14,19 @@ import numpy as np
 
 from cofi_jax.files import write_atomically
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00".split()
-
-
 INK, GREY, PALE = "#333333", "#757575", "#E4E8EA"
 
+_MANY = 150  # the points of a curve from which on single ones cannot be seen
 
-_MANY = 150  # points of a curve, on which single ones are no longer to be seen
-
-
-# In their order: what readers call them, colour and marker.
+# The stages in their order, each with its name for readers, colour and marker.
 STAGES = {
     "teacher": ("teacher", INK, "o"),
     "prepruning": ("pre-pruning", ORANGE, "s"),
     "prune": ("pruning", BLUE, "D"),
     "finetune": ("fine-tuning", GREEN, "^"),
 }
-
-
 _LOSSES = {
     "loss": INK,
     "loss_lagrangian": ORANGE,
@@ -40,8 +34,6 @@ _LOSSES = {
     "loss_logits": GREEN,
     "loss_task": PURPLE,
 }
-
-
 _WIDTHS = {
     "heads": ("attention heads kept", BLUE),
     "intermediate": ("feed-forward width kept", ORANGE),
@@ -49,7 +41,7 @@ _WIDTHS = {
 
 
 def sparsity_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
-    """The sparsity and its target over the steps of the pruning stage."""
+    """Draws the sparsity and its target over the steps of the pruning stage."""
     lines = _of_stage(metrics, "prune")
     dots = {"color": RED, "ls": "none", "marker": "o", "mec": "white", "zorder": 4}
     if len(lines) > _MANY:
@@ -63,7 +55,7 @@ def sparsity_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def multiplier_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
-    """The Lagrange multipliers over the steps of the pruning stage."""
+    """Draws the Lagrange multipliers over the steps of the pruning stage."""
     lines = _of_stage(metrics, "prune")
     _line(axes, lines, "multiplier_linear", "linear", color=GREEN)
     _line(axes, lines, "multiplier_quadratic", "quadratic", color=PURPLE)
@@ -71,28 +63,21 @@ def multiplier_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") -> None:
-    """The loss and its terms, unweighted, over the steps of a stage.
+    """Draws the loss and its terms, unweighted, over the steps of a stage.
 
-    Of many points the running mean is drawn, over pale lines of what was logged.
+    A curve of many points is a running mean, over a pale line of what was logged.
     """
     lines = _of_stage(metrics, stage)
     keys = sorted({key for line in lines for key in line if key.startswith("loss")})
     if len(keys) == 2 and all(line.get(keys[0]) == line.get(keys[1]) for line in lines):
-        keys = keys[1:]  # the only term is the total
+        keys = keys[1:]  # the only term equals the total
     many = len(lines) > _MANY
     for key in keys:
         label = "total" if key == "loss" else key.removeprefix("loss_")
-        color = _LOSSES.get(key, RED)
+        color, window = _LOSSES.get(key, RED), len(lines) // 50 if many else 1
         if many:
             _line(axes, lines, key, "_", color=color, lw=0.5, alpha=0.25)
-        _line(
-            axes,
-            lines,
-            key,
-            label,
-            mean_of=len(lines) // 50 if many else 1,
-            color=color,
-        )
+        _line(axes, lines, key, label, window, color=color)
     ylabel = "loss, running mean" if many else "loss"
     finish(axes, f"optimizer step of the {STAGES[stage][0]} stage", ylabel)
     if all(line[key] > 0 for line in lines for key in keys if key in line):
@@ -102,32 +87,30 @@ def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") ->
 def score_panel(
     axes, metrics: Sequence[dict[str, Any]], report: dict[str, Any], least: float = 0.0
 ) -> None:
-    """Validation scores over the steps of all stages, one after another.
+    """Draws validation scores over the steps of all stages, one after another.
 
     Args:
-      axes: to draw into.
+      axes: the `matplotlib.axes.Axes` to draw into.
       metrics: the lines of `metrics.jsonl`.
       report: the content of `report.json`, which has the dense model's score.
-      least: the sparsity from which on an evaluation of the pruning stage counts;
-        those that do not are hollow.
+      least: the sparsity from which on an evaluation of the pruning stage counts; the
+        markers of those that do not count are hollow.
     """
     start, hollow = 0, False
     for stage, (name, color, marker) in STAGES.items():
         lines = _of_stage(metrics, stage)
         if start and lines:
             axes.axvline(start, color=GREY, lw=0.8, ls=":", label="_")
-        found = [line for line in lines if "score" in line]
-        if found:
-            size = 5 if len(found) <= _MANY // 5 else 2
+        scored = [line for line in lines if "score" in line]
+        if scored:
+            size = 5 if len(scored) <= _MANY // 5 else 2
             look = {"color": color, "marker": marker, "ms": size}
-            points = [(start + line["step"], line["score"]) for line in found]
+            points = [(start + line["step"], line["score"]) for line in scored]
             axes.plot(*zip(*points, strict=True), label=name, lw=1.4, **look)
-            early = [line.get("sparsity", 1.0) < least for line in found]
-            for point in (
-                p for p, is_early in zip(points, early, strict=True) if is_early
-            ):
-                axes.plot(*point, label="_", mfc="white", **look)
-            hollow = hollow or any(early)
+            for point, line in zip(points, scored, strict=True):
+                if line.get("sparsity", 1.0) < least:
+                    axes.plot(*point, label="_", mfc="white", **look)
+                    hollow = True
         start += max((line["step"] for line in lines), default=0)
     if hollow:
         look = {"ls": "none", "marker": "D", "color": BLUE, "mfc": "white", "ms": 5}
@@ -137,7 +120,7 @@ def score_panel(
 
 
 def width_panel(axes, report: dict[str, Any], key: str) -> None:
-    """What each layer keeps: `key` is `heads` or `intermediate`."""
+    """Draws what each layer keeps of its `key`, which is `heads` or `intermediate`."""
     from matplotlib.patches import Patch  # slow to import
 
     label, color = _WIDTHS[key]
@@ -150,12 +133,8 @@ def width_panel(axes, report: dict[str, Any], key: str) -> None:
         text, ink = (f"{width} / {full}", INK) if width else ("absent", GREY)
         axes.text(end * 1.03, layer, text, color=ink, va="center")
     looks = {"kept": {"fc": color}, "removed": {"fc": PALE}, "block absent": gone}
-    finish(
-        axes,
-        label,
-        "layer",
-        [Patch(label=name, **look) for name, look in looks.items()],
-    )
+    handles = [Patch(label=name, **look) for name, look in looks.items()]
+    finish(axes, label, "layer", handles)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -164,14 +143,11 @@ def width_panel(axes, report: dict[str, Any], key: str) -> None:
 
 
 def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
-    """Draws sparsity, multipliers and losses over the steps of the pruning stage.
+    """Writes and returns the figure of sparsity, multipliers and losses while pruning.
 
     Args:
       metrics: the lines of `metrics.jsonl`; keys that are absent are not drawn.
-      path: of the PNG file.
-
-    Returns:
-      The `matplotlib.figure.Figure`, three panels.
+      path: the PNG file to write.
     """
     figure = new_figure(8, 8)
     panels = figure.subplots(3, sharex=True, height_ratios=(4, 3, 3))
@@ -184,14 +160,11 @@ def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
 
 
 def plot_structure(report: dict[str, Any], path: str | os.PathLike):
-    """Draws the heads and the feed-forward width that each layer keeps.
+    """Writes and returns the figure of the heads and the width that each layer keeps.
 
     Args:
       report: the content of `report.json`.
-      path: of the PNG file.
-
-    Returns:
-      The `matplotlib.figure.Figure`, two panels.
+      path: the PNG file to write.
     """
     kept, dense = report["kept"], report["dense"]
     figure = new_figure(8, 1.6 + 0.3 * len(kept["heads"]))
@@ -204,14 +177,14 @@ def plot_structure(report: dict[str, Any], path: str | os.PathLike):
 
 
 def small(panel: Callable, *data: Any, height: float = 3.2, **settings: Any):
-    """A `matplotlib.figure.Figure` of one panel, 4.6 by `height` inches."""
+    """Returns a `matplotlib.figure.Figure` of one panel, 4.6 by `height` inches."""
     figure = new_figure(4.6, height)
     panel(figure.subplots(), *data, **settings)
     return figure
 
 
 def new_figure(width: float, height: float):
-    """An empty `matplotlib.figure.Figure` of that many inches."""
+    """Returns an empty `matplotlib.figure.Figure` of so many inches."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -220,13 +193,13 @@ def new_figure(width: float, height: float):
 
 
 def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
-    """The look of all panels: frame, grid, labels, and the legend above.
+    """Gives axes, once all is drawn, the frame, grid, labels and legend of a panel.
 
     Args:
-      axes: with everything drawn.
-      xlabel: with the unit, where there is one.
-      ylabel: likewise.
-      handles: what the legend explains; (): the lines that have labels.
+      axes: the `matplotlib.axes.Axes`.
+      xlabel: the label of the x axis, with the unit, where there is one.
+      ylabel: likewise, of the y axis.
+      handles: the artists that the legend explains; by default the labelled lines.
     """
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GREY)
@@ -247,7 +220,7 @@ def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
 
 
 def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
-    """A logarithmic x or y axis (`which`) whose ticks are plain numbers."""
+    """Makes an axis, x or y, logarithmic, with ticks that `form` writes out."""
     from matplotlib.ticker import LogLocator, MaxNLocator
 
     axes.set(**{f"{which}scale": "log"})
@@ -260,15 +233,16 @@ def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
 
 
 def plain(text: str) -> str:
-    """Any text, so that matplotlib shows it, in a legend too; a long one shortened."""
+    """Returns a text that matplotlib shows as it is, but shortens a long one."""
     if len(text) > 36:
         text = f"{text[:17]}\N{HORIZONTAL ELLIPSIS}{text[-18:]}"
-    text = text.replace("$", r"\$")  # no formula
-    return f" {text}" if text.startswith("_") else text  # else left out of the legend
+    text = text.replace("$", r"\$")  # it is not a formula
+    # A legend leaves out labels that begin with an underscore.
+    return f" {text}" if text.startswith("_") else text
 
 
 def save(figure, path: str | os.PathLike):
-    """Writes the figure as PNG, atomically, and returns it."""
+    """Writes a figure as a PNG file, atomically, and returns the figure."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     write_atomically(path, picture.getvalue())
@@ -276,7 +250,7 @@ def save(figure, path: str | os.PathLike):
 
 
 def svg(figure) -> bytes:
-    """The figure as SVG that needs no font; the same bytes for the same figure."""
+    """Returns an SVG that needs no font; equal figures give equal bytes."""
     import matplotlib  # slow to import
 
     picture = io.BytesIO()
@@ -286,7 +260,7 @@ def svg(figure) -> bytes:
 
 
 def _columns(axes, lengths):
-    """The most columns of a legend, of entries of so many letters, that fit."""
+    """Returns how many columns fit in a legend whose entries have these lengths."""
     width = axes.figure.get_figwidth() / axes.get_gridspec().ncols - 0.6
     for columns in range(len(lengths), 1, -1):
         parts = np.array_split(lengths, columns)
@@ -300,7 +274,7 @@ def _of_stage(metrics, stage):
 
 
 def _line(axes, lines, key, label, mean_of=1, **look):
-    """Draws `key` over the steps, or the mean of so many, where there is any."""
+    """Draws `key`, or its running mean over `mean_of` points, over the steps."""
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
         steps, values = zip(*points, strict=True)

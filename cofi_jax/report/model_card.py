@@ -1,7 +1,7 @@
-"""The model card of a saved model, after the hub's conventions.
+"""The model card of a saved model, after the conventions of the Hugging Face hub.
 
-A table of what was lost and gained, what each file is for and how it is loaded. The
-lines that load a part are run by the tests.
+It says what was lost and gained, what each folder is for and how it is loaded. The
+tests run the lines that load a folder.
 """
 
 import json
@@ -50,15 +50,14 @@ model = {auto}.from_pretrained(folder)
 print(model(**tokenizer({texts}, return_tensors="pt")))""",
 }
 
-
-# The hub's names for our metrics, where they differ.
+# The names that the hub has for our metrics, where they differ.
 _METRICS = {
     "matthews": "matthews_correlation",
     "spearman": "spearmanr",
     "pearson": "pearsonr",
 }
 
-
+# For each folder, who can load it and what it holds.
 _WHAT = {
     "": ("cofi-jax", "`model.json`, `params/` (orbax), `tokenizer/`"),
     "transformers": (
@@ -80,18 +79,23 @@ def text(
     """The text of `README.md`.
 
     Args:
-      config: sizes of the model.
-      about: of the saved model; of a pruned one with `report`, its run's report.json.
-      checks: the content of each `check.json`, by format; the saved model's own by "".
+      config: the sizes of the model.
+      about: what the saved model says of itself; if it was pruned, `report` is the
+        content of its run's `report.json`.
+      checks: the content of each `check.json` by format; "" is the saved model's own.
     """
     name = about.get("task", "")
     task = tasks.TASKS.get(name)
     result = about.get("report")
     title = f"{'Pruned' if 'sparsity' in about else 'Dense'} encoder"
     title += f" for {name}" if task else ""
-    parts = [_front_matter(config, about, task), f"# {title}"]
+    parts = [f"---\n{_metadata(config, about, task)}\n---", f"# {title}"]
     if result:
-        parts += [_headline(result), tables.table(result)]
+        parts.append(
+            f"{tables.headline(result)} Pruned and distilled by "
+            "[CoFi](https://arxiv.org/abs/2204.00408) with cofi-jax."
+        )
+        parts.append(tables.table(result))
     elif scores := about.get("scores"):
         rows = tables.score_rows(scores)
         parts.append("\n".join(f"- {metric}: {value:.4f}" for metric, value in rows))
@@ -103,49 +107,35 @@ def text(
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(config, about, task):
+def _metadata(config, about, task):
+    """The YAML by which the hub finds the model and shows its scores."""
+    from huggingface_hub import EvalResult, ModelCardData  # slow to import
+
     fields = {
         "library_name": "cofi-jax",
         "pipeline_tag": PROBLEMS[config.problem].pipeline_tag,
         "tags": ["cofi-jax", "jax", "structured-pruning", "arxiv:2204.00408"],
+        "base_model": about.get("base_model") or None,
     }
-    if base := about.get("base_model"):
-        fields["base_model"] = base
-    data, result = about.get("data", {}), about.get("report")
-    if task and task.hub and about["task"] != "demo":  # which is generated
+    if task and task.hub and about["task"] != "demo":  # whose rows are generated
         fields["datasets"] = [task.hub]
         fields["metrics"] = [_METRICS.get(name, name) for name in task.metrics]
-        if result:
+        if result := about.get("report"):
             split, scores = next(iter(result["pruned"]["scores"].items()))
-            where = {"type": task.hub, "name": about["task"], "split": split}
-            if task.hub == tasks.GLUE:
-                where["config"] = about["task"]
-            values = [
-                {"type": _METRICS.get(name, name), "value": round(value, 4)}
+            fields["model_name"] = f"pruned-{about['data']['task']}"
+            fields["eval_results"] = [
+                EvalResult(
+                    task_type=fields["pipeline_tag"],
+                    dataset_type=task.hub,
+                    dataset_name=about["task"],
+                    dataset_config=about["task"] if task.hub == tasks.GLUE else None,
+                    dataset_split=split,
+                    metric_type=_METRICS.get(name, name),
+                    metric_value=round(value, 4),
+                )
                 for name, value in scores.items()
             ]
-            found = {
-                "task": {"type": fields["pipeline_tag"]},
-                "dataset": where,
-                "metrics": values,
-            }
-            index = {"name": f"pruned-{data.get('task', '')}", "results": [found]}
-            fields["model-index"] = [index]
-    # JSON is YAML.
-    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
-    return "\n".join(["---", *lines, "---"])
-
-
-def _headline(result):
-    how = result["benchmark"]
-    return (
-        f"{100 * result['sparsity']:.1f} % of the encoder's parameters are gone; it "
-        f"runs {result['speedup']:.1f}x as fast ({how['device']}, {how['dtype']}, "
-        f"batches of {how['batch_size']} x {how['seq_length']} tokens), with "
-        f"{result['metric']} {result['pruned']['score']:.4f} where its teacher has "
-        f"{result['teacher']['score']:.4f}. Pruned and distilled by "
-        "[CoFi](https://arxiv.org/abs/2204.00408) with cofi-jax."
-    )
+    return ModelCardData(**fields).to_yaml()
 
 
 def _structure(config, about):
@@ -175,41 +165,41 @@ def _usage(part, config, task, about):
 
 
 def checked(checks: Mapping[str, Any]) -> str:
-    """What each `check.json` found, as a table; `checks` as in `text`."""
-    lines = [
-        "| part | rows | largest difference | score | size | speedup, batch |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    places: dict[str, str] = {}
+    """What each `check.json` found, as a table; `checks` is that of `text`."""
+    rows, places = [], {}
     for part, check in checks.items():
         metric, score = next(iter(check["scores"].items()))
         fast = "-"
         if "speedup" in check:
-            low, high = check["speedup_spread"]
             how = check["benchmark"]
-            fast = f"{check['speedup']:.1f}x ({low:.1f}x to {high:.1f}x), "
+            fast = f"{check['speedup']:.1f}x ({tables.spread(check)}), "
             fast += f"{how['batch_size']} x {how['seq_length']}"
-            places[how["device"]] = how["dtype"]
-        lines.append(
-            f"| {part or 'this folder'} | {check['rows']:,} | "
-            f"{check['max_abs_difference']:.1e} | {metric} {score:.4f} | "
-            f"{check['bytes'] / 1e6:.1f} MB | {fast} |"
+            places[f"{how['device']}, {how['dtype']}"] = None  # in order, once each
+        rows.append(
+            (
+                part or "this folder",
+                f"{check['rows']:,}",
+                f"{check['max_abs_difference']:.1e}",
+                f"{metric} {score:.4f}",
+                f"{check['bytes'] / 1e6:.1f} MB",
+                fast,
+            )
         )
-    ratio = checks.get("stock", {}).get("matrix_weights_ratio")
+    head = ("part", "rows", "largest difference", "score", "size", "speedup, batch")
     against = " and ".join(sorted({c["checked_against"] for c in checks.values()}))
     note = f"Each part was loaded by its own runtime and compared with {against}."
     if places:
-        where = " and ".join(f"{device}, {dtype}" for device, dtype in places.items())
         note += (
             " Speedup: pruned against dense in the same runtime, timed in turn on "
-            f"{where}, in batches of sequences x tokens; in brackets the 5th and 95th "
-            "percentile."
+            f"{' and '.join(places)}, in batches of sequences x tokens; in brackets "
+            "the 5th and 95th percentile."
         )
     if checks.get("transformers", {}).get("weights") == "bfloat16":
         note += (
             " `transformers/` stores bfloat16 weights: it was compared in float32 with "
             "a model whose weights are so rounded."
         )
-    if ratio:
+    if ratio := checks.get("stock", {}).get("matrix_weights_ratio"):
         note += f" `stock/` has {ratio:.1f} times the others' matrix weights."
-    return "\n".join(lines) + f"\n\n{note} More in each `check.json`."
+    table = tables.Table("<>>>>>", head, rows)
+    return f"{table}\n\n{note} More in each `check.json`."

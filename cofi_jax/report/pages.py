@@ -1,13 +1,12 @@
-"""Reports to look at: `report.html` of one run, `compare.html` of several.
+"""The reports that people look at: `report.md` and `report.html`, `compare.html`.
 
     python -m cofi_jax.report runs/sst2-0.60 runs/sst2-0.95 --to runs/compared
 
 writes `compare.html`, `tradeoff.png` and `structures.png`. A page is a single file that
-asks for no other: it can be sent, and read without a network.
+refers to no other, so it can be sent to someone and read without a network.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import sys
@@ -18,115 +17,120 @@ from cofi_jax import config as config_lib
 from cofi_jax import files
 from cofi_jax.errors import UserError, reject
 from cofi_jax.report import compare, figures, html, tables
-from cofi_jax.report.compare import Report
+from cofi_jax.report.html import Chart
+from cofi_jax.report.tables import Report, escape
 
 _USAGE = "python -m cofi_jax.report RUN [RUN ...] --to FOLDER"
-
-
 _PICTURES = {"tradeoff.png": compare.plot_trades, "structures.png": compare.plot_kept}
-
-
 _PAGE, _GENERATOR = "compare.html", "cofi-jax compare"
+_COLUMNS = 8  # the most configs in one heat map of a page
 
 
-_COLUMNS = 8  # configs in one heat map, on a page
-
-
-def run_page(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> str:
-    """The text of a run's `report.html`.
+def markdown(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> str:
+    """The text of a run's `report.md`, which shows the pictures beside it.
 
     Args:
       report: the content of its `report.json`.
       metrics: the lines of its `metrics.jsonl`.
       config: its `config.json`.
     """
-    sparsity = f"{100 * report['sparsity']:.1f} %"
-    title = f"{report['task']}: {sparsity} pruned"
-    columns, fold = ("", "dense", "pruned", "note"), "The exact config of this run"
-    # Evaluations of the pruning stage count from here on, as they did in the run.
+    heads, widths = (report["kept"][key] for key in ("heads", "intermediate"))
+    layers = str(tables.layers(report))
+    stages = tables.stages(metrics, _least(report, config))
+    code = f"```json\n{config.strip()}\n```"
+    return f"""# {escape(report["task"])}: {tables.percent(report["sparsity"])} pruned
+
+{tables.headline(report)}
+
+{tables.items(tables.key_figures(report))}
+
+## Dense and pruned
+
+{tables.comparison(report)}
+
+## What is left
+
+{sum(map(bool, heads))} of {len(heads)} attention blocks and \
+{sum(map(bool, widths))} of {len(widths)} feed-forward blocks are left; hidden \
+width {report["kept"]["hidden"]} of {report["dense"]["hidden"]}.
+
+![What is left of each layer](structure.png)
+
+{tables.folded("The same as a table", layers)}
+
+## How the run went
+
+![Sparsity, multipliers and losses while pruning](sparsity.png)
+
+{stages}
+
+## How it was measured
+
+{tables.items((f"{what}:", how) for what, how in tables.method(report))}
+
+## Config
+
+{tables.folded("The exact config of this run", code)}
+"""
+
+
+def _least(report, config):
+    """The sparsity from which on an evaluation of the pruning stage counted."""
     epsilon = config_lib.flatten(config).get("prune.sparsity_epsilon", 0.0)
-    least = report["target_sparsity"] - epsilon
-    stages = tables.stages(metrics, least)
-    body = (
-        html.title(title),
-        html.paragraph(
-            f"{sparsity} of the encoder's parameters are gone; the model runs "
-            f"{report['speedup']:.1f} times as fast, with {report['metric']} "
-            f"{report['pruned']['score']:.4f} where the dense one has "
-            f"{report['teacher']['score']:.4f}."
-        ),
-        html.tiles(tables.headline(report)),
-        html.section(
-            "Dense and pruned",
-            html.table(
-                "Dense and pruned", columns, tables.comparison(report), words=[3]
-            ),
-        ),
-        html.section("What is left", *_structure(report)),
-        html.section("While pruning", _pruning(report, metrics)),
-        html.section(
-            "Stage by stage",
-            _stages(report, metrics, least, stages),
-            html.table("The stages", tables.STAGES, stages),
-        ),
-        html.section("How it was measured", html.facts(tables.method(report))),
-        html.section("Config", html.folded(fold, html.code(config))),
-    )
-    return html.document(title, body, generator="cofi-jax")
+    return report["target_sparsity"] - epsilon
+
+
+def run_page(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> str:
+    """The text of a run's `report.html`: its `markdown`, with larger pictures."""
+    charts = {
+        "structure.png": _structure(report),
+        "sparsity.png": _curves(report, metrics, _least(report, config)),
+    }
+    text = markdown(report, metrics, config)
+    return html.page(text, charts, generator="cofi-jax")
 
 
 def _structure(report):
-    rows = tables.layers(report)
-    heads, widths = (report["kept"][key] for key in ("heads", "intermediate"))
-    yield html.paragraph(
-        f"{sum(map(bool, heads))} of {len(rows)} attention blocks and "
-        f"{sum(map(bool, widths))} of {len(rows)} feed-forward blocks are left; hidden "
-        f"width {report['kept']['hidden']} of {report['dense']['hidden']}."
-    )
-    pictures = []
+    layers = tables.layers(report).rows
+    charts = []
     for column, (key, title) in enumerate(
         (("heads", "Attention heads"), ("intermediate", "Feed-forward width")), start=1
     ):
-        said = "; ".join(f"layer {row[0]}: {row[column]}" for row in rows)
-        height = 1.5 + 0.28 * len(rows)
+        kept = "; ".join(f"layer {row[0]}: {row[column]}" for row in layers)
+        height = 1.5 + 0.28 * len(layers)
         figure = figures.small(figures.width_panel, report, key, height=height)
-        alt = f"Bar chart of what each layer keeps. {said}."
-        pictures.append(html.chart(title, figure, alt))
-    yield html.charts(*pictures)
-    head = ("layer", "heads", "feed-forward width")
-    table = html.table("What each layer keeps", head, rows)
-    yield html.folded("The same as a table", table)
+        alt = f"Bar chart of what each layer keeps. {kept}."
+        charts.append(Chart(title, figure, alt))
+    return charts
 
 
-def _pruning(report, metrics):
-    lines = [line for line in metrics if line["stage"] == "prune"]
-    ends = [line["expected_sparsity"] for line in lines if "expected_sparsity" in line]
-    reached = f", which ends at {100 * ends[-1]:.1f} %" if ends else ""
-    return html.charts(
-        html.chart(
-            "Sparsity and its target",
-            figures.small(figures.sparsity_panel, metrics),
+def _curves(report, metrics, least):
+    expected = [
+        line["expected_sparsity"]
+        for line in metrics
+        if line["stage"] == "prune" and "expected_sparsity" in line
+    ]
+    reached = f", which ends at {tables.percent(expected[-1])}" if expected else ""
+    best = [f"{row[0]} {row[4]}" for row in tables.stages(metrics, least).rows]
+    charts = [
+        Chart(
+            "Sparsity and its target while pruning",
+            figures.small(figures.sparsity_panel, metrics, height=3.5),
             f"Line chart over the steps: the expected sparsity{reached}; the exact one "
             "at each evaluation; the target, which rises to "
-            f"{100 * report['target_sparsity']:.1f} %.",
+            f"{tables.percent(report['target_sparsity'])}.",
         ),
-        html.chart(
-            "Lagrange multipliers",
-            figures.small(figures.multiplier_panel, metrics),
+        Chart(
+            "Lagrange multipliers while pruning",
+            figures.small(figures.multiplier_panel, metrics, height=3.5),
             "Line chart over the steps: the linear and the quadratic multiplier.",
         ),
-    )
-
-
-def _stages(report, metrics, least, stages):
-    said = [f"{row[0]} {row[4]}" for row in stages]
-    pictures = [
-        html.chart(
+        Chart(
             f"Validation {report['metric']}",
             figures.small(figures.score_panel, metrics, report, least, height=3.5),
             "Line chart of the evaluations of all stages; the best of each: "
-            f"{', '.join(said)}.",
-        )
+            f"{', '.join(best)}.",
+        ),
     ]
     for stage, (name, *_) in figures.STAGES.items():
         losses = [x["loss"] for x in metrics if x["stage"] == stage and "loss" in x]
@@ -134,8 +138,8 @@ def _stages(report, metrics, least, stages):
             figure = figures.small(figures.loss_panel, metrics, stage, height=3.5)
             alt = "Line chart over the steps: the training loss and its terms; in all "
             alt += f"{losses[0]:.3g} at first and {losses[-1]:.3g} in the end."
-            pictures.append(html.chart(f"Losses, {name}", figure, alt))
-    return html.charts(*pictures)
+            charts.append(Chart(f"Losses, {name}", figure, alt))
+    return charts
 
 
 def compare_page(runs: Sequence[tuple[str, Report]]) -> str:
@@ -147,53 +151,46 @@ def compare_page(runs: Sequence[tuple[str, Report]]) -> str:
     """
     by_task = compare.tasks(runs)
     points = [point for group in by_task.values() for point in group]
-    rows = [tables.run(*run) for run in runs]
     names = ", ".join(sorted({report["task"] for _, report in runs}))
-    title = f"{len(runs)} pruned model{'s' if len(runs) > 1 else ''}: {names}"
-    body = [html.title(title)]
     places = {tables.where(report) for _, report in runs}
     timed = f"Timed on {', '.join(places)}."
     if len(places) > 1:
         timed = "The models were not all timed in the same way, as the last column of "
         timed += "the table says, so their speedups should not be compared directly."
-    body.append(html.paragraph(timed))
-    words = [tables.RUNS.index(name) for name in ("task", "metric", "timed on")]
-    table = html.table("Runs", tables.RUNS, rows, words=words)
+    parts = [
+        f"# {len(runs)} pruned model{'s' if len(runs) > 1 else ''}: {escape(names)}",
+        escape(timed),
+    ]
+    table = str(compare.runs_table(runs))
     if len(points) < len(runs):
-        means = map(tables.seeds, points)
         note = "Means and standard deviations over the seeds."
-        body.append(
-            html.section(
-                "Configs",
-                html.table("Configs", tables.SEEDS, means, words=[1]),
-                html.paragraph(note, quiet=True),
-                html.folded("All runs", table),
-            )
-        )
+        parts += ["## Configs", str(compare.configs_table(points)), note]
+        parts += [tables.folded("All runs", table)]
     else:
-        body.append(html.section("Runs", table))
+        parts += ["## Runs", table]
+    charts = {}
     for task, group in by_task.items():
-        body.append(html.section(task, _trades(task, group), _kept(task, group)))
-    return html.document(title, body, generator=_GENERATOR)
+        address = f"task-{len(charts)}"
+        charts[address] = [*_trades(task, group), *_kept(task, group)]
+        parts += [f"## {escape(task)}", f"![Charts]({address})"]
+    return html.page("\n\n".join(parts), charts, generator=_GENERATOR)
 
 
 def _trades(task, points):
     height = 3.2 + 0.2 * len(compare.series(points))
-    pictures = []
-    for key, what in (("speedup", "speedup"), ("size", "encoder parameters")):
+    for key, name in (("speedup", "speedup"), ("size", "encoder parameters")):
         of, form = compare.TRADES[key][1], ".1f" if key == "speedup" else ",.0f"
-        said = (
+        places = (
             f"{point.name} {point.mean(compare.score):.4f} at {point.mean(of):{form}}"
             for point in points
         )
         figure = figures.small(compare.trade_panel, points, key, height=height)
-        alt = f"Chart of {task}: score against {what}. {'; '.join(said)}."
-        pictures.append(html.chart(f"Score against {what}", figure, alt))
-    return html.charts(*pictures)
+        alt = f"Chart of {task}: score against {name}. {'; '.join(places)}."
+        yield Chart(f"Score against {name}", figure, alt)
 
 
 def _kept(task, points):
-    pictures, columns = [], compare.columns(points)
+    columns = compare.columns(points)
     for key, title in (
         ("heads", "Attention heads by layer"),
         ("intermediate", "Feed-forward width by layer"),
@@ -203,16 +200,15 @@ def _kept(task, points):
             group = columns[start : start + _COLUMNS]
             height = compare.height(group, key)
             figure = figures.small(compare.kept_panel, group, key, height=height)
-            said = ", ".join(name for name, _ in group)
-            alt = f"Heat map of {task}: what is kept in the runs {said}."
-            pictures.append(html.chart(title, figure, alt))
-    return html.charts(*pictures)
+            names = ", ".join(name for name, _ in group)
+            alt = f"Heat map of {task}: what is kept in the runs {names}."
+            yield Chart(title, figure, alt)
 
 
 def check_folder(folder: pathlib.Path, field: str = "--to") -> None:
-    """A UserError, of `field`, where a comparison would replace files of others."""
+    """Raises UserError of `field` where a comparison would replace files of others."""
     page = folder / _PAGE
-    marker = f'<meta name="generator" content="{_GENERATOR}">'.encode()
+    marker = html.generator_tag(_GENERATOR).encode()
     try:
         ours = page.exists() and marker in page.read_bytes()
         for name in (_PAGE, *_PICTURES):
@@ -235,12 +231,12 @@ def write_comparison(
 
     Raises:
       UserError: the folder, of `field`, cannot be written, or has files of these names
-        that are not an earlier comparison.
+        that are not of an earlier comparison.
     """
     check_folder(folder, field)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The page first: from then on the pictures are known to be ours.
+        # The page comes first, because it marks the pictures as ours.
         files.write_atomically(folder / _PAGE, compare_page(runs))
         for name, plot in _PICTURES.items():
             plot(compare.tasks(runs), folder / name)
@@ -250,41 +246,32 @@ def write_comparison(
 
 
 def load_runs(folders: Sequence[pathlib.Path]) -> list[tuple[str, Report]]:
-    """The name, as of `tables.names`, and the report of each run.
+    """The name (see `compare.names`) and the report of each run.
 
     Raises:
-      UserError: a folder is not that of a finished run, or is there twice.
+      UserError: a folder is not that of a finished run, or is given twice.
     """
     paths = [pathlib.Path(os.path.realpath(folder)) for folder in folders]
     for folder, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
-            raise reject("RUN", str(folder), "stands there twice")
+            raise reject("RUN", str(folder), "is given twice")
     reports = [_load(folder) for folder in folders]
-    return list(zip(tables.names(paths, reports), reports, strict=True))
+    return list(zip(compare.names(paths, reports), reports, strict=True))
 
 
 def _load(folder):
-    path = folder / "report.json"
     try:
-        text = path.read_bytes()
+        return tables.read_report(folder / "report.json", "RUN")
     except OSError as error:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise reject("RUN", str(folder), "is not a folder") from error
+        if not isinstance(error, FileNotFoundError):
+            legal = f"its report.json cannot be read ({error.strerror})"
+            raise reject("RUN", str(folder), legal) from error
         found = sorted(entry.name for entry in folder.iterdir())
-        there = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
-        legal = f"has no report.json of a finished run; it has: {there or 'nothing'}"
+        names = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+        legal = f"has no report.json of a finished run; it has: {names or 'nothing'}"
         raise reject("RUN", str(folder), legal) from error
-    try:
-        report = json.loads(text)
-    except ValueError as error:
-        raise reject("RUN", str(path), f"is damaged: {error}") from error
-    try:
-        tables.run("", report)
-        tables.layers(report)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        legal = f"is not the report of a run ({type(error).__name__}: {error})"
-        raise reject("RUN", str(path), legal) from error
-    return report
 
 
 class _Parser(argparse.ArgumentParser):

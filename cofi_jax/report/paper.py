@@ -1,8 +1,8 @@
-"""What the paper reports (Xia, Zhong, Chen, ACL 2022), to be put beside one's own.
+"""Figures of the paper (Xia, Zhong, Chen, ACL 2022), to be put beside one's own.
 
-All of it is BERT-base with the whole recipe, scored on the validation rows; speedups
-are the authors', on a V100 in batches of 128. Only figures that could be read in a
-source are here, so tables 4 and 11 and parts of table 2 are missing. The sources:
+All of them are of BERT-base with the whole recipe, scored on the validation rows;
+speedups are the authors', on a V100 in batches of 128. Only figures that could be read
+in a source are here, so tables 4 and 11 and parts of table 2 are missing. The sources:
 
 - Table 1: MNLI at 26 of 85 million parameters.
 - Table 2: SST-2, QNLI, MNLI and SQuAD, which table 5 repeats; RTE and MRPC, which the
@@ -20,12 +20,9 @@ from cofi_jax.config import Config
 from cofi_jax.models.spec import KINDS
 
 _MODEL = "table 2; speedup: the authors' README"
-
-
 _FIGURE = "figure 2"
 
-
-# task: {target: (score in percent, speedup, source)}
+# By task and target: the score in percent, the speedup and the source.
 _FULL = {
     "sst2": {
         0.60: (93.0, 2.1, "the authors' README"),
@@ -69,8 +66,8 @@ _FULL = {
     "mrpc": {0.60: (86.8, 2.0, "the authors' README"), 0.95: (82.6, 12.2, _MODEL)},
 }
 
-
-_AT_95 = {  # table 5: scores in percent
+# Table 5 at a target of 0.95: scores in percent.
+_AT_95 = {
     "no_distillation": {"sst2": 86.6, "qnli": 84.2, "mnli": 78.2, "squad": 75.8},
     "logits_only": {"sst2": 91.1, "qnli": 85.1, "mnli": 79.7, "squad": 82.5},
 }
@@ -79,8 +76,8 @@ _AT_95 = {  # table 5: scores in percent
 def figures(config: Config) -> dict[str, Any] | None:
     """The paper's `score` in [0, 1], `speedup` (or None) and their `source`.
 
-    None where nothing is known of the config's task, target, encoder or ablation.
-    Whether the rest of the config is the paper's recipe is not looked at.
+    The result is None where the paper has nothing on the task, target, encoder or
+    ablation of the config. The rest of the config may differ from the paper's recipe.
     """
     task, target = config.data.task, round(config.prune.target_sparsity, 4)
     variant = _variant(config)

@@ -23,7 +23,7 @@ from cofi_jax.errors import reject
 from cofi_jax.evaluation import latency, predict
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost, slicing
-from cofi_jax.report import figures, model_card, pages, tables
+from cofi_jax.report import figures, model_card, pages
 from cofi_jax.run import setup, stages
 from cofi_jax.run.setup import load_inputs
 from cofi_jax.training import log as log_lib
@@ -249,7 +249,8 @@ def _write(run, result):
     metrics, settings = log_lib.read_metrics(run.log.path), config_lib.to_json(config)
     figures.plot_sparsity(metrics, workdir / "sparsity.png")
     figures.plot_structure(result, workdir / "structure.png")
-    files.write_atomically(workdir / "report.md", tables.markdown(result, settings))
+    text = pages.markdown(result, metrics, settings)
+    files.write_atomically(workdir / "report.md", text)
     text = pages.run_page(result, metrics, settings)
     files.write_atomically(workdir / "report.html", text)
     # Last: its presence says that the run is complete.

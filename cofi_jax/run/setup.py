@@ -52,13 +52,12 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
         raise reject("model.path", "", legal)
     tokenizer = toy.demo_tokenizer()
     model = config.model
-    sizes = EncoderConfig(
-        vocab_size=len(tokenizer),
+    sizes = EncoderConfig.dense(
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
         hidden_size=model.hidden_size,
-        heads=(model.num_heads,) * model.num_layers,
-        head_size=model.hidden_size // model.num_heads,
-        intermediate=(model.intermediate_size,) * model.num_layers,
-        pooler_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        vocab_size=len(tokenizer),
         num_labels=task.num_outputs,
         max_positions=task.max_length,
         dropout=model.dropout,

@@ -123,25 +123,25 @@ class Run:
             return loop.Evaluation(score, removed >= least, {"sparsity": removed})
 
         with state_lib.Checkpoints(self.workdir / "checkpoints" / stage) as saved:
-            state, seconds = loop.fit(
-                distributed.replicate(state),
-                stage=stage,
+            stage_loop = loop.Loop(
                 step=step.make_step(loss, settings.micro_batches),
                 context=distributed.replicate(context or {}),
-                teacher_outputs=teacher_cache
-                and teacher_cache.of(examples, self.buckets, settings.batch_size),
-                examples=examples,
-                batch_size=settings.batch_size,
-                buckets=self.buckets,
-                seed=config.seed,
+                batches=loop.Batches(
+                    examples, settings.batch_size, self.buckets, config.seed, stage
+                ),
                 total_steps=epochs * steps_per_epoch(examples, settings),
                 evaluate=evaluate,
                 checkpoints=saved,
                 log=self.log,
-                log_every=config.log_every,
-                eval_every=config.eval_every,
-                checkpoint_every=config.checkpoint_every,
+                every=loop.Every(
+                    config.log_every, config.eval_every, config.checkpoint_every
+                ),
+                teacher_outputs=teacher_cache
+                and teacher_cache.of(examples, self.buckets, settings.batch_size),
+                # The start of pruning is dense, and pre-pruning returns its last state.
+                start_counts=stage in ("teacher", "finetune"),
             )
+            state, seconds = loop.fit(distributed.replicate(state), stage_loop)
         return distributed.local(state), seconds
 
 
@@ -161,7 +161,7 @@ def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
     """Learns the task from its labels: the best parameters, and the seconds taken."""
     settings, examples = run.config.teacher, run.examples("teacher")
     steps = settings.epochs * steps_per_epoch(examples, settings)
-    rate = step.Rate.create(
+    rate = step.learning_rate(
         settings.learning_rate, settings.schedule, steps, settings.warmup_steps
     )
     state, seconds = run.fit(
@@ -186,12 +186,12 @@ def preprune(
     # The linear decay is that of the whole pruning, which is cut short here: it
     # starts afresh, from the full rate, when the gates begin to move.
     steps = settings.epochs * steps_per_epoch(examples, settings)
-    rate = step.Rate.create(settings.learning_rate, settings.schedule, steps)
+    rate = step.learning_rate(settings.learning_rate, settings.schedule, steps)
     state, seconds = run.fit(
         "prepruning",
         model,
         teacher,
-        objectives.distillation_objective(model, run.config.distill),
+        objectives.DistillationObjective(model, run.config.distill),
         settings=settings,
         epochs=epochs,
         examples=examples,
@@ -212,19 +212,19 @@ def learn_masks(
     per_epoch = steps_per_epoch(examples, settings)
 
     def rate(peak, schedule):
-        return step.Rate.create(peak, schedule, epochs * per_epoch)
+        return step.learning_rate(peak, schedule, epochs * per_epoch)
 
     state, seconds = run.fit(
         "prune",
         model,
         student.params,
-        objectives.pruning_objective(model, run.config.distill),
+        objectives.PruningObjective(model, run.config.distill),
         settings=settings,
         epochs=epochs,
         examples=examples,
         rates={
             "weights": rate(settings.learning_rate, settings.schedule),
-            "gates": rate(settings.mask_learning_rate, settings.mask_schedule),
+            "masks": rate(settings.mask_learning_rate, settings.mask_schedule),
             "multipliers": rate(
                 settings.multiplier_learning_rate, settings.multiplier_schedule
             ),
@@ -256,7 +256,7 @@ def learn_masks(
         if path.exists():  # what a device likes, the next one may not
             return
         transform = (
-            transforms.round_to_device()
+            transforms.round_to_device(config=model.config)
             if settings.round_widths
             else transforms.chain()
         )
@@ -280,12 +280,12 @@ def finetune(
     """Distillation into the sliced `model`: its best parameters, the seconds taken."""
     settings, examples = run.config.finetune, run.examples("finetune")
     steps = settings.epochs * steps_per_epoch(examples, settings)
-    rate = step.Rate.create(settings.learning_rate, settings.schedule, steps)
+    rate = step.learning_rate(settings.learning_rate, settings.schedule, steps)
     state, seconds = run.fit(
         "finetune",
         model,
         student.params,
-        objectives.distillation_objective(model, run.config.distill),
+        objectives.DistillationObjective(model, run.config.distill),
         settings=settings,
         epochs=settings.epochs,
         examples=examples,

@@ -29,6 +29,7 @@ from cofi_jax.config import Config
 from cofi_jax.data import tasks
 from cofi_jax.errors import UserError, reject
 from cofi_jax.report import pages, paper
+from cofi_jax.report.tables import Table, escape
 from cofi_jax.run import cli
 from cofi_jax.run import run as run_lib
 
@@ -174,26 +175,26 @@ def _statistics(reports):
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """The text of `table.md`, one row a config."""
-    cells = [_cells(row) for row in content["rows"]]
-    lines = [list(cells[0]), ["---"] * len(cells[0]), *(c.values() for c in cells)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """The text of `table.md`, with one row for each config."""
+    rows = [_cells(row) for row in content["rows"]]
+    head, cells = list(rows[0]), [list(row.values()) for row in rows]
     failed = [
-        f"- {member['workdir']}: failed, {member['error']}"
+        f"- {escape(member['workdir'])}: failed, {escape(member['error'])}"
         for member in content["members"]
         if member["state"] == "failed"
     ]
     sources = [
-        f"- paper, {row['config']}: {row['paper']['source']}"
+        f"- paper, {escape(row['config'])}: {row['paper']['source']}"
         for row in content["rows"]
         if row["paper"]
     ]
-    parts = [text, "\n".join(failed), _FOOTNOTE, "\n".join(sources)]
+    table = str(Table("<<<" + ">" * 12, head, cells))
+    parts = [table, "\n".join(failed), _FOOTNOTE, "\n".join(sources)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _cells(row):
-    """What `row` of `sweep.json` says under each heading."""
+    """The cells of a `row` of `sweep.json`, by the title of their column."""
 
     def show(key, form, part="mean"):
         value = (row.get(key) or {}).get(part)
@@ -202,12 +203,10 @@ def _cells(row):
     def blocks(key):
         return f"{show(key, '.4g')} of {row['layers']}" if key in row else "-"
 
-    seeds = str(row["seeds"])
-    for state in ("failed", "waiting"):
-        seeds += f", {row[state]} {state}" if row[state] else ""
+    waiting = (f", {row[k]} {k}" for k in ("failed", "waiting") if row[k])
     return {
         "config": row["config"],
-        "seeds": seeds,
+        "seeds": f"{row['seeds']}{''.join(waiting)}",
         "metric": row.get("metric", "-"),
         "teacher": show("teacher", ".4f"),
         "score": show("score", ".4f"),

@@ -1,8 +1,4 @@
-"""What came out of a run, from plain data: `report.json`, log and tables.
-
-Everything is written atomically: a reader sees the old file or the new one,
-whatever moment the run is killed at.
-"""
+"""The log of a run: one line of JSON for each event, and a copy for TensorBoard."""
 
 import json
 import os
@@ -16,10 +12,10 @@ from cofi_jax.files import write_atomically
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; one cut off at the end is left out.
+    """The lines of a `metrics.jsonl`, without one that is cut off at the end.
 
     Raises:
-      ValueError: a line before the last is not JSON.
+      ValueError: where a line before the last is not JSON.
     """
     lines = pathlib.Path(path).read_bytes().splitlines()
     metrics = []
@@ -35,23 +31,23 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 class MetricsLog:
     """Appends to a `metrics.jsonl`, one JSON object a line.
 
-    Each line goes to the operating system at once, so a killed run loses at most
-    the line it was writing; the next run's `MetricsLog` removes a broken one.
+    Each line goes to the operating system at once, so a killed run loses at most the
+    line that it was writing; the `MetricsLog` of the next run removes a broken one.
     """
 
-    def __init__(self, path: str | os.PathLike, mirror: Any = None):
-        """Opens the log at `path`, new or continued; `mirror`: an `events.Events`."""
+    def __init__(self, path: str | os.PathLike, mirror: "Events | None" = None):
+        """Opens the log at `path`, new or continued; `mirror` repeats what it says."""
         self.path, self._mirror = pathlib.Path(path), mirror
         self._rewrite(read_metrics(path) if self.path.exists() else [])
 
     def rewind(self, stage: str, step: int) -> float:
-        """Forgets the lines of `stage` after `step`, where the stage resumes.
+        """Forgets the lines of `stage` after `step`, where the stage goes on.
 
-        Lines at `step` itself stay, so a run logs a step before it saves it. A
-        stage that starts over passes -1.
+        The lines of `step` itself stay, because a run logs a step before it saves it.
+        A stage that starts over passes -1.
 
         Returns:
-          The seconds that the stage had taken at the last line left, or 0.
+          The seconds that the stage had taken at the last of its lines, or 0.
         """
         lines = [
             line
@@ -59,20 +55,18 @@ class MetricsLog:
             if line["stage"] != stage or line["step"] <= step
         ]
         self._rewrite(lines)
-        return max(
-            (line.get("seconds", 0.0) for line in lines if line["stage"] == stage),
-            default=0.0,
-        )
+        taken = (line.get("seconds", 0.0) for line in lines if line["stage"] == stage)
+        return max(taken, default=0.0)
 
     def write(self, *, stage: str, step: int, **values: Any) -> None:
-        """Adds a line; scalars may be Python's, NumPy's or JAX's."""
+        """Adds a line; its scalars may be Python's, NumPy's or JAX's."""
         line = _line({"stage": stage, "step": step} | values)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
         if self._mirror:
             self._mirror.write(json.loads(line))
 
-    def _rewrite(self, metrics: Iterable[dict[str, Any]]) -> None:
+    def _rewrite(self, metrics: list[dict[str, Any]]) -> None:
         write_atomically(self.path, "".join(map(_line, metrics)))
         if self._mirror:
             self._mirror.rewrite(metrics)
@@ -83,7 +77,7 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def check() -> None:
-    """Raises UserError where tensorboardX is not installed."""
+    """Raises a UserError where tensorboardX is not installed."""
     try:
         import tensorboardX.event_file_writer  # noqa: F401
     except ImportError as error:
@@ -92,20 +86,18 @@ def check() -> None:
 
 
 class Events:
-    """The event files that follow a `report.MetricsLog`, as its `mirror`.
+    """TensorBoard's event files for a `MetricsLog`, whose `mirror` it is.
 
-    What TensorBoard has read it does not forget when a file changes or goes. So where
-    lines were taken back, or a run goes on, a new file begins, which says that all
-    steps before it, from 0 on, are void, and repeats the lines that stand. The times in
-    it are those of its writing.
+    TensorBoard does not forget what it has read when a file changes or goes. So where
+    lines were taken back or a run goes on, a new file begins, which voids all steps
+    from 0 on and repeats the lines that stand.
     """
 
     def __init__(self, folder: str | os.PathLike):
         """Prepares a mirror in `folder`, which the first `write` creates."""
         check()
-        self.folder = pathlib.Path(folder)
+        self._folder, self._writer = pathlib.Path(folder), None
         self._lines: list[dict[str, Any]] = []
-        self._writer = None
 
     def rewrite(self, lines: Iterable[dict[str, Any]]) -> None:
         """Makes these the only lines, from the next `write` on."""
@@ -117,35 +109,24 @@ class Events:
 
     def write(self, line: dict[str, Any]) -> None:
         """Adds a line, which is on the disk when this returns."""
-        self._lines.append(line)
-        if self._writer:
-            self._writer.write_event(_event(line))
-        else:
-            self._writer = self._begin()
-        self._writer.flush()
-
-    def _begin(self):
+        # Not by tensorboardX.SummaryWriter, whose flush does not wait for its queue: a
+        # killed run would lose its last lines.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # The names are seconds; two files of one second are of one name without it.
-        writer = EventsWriter(str(self.folder / "events"), f".{time.time_ns()}")
-        void = SessionLog(status=SessionLog.START)
-        writer.write_event(Event(wall_time=time.time(), step=0, session_log=void))
-        for line in self._lines:
-            writer.write_event(_event(line))
-        return writer
-
-
-def _event(line):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    values = [
-        Summary.Value(tag=f"{line['stage']}/{key}", simple_value=float(number))
-        for key, number in line.items()
-        if key not in ("stage", "step")
-    ]
-    summary = Summary(value=values)
-    return Event(wall_time=time.time(), step=line["step"], summary=summary)
+        self._lines.append(line)
+        new, now = [line], time.time()
+        if not self._writer:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # File names count seconds; the suffix tells two of one second apart.
+            prefix, suffix = str(self._folder / "events"), f".{time.time_ns()}"
+            self._writer, new = EventsWriter(prefix, suffix), self._lines
+            void = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=now, step=0, session_log=void))
+        for some in new:
+            for key in some.keys() - {"stage", "step"}:
+                summary = scalar(f"{some['stage']}/{key}", some[key])
+                event = Event(wall_time=now, step=some["step"], summary=summary)
+                self._writer.write_event(event)
+        self._writer.flush()

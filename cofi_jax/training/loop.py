@@ -1,5 +1,6 @@
-"""The loop around the step: batches in, evaluations, checkpoints and log lines out."""
+"""The loop around the step: batches in; evaluations, checkpoints and log lines out."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,104 +18,168 @@ from cofi_jax.training.step import TrainState
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found; only one that `counts` may become the best."""
+    """The result of an evaluation; only one that `counts` may become the best."""
 
     score: float
     counts: bool = True
     values: dict[str, float] = {}
 
 
-def _batches(
-    examples, batch_size, buckets, seed, first_step
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """The endless stream of (rows, batch) from `first_step` on."""
-    epoch, skip = divmod(
-        first_step, batches_lib.steps_per_epoch(len(examples), batch_size)
-    )
-    while True:
-        plan = batches_lib.epoch_plan(
-            examples.lengths,
-            batch_size=batch_size,
-            buckets=buckets,
-            seed=seed,
-            epoch=epoch,
+class Every(NamedTuple):
+    """The steps between log lines, evaluations and checkpoints; each ends a stage."""
+
+    log: int
+    evaluation: int
+    checkpoint: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The endless batches of a stage, a pure function of the step.
+
+    Attributes:
+      examples: the training rows.
+      batch_size: the number of rows in a batch, B.
+      buckets: the padded lengths.
+      seed: the seed of the run.
+      stage: the stage's name, which gives it an order of rows of its own.
+    """
+
+    examples: batches_lib.Examples
+    batch_size: int
+    buckets: Sequence[int]
+    seed: int
+    stage: str
+
+    def after(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """The row numbers, at most B, and the batch of each step after `step`."""
+        return batches_lib.stream(
+            self.examples,
+            batch_size=self.batch_size,
+            buckets=self.buckets,
+            seed=self.seed,
+            stage=self.stage,
+            first_step=step,
         )
-        for length, rows in plan[skip:]:
-            yield (
-                rows,
-                batches_lib.make_batch(
-                    examples, rows, length=length, batch_size=batch_size
-                ),
-            )
-        epoch, skip = epoch + 1, 0
 
 
-def fit(
-    state: TrainState,
-    *,
-    stage: str,
-    step: Callable,
-    context: dict,
-    examples: batches_lib.Examples,
-    batch_size: int,
-    buckets: Sequence[int],
-    seed: int,
-    total_steps: int,
-    evaluate: Callable[[dict, dict], Evaluation],
-    checkpoints: Any,
-    log: Any,
-    log_every: int,
-    eval_every: int,
-    checkpoint_every: int,
-    teacher_outputs: Callable | None = None,
-) -> tuple[TrainState, float]:
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A stage of a run, but for its state.
+
+    Attributes:
+      step: the jitted step, from `step.make_step`.
+      context: the pytree that the objective reads, on the device.
+      batches: the batches, which also name the stage.
+      total_steps: the step at which the stage ends.
+      evaluate: maps (trainable, frozen) to an `Evaluation`.
+      checkpoints: the `state.Checkpoints` of the stage.
+      log: a `log.MetricsLog`.
+      every: how often to log, to evaluate and to save.
+      teacher_outputs: maps (rows, batch) to the teacher's outputs, see `teacher`; None
+        where there is no teacher.
+      start_counts: whether the start is evaluated and may be the best: wherever it is
+        a legal result, so that a stage never returns a worse model than it was given.
+    """
+
+    step: Callable
+    context: dict
+    batches: Batches
+    total_steps: int
+    evaluate: Callable[[dict, dict], Evaluation]
+    checkpoints: Any
+    log: Any
+    every: Every
+    teacher_outputs: Callable | None = None
+    start_counts: bool = False
+
+    def due(self, now: int, every: int) -> bool:
+        """Whether something is due after step `now` that is due `every` so often."""
+        return now % every == 0 or now == self.total_steps
+
+
+def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
     """Runs a stage to its end, from its newest checkpoint where it has one.
 
     Args:
       state: the stage's state at step 0.
-      stage: its name, in the log and on the progress bar.
-      step: from `training.make_step`.
-      context: the pytree that the objective reads, on the device.
-      examples: the training rows.
-      batch_size: B.
-      buckets: padded lengths.
-      seed: of the order of the examples.
-      total_steps: where the stage ends.
-      evaluate: (trainable, frozen) to an `Evaluation`; the best one's trainable is kept.
-      checkpoints: a `checkpoint.Checkpoints`.
-      log: a `report.MetricsLog`.
-      log_every: steps between lines of the log.
-      eval_every: steps between evaluations; one more at the end.
-      checkpoint_every: steps between checkpoints; one more at the end.
-      teacher_outputs: (rows, batch) to what the teacher says, see `teacher_cache`; None: no teacher.
+      loop: the stage.
 
     Returns:
       The last state, and the seconds that the stage took, restarts included.
 
     Raises:
-      UserError: at a loss that is not finite; the last good checkpoint stays.
+      UserError: at a loss that is not finite (the last good checkpoint stays), and
+        where there are checkpoints but none can be read.
     """
-    resumed = checkpoints.restore(state)
-    if checkpoints.skipped and resumed is None:
+    # A stage goes on in this order, to end with the same bits as if it had never been
+    # interrupted:
+    # 1. The newest checkpoint that can be read gives the state.
+    # 2. The log forgets the lines after the state's step.
+    # 3. The batches follow from the step; random keys follow from state and step.
+    # 4. Only a stage that starts over evaluates its start; else it is in the state.
+    stage, log, every = loop.batches.stage, loop.log, loop.every
+    restored = _restore(state, loop)
+    state = state if restored is None else restored
+    first = int(jax.device_get(state.step))
+    seconds = log.rewind(stage, -1 if restored is None else first)
+    started = time.perf_counter() - seconds
+    if restored is None and loop.start_counts:
+        state = _evaluate(state, loop, 0)
+    window, window_started = [], time.perf_counter()
+    batches = loop.batches.after(first)
+    with _progress_bar(stage, first, loop.total_steps) as bar:
+        for now in range(first + 1, loop.total_steps + 1):
+            rows, batch = next(batches)
+            batch = distributed.shard(batch)
+            if loop.teacher_outputs:
+                batch["teacher_outputs"] = loop.teacher_outputs(rows, batch)
+            state, metrics = loop.step(state, loop.context, batch)
+            window.append(metrics)
+            bar.update()
+            if not any(loop.due(now, n) for n in every):
+                continue
+            window = jax.device_get(window)
+            _check_finite(stage, now - len(window), window)
+            last = {name: float(value) for name, value in window[-1].items()}
+            now_seconds = time.perf_counter()
+            rows_done = loop.batches.batch_size * len(window)
+            log.write(
+                stage=stage,
+                step=now,
+                seconds=now_seconds - started,
+                examples_per_second=rows_done / (now_seconds - window_started),
+                **last,
+            )
+            shown = ("loss", "expected_sparsity", "target_sparsity")
+            bar.set_postfix({n: f"{last[n]:.4g}" for n in shown if n in last})
+            if loop.due(now, every.evaluation):
+                state = _evaluate(state, loop, now)
+            if loop.due(now, every.checkpoint):
+                loop.checkpoints.save(state)
+            window, window_started = [], time.perf_counter()
+    if first == loop.total_steps:
+        return state, seconds
+    return state, time.perf_counter() - started
+
+
+def _restore(state, loop):
+    """The newest state that can be read, or None where the stage has none."""
+    restored, skipped = loop.checkpoints.restore(state), loop.checkpoints.skipped
+    if skipped and restored is None:
         raise UserError(
-            f"{stage}: {'; '.join(checkpoints.skipped)}: none can be read; remove "
+            f"{loop.batches.stage}: {'; '.join(skipped)}: none can be read; remove "
             "their folder to start the stage over"
         )
-    for line in checkpoints.skipped:
+    for line in skipped:
         text = f"warning: {line}; falling back to the one before"
         tqdm.write(text, file=sys.stderr)
-    state = state if resumed is None else resumed
-    first = int(jax.device_get(state.step))
-    seconds = log.rewind(stage, first if resumed is not None else -1)
-    started = time.perf_counter() - seconds
+    return restored
 
-    def due(now, every):
-        return now % every == 0 or now == total_steps
 
-    window, window_started = [], time.perf_counter()
-    batches = _batches(examples, batch_size, buckets, seed, first)
-    interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a file fills up
-    bar = tqdm(
+def _progress_bar(stage, first, total_steps):
+    interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a file would fill up
+    return tqdm(
         total=total_steps,
         initial=first,
         desc=stage,
@@ -124,58 +189,29 @@ def fit(
         maxinterval=interval,
         disable=first == total_steps,
     )
-    with bar:
-        for now in range(first + 1, total_steps + 1):
-            rows, batch = next(batches)
-            batch = distributed.shard(batch)
-            if teacher_outputs:
-                batch["teacher_outputs"] = teacher_outputs(rows, batch)
-            state, metrics = step(state, context, batch)
-            window.append(metrics)
-            bar.update()
-            if not any(due(now, n) for n in (log_every, eval_every, checkpoint_every)):
-                continue
-            window = jax.device_get(window)
-            _check_finite(stage, now - len(window), window)
-            last = {name: float(value) for name, value in window[-1].items()}
-            now_seconds = time.perf_counter()
-            rate = batch_size * len(window) / (now_seconds - window_started)
-            log.write(
-                stage=stage,
-                step=now,
-                seconds=now_seconds - started,
-                examples_per_second=rate,
-                **last,
-            )
-            bar.set_postfix(
-                {
-                    name: f"{last[name]:.4g}"
-                    for name in ("loss", "expected_sparsity", "target_sparsity")
-                    if name in last
-                }
-            )
-            if due(now, eval_every):
-                found = evaluate(state.trainable, state.frozen)
-                state = _with_best(state, found)
-                log.write(stage=stage, step=now, score=found.score, **found.values)
-            if due(now, checkpoint_every):
-                checkpoints.save(state)
-            window, window_started = [], time.perf_counter()
-    if first == total_steps:
-        return state, seconds
-    return state, time.perf_counter() - started
+
+
+def _evaluate(state, loop, now):
+    """Evaluates and logs the state; returns it with the best that is now known."""
+    found = loop.evaluate(state.trainable, state.frozen)
+    loop.log.write(
+        stage=loop.batches.stage, step=now, score=found.score, **found.values
+    )
+    return _with_best(state, found)
 
 
 def _with_best(state, found):
-    # As it is stored: a float64 would seem above an equal that was rounded down.
+    # Scores are compared as they are stored: a float64 might seem to be above an equal
+    # one that was rounded down.
     score = np.float32(found.score)
     if not (found.counts and score > jax.device_get(state.best_score)):
         return state
-    # Copied, because the next step donates trainable; and the maximum, because a new
-    # array would lie elsewhere for jax than a restored one, and be compiled for.
+    # The next step donates `trainable`, so the best is a copy. The score is written by
+    # a maximum, whose result lies where the old score lay: jax would compile the step
+    # again for an array that is placed otherwise.
     return state.replace(
         best=jax.tree.map(jnp.copy, state.trainable),
-        best_score=jnp.maximum(state.best_score, score),
+        best_score=jnp.maximum(state.best_score, jax.device_put(score)),
     )
 
 

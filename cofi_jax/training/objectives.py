@@ -1,18 +1,21 @@
-"""What is minimised: the task's loss, imitation of a teacher, or the pruning game.
+"""Objectives: imitation of a teacher, the task's own loss, and the pruning game.
 
     distillation = a * distill(logits) + b * sum_k mse(t_k, W s_m(k))
-    pruning      = distillation under sampled gates + lagrangian(s, target)
+    pruning      = distillation under sampled masks + lagrangian(s, target)
 
-t_k is the output of the k-th taught teacher layer, s_m(k) that of the student
-layer it is matched with, W a learned D x D map (paper, section 3.2). With a and b 0
-there is no teacher: the task's own loss takes the place of distillation.
+t_k is the output of the k-th taught teacher layer, s_m(k) that of the student layer
+which it is matched with, and W a learned D x D map (paper, section 3.2). Where a and b
+are both 0 there is no teacher, and the task's own loss takes the place of distillation.
 
-An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics). Trainable
-holds what is trained, `frozen` the embeddings where they are not; `context` is the
-pytree of everything else that the loss needs, so that nothing is a constant of the
-compiled program.
+An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics).
+`trainable` holds what is trained, and `frozen` the embeddings where they are not
+trained. `context` is the pytree of everything else that the loss needs, so that
+nothing of it is a constant of the compiled program. `batch["teacher_outputs"]` holds
+the teacher's outputs for the batch: they are split among its parts as the rows are.
 """
 
+import dataclasses
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -20,134 +23,155 @@ import jax.numpy as jnp
 
 from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
-from cofi_jax.models.bert import Encoder
+from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.pruning import constraint
-from cofi_jax.pruning import cost as cost_lib
 from cofi_jax.pruning import masks as masks_lib
+from cofi_jax.pruning.cost import PARAMETERS, Cost
 from cofi_jax.training.losses import (
-    _layers,
+    MATCHERS,
+    alive_layers,
     distill_layers,
     draw_layers,
+    take_layers,
     taught_layers,
 )
 
 Metrics = dict[str, jax.Array]
-
-
 Objective = Callable[..., tuple[jax.Array, Metrics]]
 
 
 def whole_params(trainable: dict, frozen: dict) -> dict:
-    """The model's parameters from the trained and the frozen part."""
+    """The model's parameters, put together from the trained and the frozen part."""
     return {**trainable["params"], **frozen}
 
 
-def _noise(key, batch):
-    # Each part of a batch has its own; the gates and the taught layers are the same.
-    return {
-        "dropout": jax.random.fold_in(key, 2 + batch["part"])
-        if "part" in batch
-        else key
-    }
+def key_for(key: jax.Array, use: str) -> jax.Array:
+    """The random key of one use in a step: "masks", "layers" or "dropout".
 
-
-def task_objective(model: Encoder) -> Objective:
-    """The loss of the labels: how the teacher is trained."""
-    problem = PROBLEMS[model.config.problem]
-
-    def objective(trainable, frozen, context, batch, key, masks=None):
-        del context
-        variables = {"params": whole_params(trainable, frozen), "masks": masks or {}}
-        output = model.apply(variables, batch, train=True, rngs=_noise(key, batch))
-        loss = problem.loss(output.logits, batch)
-        return loss, {"loss_task": loss}
-
-    return objective
-
-
-def distillation_objective(student: Encoder, distill: Distill) -> Objective:
-    """Imitation of the teacher by a dense or sliced student.
-
-    The batch has a `teacher_outputs`, see `teacher_cache.make_teacher_forward`. Trainable: `params` and, for the
-    layer term, `distill_projection` (D', D).
+    Keys are derived by name, so that a draw does not depend on which others are made.
     """
-    if distill.logits == distill.layers == 0:
-        return task_objective(student)
-    config = student.config
-    layers = len(config.heads), distill.num_layers
-    # Layers that slicing emptied repeat the one below and are never matched.
-    widths = enumerate(zip(config.heads, config.intermediate, strict=True))
-    present = [i for i, width in widths if any(width)] or [0]
-    if distill.match == "fixed":
-        present = range(layers[0])
+    return jax.random.fold_in(key, zlib.crc32(use.encode()))
 
-    def objective(trainable, frozen, context, batch, key, masks=None):
+
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes what it compiles
+class DistillationObjective:
+    """The imitation of a teacher by a dense or a sliced student.
+
+    Where both weights of `distill` are 0, the loss is that of the labels. `trainable`
+    holds `params` and, for the layer term, `distill_projection` (D', D).
+    """
+
+    student: Encoder
+    distill: Distill
+
+    def __call__(
+        self,
+        trainable: dict,
+        frozen: dict,
+        context: dict,
+        batch: Batch,
+        key: jax.Array,
+        masks: masks_lib.Masks | None = None,
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of a batch, and its terms before they are weighted."""
         del context
-        masks, teacher_outputs = masks or {}, batch["teacher_outputs"]
-        variables = {"params": whole_params(trainable, frozen), "masks": masks}
-        output = student.apply(variables, batch, train=True, rngs=_noise(key, batch))
-        loss, metrics = 0.0, {}
+        config, distill, masks = self.student.config, self.distill, masks or {}
+        # Each part of a batch has dropout of its own; masks and taught layers are
+        # drawn once for all parts.
+        dropout = key_for(key, "dropout")
+        if "part" in batch:
+            dropout = jax.random.fold_in(dropout, batch["part"])
+        output = self.student.apply(
+            {"params": whole_params(trainable, frozen), "masks": masks},
+            batch,
+            train=True,
+            rngs={"dropout": dropout},
+        )
+        problem = PROBLEMS[config.problem]
+        if distill.logits == distill.layers == 0:
+            loss = problem.loss(output.logits, batch)
+            return loss, {"loss_task": loss}
+        loss, metrics = jnp.zeros(()), {}
         if distill.logits:
-            metrics["loss_logits"] = PROBLEMS[config.problem].distill(
+            metrics["loss_logits"] = problem.distill(
                 output.logits,
-                teacher_outputs["logits"],
+                batch["teacher_outputs"]["logits"],
                 batch,
                 distill.temperature,
             )
             loss += distill.logits * metrics["loss_logits"]
         if distill.layers:
-            taught = taught_layers(*layers)
-            states = jnp.moveaxis(teacher_outputs["states"], 2, 0)
-            if distill.taught == "random":
-                taught = draw_layers(jax.random.fold_in(key, 1), *layers)
-                states = _layers(states, taught)
-            outputs = [output.hidden_states[i + 1] for i in present]
-            metrics["loss_layers"] = distill_layers(
-                jnp.stack(outputs),
-                states.astype(jnp.float32),
+            metrics["loss_layers"] = self._layers_loss(
+                output.hidden_states[1:],
                 trainable["distill_projection"],
-                batch["attention_mask"] * batch["weight"][:, None],
-                masks_lib.alive_layers(config, masks)[jnp.array(present)],
-                jnp.asarray(taught),
-                match=distill.match,
-                total=batch["total"]["tokens"] if "total" in batch else None,
+                batch,
+                alive_layers(config, masks),
+                key_for(key, "layers"),
             )
             loss += distill.layers * metrics["loss_layers"]
         return loss, metrics
 
-    return objective
+    def _layers_loss(self, outputs, projection, batch, alive, key):
+        config, distill = self.student.config, self.distill
+        states = jnp.moveaxis(batch["teacher_outputs"]["states"], 2, 0)  # (K, B, T, D)
+        count = len(outputs), distill.num_layers
+        taught = jnp.asarray(taught_layers(*count))
+        if distill.taught == "random":
+            taught = draw_layers(key, *count)
+            states = take_layers(states, taught)
+        present = list(range(len(outputs)))
+        if distill.match != "fixed":
+            # Layers that slicing has emptied are never matched: no need to compare.
+            widths = enumerate(zip(config.heads, config.intermediate, strict=True))
+            present = [i for i, width in widths if any(width)] or [0]
+        return distill_layers(
+            jnp.stack([outputs[i] for i in present]),
+            states.astype(jnp.float32),
+            projection,
+            batch["attention_mask"] * batch["weight"][:, None],
+            alive[jnp.array(present)],
+            taught,
+            match=MATCHERS[distill.match],
+            total=batch["total"]["tokens"] if "total" in batch else None,
+        )
 
 
-def pruning_objective(
-    student: Encoder,
-    distill: Distill,
-    cost: cost_lib.Cost = cost_lib.PARAMETERS,
-) -> Objective:
-    """Imitation under sampled gates, and the Lagrangian of the sparsity constraint.
+def task_objective(model: Encoder) -> DistillationObjective:
+    """The loss of the labels alone, by which the teacher is trained."""
+    return DistillationObjective(model, Distill(logits=0.0, layers=0.0))
 
-    Context: the scalars `target_sparsity`, `warmup_steps` and `step`. Batch and trainable
-    as in `distillation_objective`; trainable has `log_alpha` and `multipliers` too.
+
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes what it compiles
+class PruningObjective:
+    """Imitation under sampled masks, and the Lagrangian of the sparsity constraint.
+
+    The context holds the scalars `target_sparsity`, `warmup_steps` and `step`. Beside
+    what `DistillationObjective` needs, `trainable` holds `log_alpha` and `multipliers`.
     """
-    imitate = distillation_objective(student, distill)
 
-    def objective(trainable, frozen, context, batch, key):
-        mask_key, dropout_key = jax.random.split(key)
-        masks = masks_lib.sample(trainable["log_alpha"], mask_key)
-        loss, metrics = imitate(trainable, frozen, context, batch, dropout_key, masks)
+    student: Encoder
+    distill: Distill
+    cost: Cost = PARAMETERS
+
+    def __call__(
+        self, trainable: dict, frozen: dict, context: dict, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        """The loss of a batch; its terms, the sparsity and the multipliers."""
+        log_alpha, multipliers = trainable["log_alpha"], trainable["multipliers"]
+        masks = masks_lib.sample(log_alpha, key_for(key, "masks"))
+        imitate = DistillationObjective(self.student, self.distill)
+        loss, metrics = imitate(trainable, frozen, context, batch, key, masks)
         expected = constraint.expected_sparsity(
-            trainable["log_alpha"], student.config, cost
+            log_alpha, self.student.config, self.cost
         )
         target = constraint.target_at(
             context["step"], context["target_sparsity"], context["warmup_steps"]
         )
-        penalty = constraint.lagrangian(expected, target, trainable["multipliers"])
-        metrics |= {
+        penalty = constraint.lagrangian(expected, target, multipliers)
+        return loss + penalty, metrics | {
             "loss_lagrangian": penalty,
             "expected_sparsity": expected,
             "target_sparsity": target,
-            "multiplier_linear": trainable["multipliers"]["linear"],
-            "multiplier_quadratic": trainable["multipliers"]["quadratic"],
+            "multiplier_linear": multipliers["linear"],
+            "multiplier_quadratic": multipliers["quadratic"],
         }
-        return loss + penalty, metrics
-
-    return objective

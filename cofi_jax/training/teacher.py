@@ -1,22 +1,22 @@
-"""What the teacher says of each batch, and how it is kept from one epoch to the next.
+"""The teacher's outputs for each batch, and the cache that keeps them between epochs.
 
-    teacher_outputs = teach(teacher's params, batch)
-    batch["teacher_outputs"] = teacher_outputs
+    batch["teacher_outputs"] = teacher_forward(teacher's params, batch)
 
-The teacher never changes, and what it says of a row does not depend on the rows
-beside it: a teacher_outputs that was kept has the bits of one that is computed again. It does
-depend on the padded length, so only batches whose rows are all in their own bucket are
-kept; one with a row that `epoch_plan` moved up is computed again.
+The teacher never changes, and its outputs for a row do not depend on the other rows of
+the batch: outputs that were kept have the same bits as outputs that are computed again.
+They do depend on the padded length. So only batches whose rows are all in their own
+bucket are kept; a batch with a row that `epoch_plan` moved up is computed each time.
 """
 
 import math
 import pathlib
-import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from cofi_jax import distributed
 from cofi_jax.config import Config, Distill
@@ -26,20 +26,17 @@ from cofi_jax.models.bert import Batch, Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.training.losses import taught_layers
 
-_CGROUP = ("max", "current")
-
-
 TeacherOutputs = dict[str, jax.Array]
 
 
 def make_teacher_forward(
     teacher: Encoder, distill: Distill
 ) -> Callable[[dict, Batch], TeacherOutputs]:
-    """The jitted `teach(params, batch) -> teacher_outputs`; holds what `distill` has use for.
+    """Makes the jitted `teacher_forward(params, batch)`.
 
-    Returns:
-      A function to a dict with `logits`, as the model's, and `states` (B, T, K, D),
-      the outputs of the taught layers; of all layers where they are drawn at random.
+    Its result holds what `distill` needs: `logits`, which are those of the model, and
+    `states` (B, T, K, D), the outputs of the taught layers, or of all layers where the
+    taught ones are drawn at random.
     """
     layers = len(teacher.config.heads)
     taught = taught_layers(layers, distill.num_layers)
@@ -47,85 +44,102 @@ def make_teacher_forward(
         taught = range(layers)
 
     @jax.jit
-    def teach(params, batch):
+    def teacher_forward(params, batch):
         output = teacher.apply({"params": params}, batch)
-        teacher_outputs = {}
+        outputs = {}
         if distill.logits:
-            teacher_outputs["logits"] = output.logits
+            outputs["logits"] = output.logits
         if distill.layers:
             states = [output.hidden_states[k + 1] for k in taught]
-            teacher_outputs["states"] = jnp.stack(states, 2)
-        return teacher_outputs
+            outputs["states"] = jnp.stack(states, 2)
+        return outputs
 
-    return teach
+    return teacher_forward
 
 
 class TeacherCache:
-    """A teacher that is asked about batches of the training rows.
+    """A teacher and what it has said about the training rows.
 
     Args:
       teacher: the module.
       params: its parameters.
-      distill: what is asked; `cache` says where answers are kept: none, host, device.
+      distill: the outputs that are needed; `cache` says where they are kept: "none",
+        "host" or "device".
     """
 
     def __init__(self, teacher: Encoder, params: dict, distill: Distill):
         self._teach = make_teacher_forward(teacher, distill)
         self._params, self._cache = distributed.replicate(params), distill.cache
-        self._key, self._store = None, None
+        self._key: Any = None
+        self._store: Any = None
 
     def of(
         self, examples: batches.Examples, buckets: Sequence[int], batch_size: int
     ) -> Callable[[np.ndarray, Batch], TeacherOutputs]:
         """`(rows, batch) -> teacher_outputs` for batches of `examples`, on the device.
 
-        Stages of the same rows and batch size share what is kept (sums of other shapes
-        may be rounded otherwise); with others, what was kept is forgotten.
+        Stages of the same rows and the same batch size share what is kept (a batch of
+        another shape may be rounded otherwise); for others, it is forgotten.
         """
         if self._cache == "none":
             return lambda rows, batch: self._teach(self._params, batch)
         key = distributed.digest(examples.input_ids), len(examples), batch_size
         if key != self._key:
-            like = _example(self._teach, self._params, examples)
-            self._key, self._store = key, None  # first that of the stage before goes
-            self._store = _Store(like, examples, buckets, self._cache)
-        store = self._store
+            places = _Places(self._teach, self._params, examples)
+            # The memory of the stage before is freed first.
+            self._key, self._store = key, None
+            make_store = _DeviceStore if self._cache == "device" else _HostStore
+            kept = np.zeros(len(examples), bool)
+            self._store = places, make_store(places.shapes()), kept
+        places, store, kept = self._store
+        own_bucket = np.asarray(buckets)[np.searchsorted(buckets, examples.lengths)]
 
         def teacher_outputs(rows, batch):
-            kept = store.read(rows, batch)
-            if kept is not None:
-                return distributed.shard(kept)
-            new = self._teach(self._params, batch)
-            store.write(rows, batch, new)
-            return new
+            fits = (own_bucket[rows] == batch["input_ids"].shape[1]).all()
+            if fits and kept[rows].all():
+                return store.read(places.of(rows, batch))
+            outputs = self._teach(self._params, batch)
+            if fits:
+                store.write(places.of(rows, batch), outputs)
+                kept[rows] = True
+            return outputs
 
         return teacher_outputs
+
+
+def check_teacher_cache(
+    config: Config, sizes: EncoderConfig, train: batches.Examples
+) -> None:
+    """Checks that a run's teacher outputs fit into memory, and prints their size.
+
+    Args:
+      config: the run's.
+      sizes: those of the teacher.
+      train: the training rows that the stages choose from.
+
+    Raises:
+      UserError: where less memory is free.
+    """
+    chosen = {}
+    for field in ("prune", "finetune"):
+        stage = getattr(config, field)
+        rows = batches.first_rows(train, stage.train_rows, field=f"{field}.train_rows")
+        chosen[len(rows), stage.batch_size] = rows
+    check_memory(sizes, config.distill, list(chosen.values()))
 
 
 def check_memory(
     teacher: EncoderConfig, distill: Distill, examples: Sequence[batches.Examples]
 ) -> None:
-    """Says what the teacher outputs of all rows of `examples` need, before they are made.
-
-    Args:
-      teacher: its sizes.
-      distill: with `cache`; nothing is said where that is none.
-      examples: the rows of each stage; one stage's outputs are kept at a time.
-
-    Raises:
-      UserError: where less memory is free.
-    """
+    """As `check_teacher_cache`, of the rows of each stage; one stage's are kept."""
     if distill.cache == "none" or not (distill.logits or distill.layers):
         return
-    teach, params = (
-        make_teacher_forward(Encoder(teacher), distill),
-        abstract_params(teacher),
-    )
+    teach = make_teacher_forward(Encoder(teacher), distill)
+    params = abstract_params(teacher)
 
     def size_of(rows):
-        like = _example(teach, params, rows)
-        shapes = _shapes(like, rows).items()
-        return sum(math.prod(shape) * like[n].dtype.itemsize for n, shape in shapes)
+        shapes = _Places(teach, params, rows).shapes().values()
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
     most = max(examples, key=size_of)
     size, count, tokens = size_of(most), len(most), int(most.lengths.sum())
@@ -134,13 +148,27 @@ def check_memory(
         raise reject("distill.cache", distill.cache, legal)
     free = _free_memory(distill.cache)
     if size > free:
-        legal = f"the teacher outputs need {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        needed, free = f"{size / 1e9:.2f}", f"{free / 1e9:.2f}"
+        legal = f"the teacher outputs need {needed} GB, {free} GB are free"
         raise reject("distill.cache", distill.cache, legal)
     print(
-        f"teacher_cache: {count:,} rows of {tokens:,} tokens take up to {size / 1e9:.2f} GB "
-        f"of the {distill.cache}'s memory",
+        f"teacher_cache: {count:,} rows of {tokens:,} tokens take up to "
+        f"{size / 1e9:.2f} GB of the {distill.cache}'s memory",
         flush=True,
     )
+
+
+# A container's memory: its limit, what it uses, and the prefix of what it holds of
+# files, as version 2 and version 1 of Linux's control groups tell.
+_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", ""),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_",
+    ),
+)
 
 
 def _free_memory(where):
@@ -148,116 +176,104 @@ def _free_memory(where):
     stats = jax.local_devices()[0].memory_stats()
     if where == "device" and stats:  # a CPU has none: its memory is the host's
         return stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
-    try:
-        text = pathlib.Path("/proc/meminfo").read_text()
-        free = int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]) * 1024
-    except (OSError, TypeError):
-        return np.inf
-    try:  # what a batch system allows may be less
-        group = pathlib.Path("/sys/fs/cgroup")
-        most, used = (int((group / f"memory.{n}").read_text()) for n in _CGROUP)
-        return min(free, most - used)
-    except (OSError, ValueError):
-        return free
+    free = psutil.virtual_memory().available
+    for limit, used, stat, prefix in _GROUPS:
+        root = pathlib.Path("/sys/fs/cgroup")
+        try:
+            limit, used = (int((root / name).read_text()) for name in (limit, used))
+            lines = (root / stat).read_text().splitlines()
+            parts = {name: int(n) for name, n in map(str.split, lines)}
+        except (OSError, ValueError):  # no such group, or no limit
+            continue
+        # The kernel counts the page cache as used, but gives it up when it must.
+        files = (f"{prefix}inactive_file", f"{prefix}active_file")
+        free = min(free, limit - used + sum(parts.get(name, 0) for name in files))
+    return free
 
 
-def _example(teach, params, examples):
-    """Shapes and dtypes of the teacher_outputs of one row."""
-    length, rows = int(examples.lengths[0]), np.zeros(1, np.int32)
-    batch = batches.make_batch(examples, rows, length=length, batch_size=1)
-    return jax.eval_shape(teach, params, batch)
+class _Places:
+    """Where outputs stand in arrays of all N rows or, if of tokens, of all tokens.
 
+    There is one place more than there are tokens: padding is written to and read from
+    it. It has weight 0 in every loss, but must be finite.
+    """
 
-def _shapes(like, examples):
-    """Of arrays for what all rows or, where it is of tokens, all tokens are told."""
-    tokens, rows = int(examples.lengths.sum()), len(examples)
-    # One place more than there are tokens: padding is written to and read from it.
-    # What stands there has weight 0 in every loss, but must be finite.
-    return {
-        name: (tokens + 1, *x.shape[2:]) if x.ndim > 2 else (rows, *x.shape[1:])
-        for name, x in like.items()
-    }
+    def __init__(self, teach, params, examples):
+        self._lengths = examples.lengths
+        self._starts = np.cumsum(self._lengths, dtype=np.int64) - self._lengths
+        self._tokens = int(self._lengths.sum())
+        length, row = int(self._lengths[0]), np.zeros(1, np.int32)
+        batch = batches.make_batch(examples, row, length=length, batch_size=1)
+        self._like = jax.eval_shape(teach, params, batch)
 
-
-class _Store:
-    """TeacherCache by row, or by token where they are of tokens: real tokens alone."""
-
-    def __init__(self, teacher_outputs, examples, buckets, cache):
-        lengths = examples.lengths
-        self._lengths, self._cache, self._pending = lengths, cache, None
-        self._starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        self._own = np.asarray(buckets)[np.searchsorted(buckets, lengths)]
-        self._kept = np.zeros(len(lengths), bool)
-        self._of_tokens = {name: x.ndim > 2 for name, x in teacher_outputs.items()}
-        shapes = _shapes(teacher_outputs, examples)
-        arrays = {n: np.zeros(shapes[n], x.dtype) for n, x in teacher_outputs.items()}
-        self._arrays = distributed.replicate(arrays) if cache == "device" else arrays
-        self._write = jax.jit(
-            _set, donate_argnums=0, out_shardings=distributed.replicated()
-        )
-
-    def read(self, rows, batch):
-        """The teacher_outputs, or None where the batch has a row that is not kept."""
-        self._flush()
-        if not self._kept[rows].all() or not self._at_home(rows, batch).all():
-            return None
-        index = self._index(rows, batch)
-        if self._cache == "device":
-            return _read(self._arrays, distributed.replicate(index))
-        return {name: x[index[name]] for name, x in self._arrays.items()}
-
-    def write(self, rows, batch, teacher_outputs):
-        """Keeps what the rows were told, if all of them are in their own bucket."""
-        if not self._at_home(rows, batch).all():
-            return
-        index = self._index(rows, batch)
-        self._kept[rows] = True
-        if self._cache == "device":
-            self._arrays = self._write(
-                self._arrays, distributed.replicate(index), teacher_outputs
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The arrays that hold all outputs, by name."""
+        rows, tokens = len(self._lengths), self._tokens + 1
+        return {
+            name: jax.ShapeDtypeStruct(
+                (tokens, *x.shape[2:]) if x.ndim > 2 else (rows, *x.shape[1:]), x.dtype
             )
-        else:  # waited for when the device has begun with the step
-            self._pending = index, teacher_outputs
+            for name, x in self._like.items()
+        }
 
-    def _flush(self):
+    def of(self, rows: np.ndarray, batch: Batch) -> dict[str, np.ndarray]:
+        """The index of a batch's outputs in these arrays, (B,) or (B, T)."""
+        size, length = batch["input_ids"].shape
+        rows, column = batches.fill_up(rows, size), np.arange(length)
+        tokens = self._starts[rows][:, None] + column
+        tokens[column >= self._lengths[rows][:, None]] = self._tokens
+        return {name: tokens if x.ndim > 2 else rows for name, x in self._like.items()}
+
+
+class _HostStore:
+    """Outputs in the host's memory."""
+
+    def __init__(self, shapes):
+        self._arrays = {n: np.zeros(x.shape, x.dtype) for n, x in shapes.items()}
+        self._pending = None
+
+    def read(self, index):
+        """The outputs at `index`, on the device."""
+        self._fetch_pending()
+        return distributed.shard({n: x[index[n]] for n, x in self._arrays.items()})
+
+    def write(self, index, outputs):
+        """Keeps the outputs; they are waited for when the device works on the step."""
+        self._fetch_pending()
+        self._pending = index, outputs
+
+    def _fetch_pending(self):
         if self._pending:
-            index, teacher_outputs = self._pending
-            for name, values in distributed.fetch(teacher_outputs).items():
+            index, outputs = self._pending
+            for name, values in distributed.fetch(outputs).items():
                 self._arrays[name][index[name]] = values
             self._pending = None
 
-    def _at_home(self, rows, batch):
-        return self._own[rows] == batch["input_ids"].shape[1]
 
-    def _index(self, rows, batch):
-        """For each part of a teacher_outputs where its rows or tokens stand, (B,) or (B, T)."""
-        size, length = batch["input_ids"].shape
-        rows = batches.fill_up(rows, size)
-        column = np.arange(length)
-        tokens = self._starts[rows][:, None] + column
-        tokens[column >= self._lengths[rows][:, None]] = self._lengths.sum()
-        of_tokens = self._of_tokens.items()
-        return {name: tokens if is_token else rows for name, is_token in of_tokens}
+class _DeviceStore:
+    """Outputs in the memory of every device."""
+
+    def __init__(self, shapes):
+        self._arrays = distributed.replicate(
+            {n: np.zeros(x.shape, x.dtype) for n, x in shapes.items()}
+        )
+        self._set = jax.jit(
+            _set, donate_argnums=0, out_shardings=distributed.replicated()
+        )
+
+    def read(self, index):
+        """The outputs at `index`."""
+        return distributed.shard(_get(self._arrays, distributed.replicate(index)))
+
+    def write(self, index, outputs):
+        """Keeps the outputs."""
+        self._arrays = self._set(self._arrays, distributed.replicate(index), outputs)
 
 
 @jax.jit
-def _read(arrays, index):
+def _get(arrays, index):
     return {name: x[index[name]] for name, x in arrays.items()}
 
 
-def _set(arrays, index, teacher_outputs):
-    return {
-        name: x.at[index[name]].set(teacher_outputs[name]) for name, x in arrays.items()
-    }
-
-
-def check_teacher_cache(
-    config: Config, sizes: EncoderConfig, train: batches.Examples
-) -> None:
-    """Says what a cache of teacher outputs needs; UserError where memory is short."""
-    taught = {}
-    for field in ("prune", "finetune"):
-        stage = getattr(config, field)
-        rows = batches.first_rows(train, stage.train_rows, field=f"{field}.train_rows")
-        taught[len(rows), stage.batch_size] = rows
-    check_memory(sizes, config.distill, list(taught.values()))
+def _set(arrays, index, outputs):
+    return {name: x.at[index[name]].set(outputs[name]) for name, x in arrays.items()}

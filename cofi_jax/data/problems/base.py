@@ -30,14 +30,17 @@ class Problem:
     """One kind of output, from the label column up to the exported head.
 
     The defaults are those of a choice among classes, made once per row. Logits are
-    (N, C), or (N, T, C) where the head reads every token.
+    (N, C), or (N, T, C) where the head reads every token. Subclasses say only what is
+    particular to them: their methods have the arguments and results described here.
     """
 
     name: str  # the value of `data.problem` and of a saved model's `problem`
     head: Literal["first", "every"] = "first"  # the tokens that the head reads
     own_metrics: tuple[str, ...] = ()  # that `own` may ask for; (): `own` has no such
     names_classes: bool = False  # labels are names, and cells are read as texts
-
+    # The batch size and the length that are timed where the user asks for none.
+    timed_on_cpu: tuple[int, int] = (32, 64)
+    timed_on_gpu: tuple[int, int] = (128, 128)  # as in the paper
     # These are Hugging Face's words for the head, its config and its task.
     auto_model: str = "SequenceClassification"
     pipeline_tag: str = "text-classification"
@@ -47,20 +50,12 @@ class Problem:
     outputs: tuple[str, ...] = ("logits",)  # or one name for each column of the logits
     example: tuple[str, str] = ("A gripping film.", "It is worth seeing.")
 
-    # The batch size and the length that are timed where the user asks for none.
-    timed_on_cpu: tuple[int, int] = (32, 64)
-    timed_on_gpu: tuple[int, int] = (128, 128)  # as in the paper
-
     def num_outputs(self, labels: Sequence[str]) -> int:
         """The width of the logits (C), given the names of the classes."""
         raise NotImplementedError
 
     def class_names(self, cells: Sequence[Any], column: str) -> tuple[str, ...]:
-        """Reads the names of the classes off the label column of the training rows.
-
-        Raises:
-          UserError: where the cells are not names of classes.
-        """
+        """Reads the names of the classes off the label column, or raises UserError."""
         raise NotImplementedError
 
     def encode(
@@ -68,13 +63,8 @@ class Problem:
     ) -> np.ndarray:
         """Turns N cells of the label column into an array whose first axis is N.
 
-        Args:
-          cells: as they were read.
-          labels: the names of the classes.
-          numbered: a cell may also hold the number of a class instead of its name.
-
-        Raises:
-          WrongLabel: for the first cell that cannot be encoded.
+        With `numbered` a cell may hold the number of a class instead of its name, one
+        of `labels`. The first cell that cannot be encoded raises WrongLabel.
         """
         raise NotImplementedError
 
@@ -101,11 +91,10 @@ class Problem:
         return Examples(ids, types, labels, tokenizer.pad_token_id)
 
     def choices(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The choices among classes that a batch of B rows makes.
+        """The logits (K, C') and weights (K,) of the choices that B rows make.
 
-        Returns:
-          Their logits (K, C') and weights (K,), where K is a multiple of B. The labels
-          of the batch, flattened, are the right ones in the same order.
+        K is a multiple of B. The batch's labels, flattened, are the right choices in
+        the same order.
         """
         return logits, batch["weight"]
 
@@ -134,8 +123,8 @@ class Problem:
 
         Args:
           student: logits, as in `loss`.
-          teacher: logits of the same shape.
-          batch: as in `loss`, without `labels`.
+          teacher: of the same shape.
+          batch: as in `loss`; its labels are not read.
           temperature: T.
         """
         student, weight = self.choices(student, batch)
@@ -168,10 +157,7 @@ class Problem:
 def weighted_mean(
     values: jax.Array, weights: jax.Array, total: jax.Array | None = None
 ) -> jax.Array:
-    """Mean of `values` under non-negative `weights` of the same shape.
-
-    `total` takes the place of the weights' sum.
-    """
+    """Mean under non-negative weights; `total` takes the place of the weights' sum."""
     total = jnp.sum(weights) if total is None else total
     return jnp.sum(values * weights) / jnp.maximum(total, 1e-9)
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from cofi_jax.data.batches import Examples
 from cofi_jax.data.problems.base import Problem, WrongLabel
 from cofi_jax.errors import reject
 
@@ -24,20 +23,16 @@ class Classification(Problem):
     names_classes = True
     problem_type = "single_label_classification"
 
-    def num_outputs(self, labels: Sequence[str]) -> int:
+    def num_outputs(self, labels):
         return len(labels)
 
-    def class_names(self, cells: Sequence[Any], column: str) -> tuple[str, ...]:
-        return LabelEncoder.from_cells(cells, column=column).names
+    def class_names(self, cells, column):
+        return LabelEncoder.from_cells(cells, column).names
 
-    def encode(
-        self, cells: Sequence[Any], labels: Sequence[str], *, numbered: bool
-    ) -> np.ndarray:
+    def encode(self, cells, labels, *, numbered):
         return LabelEncoder(tuple(labels), numbered).encode(cells)
 
-    def decode(
-        self, logits: np.ndarray, examples: Examples, labels: Sequence[str]
-    ) -> list[dict[str, Any]]:
+    def decode(self, logits, examples, labels):
         scores = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
         best = scores.argmax(-1)
         return [
@@ -69,7 +64,7 @@ class LabelEncoder:
     numbered: bool = False
 
     @classmethod
-    def from_cells(cls, cells: Sequence[Any], *, column: str) -> "LabelEncoder":
+    def from_cells(cls, cells: Sequence[Any], column: str) -> "LabelEncoder":
         """The encoder for the classes that stand in the cells, in sorted order.
 
         Raises:
@@ -93,7 +88,7 @@ class LabelEncoder:
         Raises:
           WrongLabel: for the first cell that is no class.
         """
-        texts = [None if cell is None else _text(cell) for cell in cells]
+        texts = [_text(cell) for cell in cells]
         numbers = {name: number for number, name in enumerate(self.names)}
         legal = f"must be among {', '.join(self.names)}"
         # Names that are numbers themselves leave no doubt.
@@ -105,7 +100,7 @@ class LabelEncoder:
             if not any(text in numbers for text in texts):
                 numbers = {str(number): number for number in numbers.values()}
         for row, text in enumerate(texts):
-            if text not in numbers:
+            if cells[row] is None or text not in numbers:
                 raise WrongLabel(row, legal)
         return np.array([numbers[text] for text in texts], np.int32)
 
