@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cofi_jax.models.skipping import if_present
+from cofi_jax.models.layers import if_present
 
 KERNEL = (6, 5)
 

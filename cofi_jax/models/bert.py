@@ -115,7 +115,7 @@ class Attention(nn.Module):
         scores = jnp.einsum("bthd,bshd->bhts", query, key) * config.head_size**-0.5
         padding = jnp.where(attention_mask > 0, 0.0, -1e9)[:, None, None, :]
         scores = scores.astype(jnp.float32) + padding
-        weights = jax.nn.softmax(scores).astype(config.dtype)  # (B, H, T, T)
+        weights = jax.nn.softmax(scores).astype(config.dtype)
         weights = Dropout(config.dropout)(weights, train=train)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)  # (B, T, H, d)
         return Projection(config, name="output")(context, head_masks, outer)
@@ -282,7 +282,7 @@ class Encoder(nn.Module):
             first = nn.Dense(
                 config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
             )(x[:, 0])
-            x = Dropout(config.dropout)(jnp.tanh(first), train=train)  # (B, P)
+            x = Dropout(config.dropout)(jnp.tanh(first), train=train)
         logits = nn.Dense(config.num_labels, kernel_init=_INIT, name="classifier")(
             x.astype(jnp.float32)
         )

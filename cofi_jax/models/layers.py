@@ -7,6 +7,8 @@ of LayerNorm is written down, so forward mode (`jax.jvp`) does not work.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -60,10 +62,10 @@ class Dropout(nn.Module):
         threshold = min(round(self.rate * 2**16), 2**16 - 1)
         if not train or not threshold:
             return x
-        shape = (*x.shape[:-1], -(-x.shape[-1] // 2))  # (..., N / 2)
+        shape = (*x.shape[:-1], -(-x.shape[-1] // 2))
         words = jax.random.bits(self.make_rng("dropout"), shape, jnp.uint32)
         halves = (half >= threshold for half in (words >> 16, words & 0xFFFF))
-        kept = jnp.concatenate([*halves], -1)[..., : x.shape[-1]]  # (..., N)
+        kept = jnp.concatenate([*halves], -1)[..., : x.shape[-1]]
         return _drop(1 - threshold / 2**16, kept, x)
 
 

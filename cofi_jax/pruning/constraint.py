@@ -245,25 +245,3 @@ def _closing_order(masks: Masks) -> dict[str, jax.Array]:
         most_open = order["hidden"] == order["hidden"].max()
         order["hidden"] = jnp.where(most_open, ends[-1], order["hidden"])
     return order
-
-
-@jax.jit
-def _close_first(masks, order, number):
-    """`masks` with the first `number` gates of the order closed."""
-    return {
-        kind: jnp.where(order[kind] < number, jnp.minimum(gates, 0), gates)
-        for kind, gates in masks.items()
-    }
-
-
-def _fewest(masks, order, enough):
-    """The least number of gates to close until `enough(masks)`, by bisection.
-
-    It is the number of all gates where that is not enough.
-    """
-    low, high = 0, sum(gates.size for gates in masks.values())
-    for _ in range(high.bit_length()):
-        middle = (low + high) // 2
-        met = enough(_close_first(masks, order, middle))
-        low, high = jnp.where(met, low, middle + 1), jnp.where(met, middle, high)
-    return high

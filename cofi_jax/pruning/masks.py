@@ -9,6 +9,7 @@ its probability, its samples and its evaluation mask are 0, and whatever knows t
 model's sizes ignores what the masks hold there.
 """
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 
@@ -89,12 +90,11 @@ def init_log_alpha(
     }
 
 
-def without_padding(masks: Masks, config: EncoderConfig) -> Masks:
-    """`masks` with 0 in place of padding; without any, the same arrays."""
-    real = real_gates(config)
+@functools.partial(jax.jit, static_argnames="shapes")
+def _init(key, shapes):
     return {
-        kind: gates if real[kind].all() else gates * real[kind]
-        for kind, gates in masks.items()
+        kind: _INIT_MEAN + _INIT_STD * jax.random.normal(_named(key, kind), shape)
+        for kind, shape in shapes
     }
 
 
@@ -127,14 +127,6 @@ def _named(key, name):
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def clamp(log_alpha: LogAlpha) -> LogAlpha:
-    """Log-alphas within `hard_concrete.LOG_ALPHA_RANGE`; padding stays padding."""
-    return {
-        kind: jnp.where(jnp.isneginf(la), la, hard_concrete.clamp(la))
-        for kind, la in log_alpha.items()
-    }
-
-
 def prob_active(log_alpha: LogAlpha) -> Masks:
     """The probability that each mask is above 0."""
     return jax.tree.map(hard_concrete.prob_active, dict(log_alpha))
@@ -159,18 +151,4 @@ def _evaluate(kind, log_alpha):
     closed += jnp.sum(padding, -1, keepdims=True)
     rank = jnp.argsort(jnp.argsort(rows, axis=-1, stable=True), axis=-1)
     values = jnp.where(rank < closed, 0.0, hard_concrete.deterministic(rows))
-    return jnp.where(real, values, PADDING).reshape(log_alpha.shape)
-
-
-def alive_layers(config: EncoderConfig, masks: Masks) -> jax.Array:
-    """The layers that have a block which is not absent, (L,) booleans."""
-    masks = without_padding(masks, config)
-    alive = jnp.zeros(len(config.heads), bool)
-    for block in architecture_of(config).blocks:
-        present = jnp.asarray(getattr(config, block.widths)) > 0
-        if block.outer in masks:
-            present &= masks[block.outer] > 0
-        if block.inner in masks:
-            present &= (masks[block.inner] > 0).any(-1)
-        alive |= present
-    return alive
+    return values.reshape(log_alpha.shape)

@@ -4,14 +4,9 @@
 rows and columns whose masks are open. For every mask
 
     model(config)(params, masks) == model(spec.config(config))(prune(params, masks))
-
-The model may have been sliced before: `PrunedSpec.compose` then gives the spec of the
-result in terms of the first one. What the axes of an array run over is read from the
-table in `models.spec`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,10 +76,6 @@ class PrunedSpec:
         return cls(hidden=tuple(fields["hidden"]), **nested)
 
 
-def _pick(ids, places):
-    return tuple(ids[place] for place in places)
-
-
 def spec_of(masks: Masks, config: EncoderConfig) -> PrunedSpec:
     """What `masks` keep of a model of `config`.
 
@@ -128,7 +119,7 @@ def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
     return traverse_util.unflatten_dict(flat)
 
 
-def take(params: dict, spec: PrunedSpec, architecture: Architecture = BERT) -> dict:
+def take(params: dict, spec: PrunedSpec) -> dict:
     """The rows and columns of `params` that `spec` keeps, as new arrays."""
     flat, kept = traverse_util.flatten_dict(params), {}
     for path, array in flat.items():
@@ -143,9 +134,7 @@ def take(params: dict, spec: PrunedSpec, architecture: Architecture = BERT) -> d
     return traverse_util.unflatten_dict(kept)
 
 
-def expand(
-    params: dict, spec: PrunedSpec, dense: dict, architecture: Architecture = BERT
-) -> dict:
+def expand(params: dict, spec: PrunedSpec, dense: dict) -> dict:
     """The inverse of `take`: NumPy arrays of the dense shapes, 0 where nothing stayed.
 
     With them and `spec.masks` the dense model computes what the sliced one does.
@@ -154,7 +143,6 @@ def expand(
       params: of the sliced model.
       spec: what it kept of the dense one.
       dense: the dense parameters, or what `abstract_params` says of them.
-      architecture: the table of the model's prunable axes.
     """
     sliced, whole = traverse_util.flatten_dict(params), {}
     flat = traverse_util.flatten_dict(dense)
@@ -191,4 +179,4 @@ def prune(params: dict, masks: Masks, config: EncoderConfig) -> tuple[dict, Prun
       ValueError: where no hidden dimension is left.
     """
     spec = spec_of(masks, config)
-    return take(fold(params, masks, config), spec, architecture_of(config)), spec
+    return take(fold(params, masks, config), spec), spec

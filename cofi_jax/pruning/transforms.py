@@ -190,7 +190,7 @@ def _close_layers(layers, *, named):
             if outer in masks:
                 masks[outer] = jnp.where(close, 0, masks[outer])
             if inner in masks:
-                masks[inner] = _close(masks[inner], close[:, None])
+                masks[inner] = jnp.where(close[:, None], 0, masks[inner])
         return masks
 
     return apply
