@@ -18,7 +18,7 @@ C classes. H and F differ from layer to layer in a sliced model.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -209,7 +209,9 @@ def _skip_absent(
     """
     parts = blocks(layer.config)
     for block in parts:
-        others = {other.widths: 0 for other in parts if other.name != block.name}
+        others: dict[str, Any] = {
+            other.widths: 0 for other in parts if other.name != block.name
+        }
         alone = layer.clone(parent=None, name=None, **others)
         if getattr(alone, block.widths):
             params = layer.variables["params"]

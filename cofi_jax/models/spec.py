@@ -109,7 +109,9 @@ BERT = Architecture(
 )
 
 # By `EncoderConfig.model_type`.
-ARCHITECTURES = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT)
+ARCHITECTURES: dict[str, Architecture] = dict.fromkeys(
+    ("bert", "roberta", "xlm-roberta", "camembert"), BERT
+)
 
 KINDS = ("head", "mha", "intermediate", "ffn", "hidden")
 
@@ -137,7 +139,7 @@ class Place(NamedTuple):
     """The place of a parameter: the letters of its axes and, in a layer, the block."""
 
     axes: str
-    layer: int | None = None
+    layer: int = 0
     block: Block | None = None
 
 

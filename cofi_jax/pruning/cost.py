@@ -18,8 +18,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import blocks, per_unit
@@ -60,13 +60,13 @@ def _count(masks, config, number):
     return total
 
 
-def _expected(probabilities: Masks, config: EncoderConfig) -> jax.Array:
+def _expected(probabilities: Masks, config: EncoderConfig) -> Any:
     return _count(probabilities, config, float)
 
 
 def _exact(masks: Masks, config: EncoderConfig) -> Any:
     number = int
-    if any(isinstance(mask, jax.core.Tracer) for mask in masks.values()):
+    if any(isinstance(mask, Tracer) for mask in masks.values()):
         # Inside of a compiled program integers have 32 bits.
         number = int if _count({}, config, int) < 2**31 else float
     else:

@@ -44,7 +44,7 @@ def mask_shapes(
       UserError: for an unknown kind, or none.
     """
     check_kinds("kinds", kinds)
-    shapes = {"hidden": (config.hidden_size,)}
+    shapes: dict[str, tuple[int, ...]] = {"hidden": (config.hidden_size,)}
     for block in blocks(config):
         sizes = block.sizes(config)
         shapes[block.outer] = (len(sizes),)

@@ -7,6 +7,7 @@ rows and columns whose masks are open. For every mask
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +105,7 @@ def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
     the down kernel (ffn also into its bias), hidden into the embeddings, both output
     projections and the scale and bias of each LayerNorm.
     """
-    flat = traverse_util.flatten_dict(params)
+    flat = _flat(params)
     for path, array in flat.items():
         axes, layer, block = place(path, flat)
         if not axes.endswith("D"):
@@ -119,9 +120,13 @@ def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
     return traverse_util.unflatten_dict(flat)
 
 
+def _flat(params: dict) -> dict[tuple[str, ...], Any]:
+    return dict(traverse_util.flatten_dict(params))
+
+
 def take(params: dict, spec: PrunedSpec) -> dict:
     """The rows and columns of `params` that `spec` keeps, as new arrays."""
-    flat, kept = traverse_util.flatten_dict(params), {}
+    flat, kept = _flat(params), {}
     for path, array in flat.items():
         of = place(path, flat)
         indices = _indices(spec, of)
@@ -144,8 +149,8 @@ def expand(params: dict, spec: PrunedSpec, dense: dict) -> dict:
       spec: what it kept of the dense one.
       dense: the dense parameters, or what `abstract_params` says of them.
     """
-    sliced, whole = traverse_util.flatten_dict(params), {}
-    flat = traverse_util.flatten_dict(dense)
+    sliced, whole = _flat(params), {}
+    flat = _flat(dense)
     for path, like in flat.items():
         whole[path] = np.zeros(like.shape, like.dtype)
         if path in sliced:
