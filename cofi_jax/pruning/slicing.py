@@ -52,7 +52,7 @@ class PrunedSpec:
             width = max(block.sizes(config))
             rows = [row(kept, width) for kept in getattr(self, block.widths)]
             masks[block.inner] = np.stack(rows)
-            masks[block.outer] = masks[block.inner].any(-1).astype(np.float32)
+            masks[block.outer] = masks[block.inner].max(-1, initial=0)
         return {kind: jnp.asarray(mask) for kind, mask in masks.items()}
 
     def compose(self, second: "PrunedSpec") -> "PrunedSpec":
