@@ -157,7 +157,7 @@ def test_a_new_kind_from_its_rows_to_its_export(task, tmp_path):
     assert task.scores(found, validation)["exact"] > 0.9
     assert task.scores(logits(params, validation), validation)["exact"] < 0.5
     outputs = {"logits": jnp.asarray(logits(teacher, train))}
-    imitate = objectives.distillation_objective(model, Distill(1.0, 0.0))
+    imitate = objectives.DistillationObjective(model, Distill(1.0, 0.0))
     unlabelled = dataclasses.replace(train, labels=np.zeros_like(train.labels))
     student = learnt(imitate, params, unlabelled, 150, teacher_outputs=outputs)
     assert task.scores(logits(student, validation), validation)["exact"] > 0.9
