@@ -145,6 +145,40 @@ def test_a_slice_of_a_slice_is_a_slice_of_the_dense_model(
     assert cost.num_params(through, tiny) == cost.num_params({}, middle)
 
 
+@pytest.mark.parametrize(
+    "heads, intermediate", [((0, 0), (6, 1)), ((0, 2), (0, 4)), ((0, 0), (0, 0))]
+)
+def test_models_without_some_block_are_pruned_again(
+    heads, intermediate, tiny, tiny_batch
+):
+    config = dataclasses.replace(tiny, heads=heads, intermediate=intermediate)
+    params, given = random_params(config, seed=0), draw(1, config, padding=0.9)
+    masked = Encoder(config).apply({"params": params, "masks": given}, tiny_batch)
+    small, spec = slicing.prune(params, given, config)
+    with jax.disable_jit():
+        sliced = Encoder(spec.config(config)).apply({"params": small}, tiny_batch)
+    close(masked.logits, sliced.logits)
+    assert cost.num_params(given, config) == count(given, config)
+    assert slicing.spec_of(spec.masks(config), config) == spec
+    log_alpha = masks.init_log_alpha(config, jax.random.key(0))
+    assert all(
+        value.shape == log_alpha[kind].shape
+        for kind, value in masks.evaluation_masks(log_alpha).items()
+    )
+
+
+def test_absent_blocks_do_not_count_as_kept_layers(ragged):
+    """Attention is absent in layer 1, the feed-forward block in layer 2."""
+    log_alpha = masks.init_log_alpha(ragged, jax.random.key(0))
+    for made in (masks.evaluation_masks(log_alpha), masks.prob_active(log_alpha)):
+        assert (made["mha"] > 0).tolist() == [True, False, True]
+        assert (made["ffn"] > 0).tolist() == [True, True, False]
+    gates = {"mha": jnp.array([0.0, 1.0, 0.0]), "ffn": jnp.zeros(3)}
+    kept = transforms.keep_at_least(ragged, mha=2, ffn=9)(gates)
+    assert (kept["mha"] > 0)[jnp.array([0, 2])].all()
+    assert kept["ffn"].tolist() == [1, 1, 0]
+
+
 def test_padding_never_opens_and_never_competes(ragged):
     log_alpha = masks.init_log_alpha(ragged, jax.random.key(0))
     rng = np.random.default_rng(0)

@@ -649,6 +649,84 @@ def test_models_of_billions_of_weights():
     assert -1e-6 < cost.exact_sparsity(result, huge) - target < block + 1e-6
 
 
+# A cost that is not a number of parameters
+
+
+def milliseconds(gates, config):
+    """A time that rises in steps of eight units and has a fixed part for each block."""
+    total = 0.0
+    for outer, inner, width, per_step in (
+        ("mha", "head", config.heads[0], 0.21),
+        ("ffn", "intermediate", config.intermediate[0], 0.05),
+    ):
+        open_ = np.full((len(config.heads),), width)
+        if inner in gates:
+            open_ = (gates[inner] > 0).sum(-1)
+        steps = np.ceil(open_ / (1 if inner == "head" else 8))
+        times = np.where(open_ > 0, 0.03 + per_step * steps, 0)
+        if outer in gates:
+            times = np.where(gates[outer] > 0, times, 0)
+        total += times.sum()
+    return total
+
+
+def as_python(gates, config):
+    return float(milliseconds({k: np.asarray(v) for k, v in gates.items()}, config))
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("exact", [milliseconds, as_python])
+def test_targets_of_a_measured_time_are_met(target, exact):
+    time = cost.Cost(expected=milliseconds, exact=exact)
+    full = milliseconds({}, SMALL)
+    assert not full.is_integer()
+    step = max(0.03 + 0.21, 0.03 + 3 * 0.05) / full  # the last one ends a block
+
+    def saved(gates):
+        return 1 - as_python(gates, SMALL) / full
+
+    kinds = KINDS[:4]  # all of them cost time
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        gates = levels(seed, SMALL, kinds)
+        closed = constraint.meet_target(SMALL, target, time)(gates)
+        steps = [saved(state) for state in one_by_one(gates, SMALL)]
+        expected = next(reached for reached in steps if reached >= target)
+        assert saved(closed) == pytest.approx(expected)
+        log_alpha = trained(rng, SMALL, kinds)
+        found = constraint.target_masks(log_alpha, SMALL, target, cost=time)
+        assert target - 1e-3 <= saved(found) <= target + step
+        rounded = constraint.final_masks(
+            log_alpha, SMALL, target, transforms.round_to_multiple(head=2), time
+        )
+        assert saved(rounded) >= target - 1e-3
+        assert cost.exact_sparsity(found, SMALL, time) == pytest.approx(saved(found))
+    with pytest.raises(UserError, match="target=0.9.*at most 0.[0-8]"):
+        ones = {"head": np.ones((3, 4))}
+        constraint.meet_target(SMALL, 0.9, time)(ones)
+    assert 0.5 < constraint.max_sparsity(SMALL, ("mha", "ffn"), PROBABLE) < 1
+
+
+def expected_time(probabilities, config):
+    """The mean time of blocks that are there or not, given their own probabilities."""
+    attention, ffn = 0.03 + 4 * 0.21, 0.03 + 3 * 0.05
+    whole = np.ones(len(config.heads))
+    return (probabilities.get("mha", whole) * attention).sum() + (
+        probabilities.get("ffn", whole) * ffn
+    ).sum()
+
+
+PROBABLE = cost.Cost(expected=expected_time, exact=as_python)
+
+
+def test_expected_sparsity_is_that_of_the_cost():
+    log_alpha = {"mha": jnp.array([0.0, 2.0, -1.0]), "ffn": jnp.zeros(3)}
+    p = {kind: probability(value) for kind, value in log_alpha.items()}
+    expected = 1 - expected_time(p, SMALL) / milliseconds({}, SMALL)
+    found = constraint.expected_sparsity(log_alpha, SMALL, PROBABLE)
+    assert float(found) == pytest.approx(expected, abs=1e-6)
+
+
 def test_composed_with_rounding_the_target_is_nearly_met():
     gates = levels(3, BERT_BASE)
     transform = transforms.chain(

@@ -262,7 +262,7 @@ class Encoder(nn.Module):
         if unknown := set(masks) - set(KINDS):
             raise ValueError(f"masks {sorted(unknown)}: kinds are {KINDS}")
         for block in blocks(config):
-            shape = block.real(config).shape
+            shape = block.real(config)[block.inner].shape
             if block.inner in masks and masks[block.inner].shape != shape:
                 raise ValueError(f"masks[{block.inner!r}]: the shape must be {shape}")
         hidden = masks.get("hidden")

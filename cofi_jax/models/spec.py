@@ -52,13 +52,15 @@ class Block(NamedTuple):
         """The number of units in each layer."""
         return getattr(config, self.widths)
 
-    def real(self, config: EncoderConfig) -> np.ndarray:
-        """(L, W) booleans: which positions of the inner masks are units, not padding.
+    def real(self, config: EncoderConfig) -> dict[str, np.ndarray]:
+        """Booleans by kind: which positions of its masks are there, not padding.
 
-        W is the width of the widest layer.
+        They are (L,) for the outer kind and (L, W) for the inner one, where W is the
+        width of the widest layer.
         """
-        sizes = np.asarray(self.sizes(config))[:, None]
-        return np.arange(sizes.max()) < sizes
+        sizes = np.asarray(self.sizes(config))
+        units = np.arange(sizes.max()) < sizes[:, None]
+        return {self.outer: sizes > 0, self.inner: units}
 
 
 class Architecture(NamedTuple):

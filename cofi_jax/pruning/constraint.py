@@ -5,7 +5,7 @@ the order of how open they are, and the fewest are closed whose removal is enoug
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import KINDS
+from cofi_jax.models.spec import INNER, KINDS
 from cofi_jax.pruning import hard_concrete
 from cofi_jax.pruning.cost import PARAMETERS, Cost, exact_sparsity
 from cofi_jax.pruning.masks import (
@@ -83,65 +83,62 @@ def target_masks(
 
     Where the evaluation masks miss it by more than `tolerance`, the least open of them
     close, or the most open of the closed ones open with their soft value, until the
-    target is just met. Where one mask closes too much at that point (a block of
-    BERT-base is 3 or 6 % of it), it stays open and those after it close in its place;
-    where that is still too coarse, it closes and those before it open again. Masks
-    that were open and stay open keep their value, and one hidden dimension always
-    stays.
+    target is just met. Where a mask of a coarse kind closes too much at that point (a
+    block of BERT-base is 3 or 6 % of it), it stays open and those after it close in its
+    place; where that is still too coarse, it closes and units open again. Masks that
+    were open and stay open keep their value, and one hidden dimension always stays.
     """
     learned = {k: np.asarray(v) for k, v in evaluation_masks(log_alpha).items()}
     soft = {k: np.asarray(hard_concrete.deterministic(v)) for k, v in log_alpha.items()}
     opened = {k: np.where(v > 0, v, soft[k]) for k, v in learned.items()}
     # What evaluation closes is below 0 here, so it closes before all other masks.
-    order = _closing_order({k: opened[k] - (v <= 0) for k, v in learned.items()})
-    order = {kind: np.asarray(number) for kind, number in order.items()}
+    ranks = {kind: opened[kind] - (mask <= 0) for kind, mask in learned.items()}
+    order = {kind: np.asarray(place) for kind, place in _closing_order(ranks).items()}
     total = sum(mask.size for mask in learned.values())
+    finest = next(kind for kind in _FINE_TO_COARSE if kind in order)
 
     def closed_to(number, order):
         return {k: np.where(order[k] < number, 0, v) for k, v in opened.items()}
 
-    def removed(state):
+    def removed(*state):
         return exact_sparsity(closed_to(*state), config, cost)
 
+    def fewest(order):
+        return int(_fewest(lambda number: removed(number, order) >= target, total))
+
     best = sum(int((mask <= 0).sum()) for mask in learned.values()), order
-    if abs(removed(best) - target) <= tolerance:
-        return {kind: jnp.asarray(mask) for kind, mask in closed_to(*best).items()}
-    one_unit = min(
-        exact_sparsity({kind: np.zeros_like(mask)}, config, cost) / mask.size
-        for kind, mask in learned.items()
-    )
-    best = total, order
-    for state in _states(order, total, lambda *pair: removed(pair) >= target):
-        best = min(best, state, key=removed)
-        if removed(best) <= target + max(tolerance, one_unit):
+    missed = removed(*best) - target
+    if abs(missed) > tolerance:
+        best = fewest(order), order
+        missed = removed(*best) - target
+    number, tried = best
+    while missed > tolerance and number > 0:
+        last = {kind: place == number - 1 for kind, place in tried.items()}
+        if last[finest].any():  # a single unit is too much
             break
+        tried = {kind: np.where(last[kind], total, tried[kind]) for kind in tried}
+        if removed(total, tried) < target:  # no finer masks are left to close
+            best = _only_units(closed_to(*best), ranks, order, finest, total)
+            best = fewest(best), best
+            break
+        number = fewest(tried)
+        if 0 <= removed(number, tried) - target < missed:
+            best, missed = (number, tried), removed(number, tried) - target
     return {kind: jnp.asarray(mask) for kind, mask in closed_to(*best).items()}
 
 
-def _states(
-    order: dict[str, np.ndarray], total: int, enough: Callable[..., bool]
-) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Pairs of how many masks close, as few as are enough, and the order they close in.
+def _only_units(masks, ranks, order, finest, total):
+    """The order in which units alone close, and what else `masks` close stays closed.
 
-    The first order is `order`. In the next one the mask that closed last is moved to
-    the end, where it stays open, and so on. When the others are no longer enough, the
-    first mask that was moved is moved to the front for good, and all begins anew.
+    Where no block of such units is open, the most open one is opened.
     """
-
-    def moved(number, order, to):
-        return {k: np.where(v == number - 1, to, v) for k, v in order.items()}
-
-    first = 1
-    while first:
-        tried, first = order, 0
-        while enough(total, tried):
-            number = int(_fewest(lambda n, tried=tried: enough(n, tried), total))
-            yield number, tried
-            if not number:  # what was moved to the front is enough
-                break
-            first = first or number
-            tried = moved(number, tried, total)
-        order = moved(first, order, -1)
+    units = {finest: order[finest]}
+    for kind in set(order) - {finest}:
+        stays = masks[kind] > 0
+        if INNER.get(kind) == finest and not stays.any():
+            stays = ranks[kind] == ranks[kind].max()
+        units[kind] = np.where(stays, total, -1)
+    return units
 
 
 def final_masks(
@@ -193,7 +190,8 @@ def meet_target(
     """
     if not 0 <= target < 1:
         raise reject("target", target, "must be in [0, 1)")
-    most = target_count(target, cost.exact({}, config))
+    full = cost.exact({}, config)
+    counted = np.issubdtype(np.result_type(full), np.integer)
 
     def apply(masks):
         lowest = {kind: np.zeros(np.shape(mask)) for kind, mask in masks.items()}
@@ -209,7 +207,10 @@ def meet_target(
 
         def enough(number):
             left = cost.exact(closed_to(number), config)
-            return left <= np.asarray(most, left.dtype)
+            if not counted:
+                return 1 - left / full >= target
+            # This is exact under jit, too, where there is no float64.
+            return left <= np.asarray(target_count(target, full), left.dtype)
 
         return closed_to(_fewest(enough, sum(mask.size for mask in masks.values())))
 

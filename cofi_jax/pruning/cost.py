@@ -34,7 +34,8 @@ class Cost:
       expected: takes probabilities that the masks are open, and the sizes of the model
         that is pruned; returns a scalar, differentiable in the probabilities.
       exact: takes masks, of which all above 0 are open, and the sizes; returns the
-        cost of the model that slicing leaves. Without masks it is the dense model's.
+        cost of the model that slicing leaves. Without masks it is the dense model's. A
+        cost that cannot be traced keeps `meet_target` out of `jax.jit`.
     """
 
     expected: Callable[[Masks, EncoderConfig], Any]

@@ -4,9 +4,10 @@
 
 Log-alphas, probabilities, samples and gradients all have this structure. A kind that
 is missing is not pruned. H and F are the widths of the widest layer: the rows of
-narrower layers are padded at their end. The log-alpha of a padded position is -inf, so
-its probability, its samples and its evaluation mask are 0, and whatever knows the
-model's sizes ignores what the masks hold there.
+narrower layers are padded at their end, and the masks of absent blocks are padding as
+well. The log-alpha of padding is -inf, so its probability, its samples and its
+evaluation mask are 0, and whatever knows the model's sizes ignores what masks hold
+there.
 """
 
 import functools
@@ -51,16 +52,16 @@ def mask_shapes(
     return {kind: shapes[kind] for kind in KINDS if kind in kinds}
 
 
+def padded(config: EncoderConfig) -> dict[str, np.ndarray]:
+    """The kinds whose masks have padding, each with booleans that are False there."""
+    real = {k: v for block in blocks(config) for k, v in block.real(config).items()}
+    return {kind: there for kind, there in real.items() if not there.all()}
+
+
 def without_padding(masks: Masks, config: EncoderConfig) -> dict:
-    """The masks with 0 at the positions beyond each layer's width."""
-    real = _padded(config)
+    """The masks with 0 in place of padding."""
+    real = padded(config)
     return {k: v * real[k] if k in real else v for k, v in masks.items()}
-
-
-def _padded(config):
-    """The kinds with padded rows, each with (L, W) booleans that are not padding."""
-    real = {block.inner: block.real(config) for block in blocks(config)}
-    return {kind: rows for kind, rows in real.items() if not rows.all()}
 
 
 def present_blocks(masks: Masks, config: EncoderConfig) -> dict[str, jax.Array]:
@@ -83,7 +84,7 @@ def init_log_alpha(
 ) -> LogAlpha:
     """Log-alphas of open masks: normal around 4.5 with deviation 0.01, float32."""
     log_alpha = _init(key, tuple(mask_shapes(config, kinds).items()))
-    real = _padded(config)
+    real = padded(config)
     return {
         k: jnp.where(real[k], v, -jnp.inf) if k in real else v
         for k, v in log_alpha.items()

@@ -52,7 +52,7 @@ class PrunedSpec:
             width = max(block.sizes(config))
             rows = [row(kept, width) for kept in getattr(self, block.widths)]
             masks[block.inner] = np.stack(rows)
-            masks[block.outer] = masks[block.inner].max(-1)
+            masks[block.outer] = masks[block.inner].max(-1, initial=0)
         return {kind: jnp.asarray(mask) for kind, mask in masks.items()}
 
     def compose(self, second: "PrunedSpec") -> "PrunedSpec":
@@ -88,7 +88,7 @@ def spec_of(masks: Masks, config: EncoderConfig) -> PrunedSpec:
         raise ValueError("masks['hidden']: at least one dimension must stay open")
     present, kept = present_blocks(masks, config), {}
     for block in blocks(config):
-        rows = masks.get(block.inner, 1) * block.real(config)  # (L, W)
+        rows = masks.get(block.inner, 1) * block.real(config)[block.inner]  # (L, W)
         kept[block.widths] = tuple(map(_open, rows * present[block.name][:, None]))
     return PrunedSpec(hidden=hidden, **kept)
 

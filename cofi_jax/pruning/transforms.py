@@ -1,7 +1,7 @@
 """Transforms from masks to masks.
 
-Those that open masks take the model's sizes: in a model whose layers differ in width,
-the rows of masks are padded (`masks.mask_shapes`), and padding must stay closed.
+Those that open masks take the model's sizes: where its layers differ in width, the
+masks have padding (see `masks`), which stays closed and does not count.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import INNER, check_kinds
-from cofi_jax.pruning.masks import Masks, without_padding
+from cofi_jax.pruning.masks import Masks, padded
 
 MaskTransform = Callable[[Masks], Masks]
 
@@ -72,12 +72,13 @@ def keep_at_least(config: EncoderConfig | None = None, **counts: int) -> MaskTra
     check_kinds("kinds", tuple(counts))
 
     def apply(masks):
-        masks = dict(masks)
+        masks, real = dict(masks), padded(config) if config else {}
         for kind, count in counts.items():
             if kind in masks:
-                missing = count - _number_open(masks[kind])
-                masks[kind] = _reopen(masks[kind], missing, 1.0)
-        return without_padding(masks, config) if config else masks
+                there = real.get(kind, True)
+                missing = count - _number_open(masks[kind] * there)
+                masks[kind] = _reopen(masks[kind], missing, 1.0, there)
+        return masks
 
     return apply
 
@@ -109,12 +110,13 @@ def round_to_multiple(
             raise reject(kind, multiple, "must be a whole number above 0")
 
     def apply(masks):
-        masks = dict(masks)
+        masks, real = dict(masks), padded(config) if config else {}
         for kind, multiple in multiples.items():
             if kind in masks:
-                missing = -_number_open(masks[kind]) % multiple  # 0 of an empty row
-                masks[kind] = _reopen(masks[kind], missing, _TINY)
-        return without_padding(masks, config) if config else masks
+                there = real.get(kind, True)
+                missing = -_number_open(masks[kind] * there) % multiple  # 0 of none
+                masks[kind] = _reopen(masks[kind], missing, _TINY, there)
+        return masks
 
     return apply
 
@@ -141,9 +143,9 @@ def _number_open(masks):
     return jnp.sum(masks > 0, -1, keepdims=True)
 
 
-def _reopen(masks, number, value):
-    """Gives `value` to the first `number` closed masks of each row."""
-    closed = masks <= 0
+def _reopen(masks, number, value, there):
+    """Gives `value` to the first `number` closed masks of each row that are `there`."""
+    closed = (masks <= 0) & there
     return jnp.where(closed & (jnp.cumsum(closed, -1) <= number), value, masks)
 
 
