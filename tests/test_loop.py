@@ -1,6 +1,7 @@
 """A killed run goes on as if nothing had been; the best and the log are right."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -42,6 +43,13 @@ def examples_of(lengths, seed=0):
     ids = [rng.integers(1, 17, n).astype(np.int32) for n in lengths]
     labels = rng.integers(0, 3, len(lengths)).astype(np.int32)
     return batches_lib.Examples(ids, [np.zeros_like(i) for i in ids], labels)
+
+
+def stream_of(examples, batch_size=BATCH, buckets=BUCKETS):
+    sizes = {"batch_size": batch_size, "buckets": buckets}
+    return functools.partial(
+        batches_lib.stream, examples, **sizes, seed=57, stage="teacher"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +122,7 @@ def test_predict_all_pads_spans_to_the_last_bucket(rows, batch_size):
 
 def test_batches_from_any_step_are_those_of_the_whole(examples):
     def batches(first_step, count):
-        stream = loop.Batches(examples, BATCH, BUCKETS, 57, "teacher").after(first_step)
+        stream = stream_of(examples)(first_step=first_step)
         return [batch for _, batch in itertools.islice(stream, count)]
 
     whole = batches(0, STEPS)
@@ -199,9 +207,10 @@ class Training:
             return loop.fit(
                 state,
                 loop.Loop(
+                    stage="teacher",
                     step=deadly("step", self.step),
                     context={},
-                    batches=loop.Batches(self.examples, BATCH, BUCKETS, 57, "teacher"),
+                    batches=stream_of(self.examples),
                     total_steps=STEPS,
                     evaluate=deadly("evaluate", self.evaluate),
                     checkpoints=saved,
@@ -344,9 +353,10 @@ def scripted_fit(
         return loop.fit(
             state,
             loop.Loop(
+                stage="toy",
                 step=lambda state, context, batch: (advance(state), next(losses)),
                 context={},
-                batches=loop.Batches(examples_of([3] * 4), 2, (4,), 0, "toy"),
+                batches=stream_of(examples_of([3] * 4), 2, (4,)),
                 total_steps=len(given) - start_counts,
                 evaluate=lambda trainable, frozen: next(scores),
                 checkpoints=saved,

@@ -1,6 +1,7 @@
 """What the teacher says: of the right layers, and the same bits when it was kept."""
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 
@@ -36,6 +37,11 @@ def examples():
     ids = ids[:22]
     labels = rng.integers(0, 3, len(ids)).astype(np.int32)
     return batches.Examples(ids, [np.zeros_like(i) for i in ids], labels)
+
+
+def stream_of(examples):
+    sizes = {"batch_size": BATCH, "buckets": BUCKETS}
+    return functools.partial(batches.stream, examples, **sizes, seed=57, stage="prune")
 
 
 def model_of(tiny, problem="classification", dtype="float32"):
@@ -97,7 +103,7 @@ def test_what_is_kept_has_the_same_bits(tiny, examples, cache, problem, dtype):
         return teaching.of(examples, BUCKETS, BATCH)
 
     fresh, kept = outputs_of("none"), outputs_of(cache)
-    stream = loop.Batches(examples, BATCH, BUCKETS, 57, "prepruning").after(0)
+    stream = stream_of(examples)()
     for rows, batch in itertools.islice(stream, 18):
         batch = jax.device_put(batch)
         expected, found = fresh(rows, batch), kept(rows, batch)
@@ -134,11 +140,12 @@ def test_training_on_what_is_kept_is_the_same(tiny, examples, tmp_path):
             state, _ = loop.fit(
                 state,
                 loop.Loop(
+                    stage="prune",
                     step=step.make_step(
                         objectives.DistillationObjective(model, distill)
                     ),
                     context={},
-                    batches=loop.Batches(examples, BATCH, BUCKETS, 57, "prune"),
+                    batches=stream_of(examples),
                     total_steps=18,
                     evaluate=lambda *_: loop.Evaluation(0.0),
                     checkpoints=saved,

@@ -124,10 +124,16 @@ class Run:
 
         with state_lib.Checkpoints(self.workdir / "checkpoints" / stage) as saved:
             stage_loop = loop.Loop(
+                stage=stage,
                 step=step.make_step(loss, settings.micro_batches),
                 context=distributed.replicate(context or {}),
-                batches=loop.Batches(
-                    examples, settings.batch_size, self.buckets, config.seed, stage
+                batches=functools.partial(
+                    batches.stream,
+                    examples,
+                    batch_size=settings.batch_size,
+                    buckets=self.buckets,
+                    seed=config.seed,
+                    stage=stage,
                 ),
                 total_steps=epochs * steps_per_epoch(examples, settings),
                 evaluate=evaluate,

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 from cofi_jax import distributed
-from cofi_jax.data import batches as batches_lib
 from cofi_jax.errors import UserError
 from cofi_jax.training.step import TrainState
 
@@ -34,43 +33,14 @@ class Every(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batches:
-    """The endless batches of a stage, a pure function of the step.
-
-    Attributes:
-      examples: the training rows.
-      batch_size: the number of rows in a batch, B.
-      buckets: the padded lengths.
-      seed: the seed of the run.
-      stage: the stage's name, which gives it an order of rows of its own.
-    """
-
-    examples: batches_lib.Examples
-    batch_size: int
-    buckets: Sequence[int]
-    seed: int
-    stage: str
-
-    def after(self, step: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-        """The row numbers, at most B, and the batch of each step after `step`."""
-        return batches_lib.stream(
-            self.examples,
-            batch_size=self.batch_size,
-            buckets=self.buckets,
-            seed=self.seed,
-            stage=self.stage,
-            first_step=step,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Loop:
     """A stage of a run, but for its state.
 
     Attributes:
+      stage: its name, in the log and on the progress bar.
       step: the jitted step, from `step.make_step`.
       context: the pytree that the objective reads, on the device.
-      batches: the batches, which also name the stage.
+      batches: maps `first_step` to the batches from there on: a `data.batches.stream`.
       total_steps: the step at which the stage ends.
       evaluate: maps (trainable, frozen) to an `Evaluation`.
       checkpoints: the `state.Checkpoints` of the stage.
@@ -82,9 +52,10 @@ class Loop:
         a legal result, so that a stage never returns a worse model than it was given.
     """
 
+    stage: str
     step: Callable
     context: dict
-    batches: Batches
+    batches: Callable[..., Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]]
     total_steps: int
     evaluate: Callable[[dict, dict], Evaluation]
     checkpoints: Any
@@ -118,7 +89,7 @@ def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
     # 2. The log forgets the lines after the state's step.
     # 3. The batches follow from the step; random keys follow from state and step.
     # 4. Only a stage that starts over evaluates its start; else it is in the state.
-    stage, log, every = loop.batches.stage, loop.log, loop.every
+    stage, log, every = loop.stage, loop.log, loop.every
     restored = _restore(state, loop)
     state = state if restored is None else restored
     first = int(jax.device_get(state.step))
@@ -127,7 +98,7 @@ def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
     if restored is None and loop.start_counts:
         state = _evaluate(state, loop, 0)
     window, window_started = [], time.perf_counter()
-    batches = loop.batches.after(first)
+    batches = loop.batches(first_step=first)
     with _progress_bar(stage, first, loop.total_steps) as bar:
         for now in range(first + 1, loop.total_steps + 1):
             rows, batch = next(batches)
@@ -143,7 +114,7 @@ def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
             _check_finite(stage, now - len(window), window)
             last = {name: float(value) for name, value in window[-1].items()}
             now_seconds = time.perf_counter()
-            rows_done = loop.batches.batch_size * len(window)
+            rows_done = len(batch["weight"]) * len(window)
             log.write(
                 stage=stage,
                 step=now,
@@ -168,7 +139,7 @@ def _restore(state, loop):
     restored, skipped = loop.checkpoints.restore(state), loop.checkpoints.skipped
     if skipped and restored is None:
         raise UserError(
-            f"{loop.batches.stage}: {'; '.join(skipped)}: none can be read; remove "
+            f"{loop.stage}: {'; '.join(skipped)}: none can be read; remove "
             "their folder to start the stage over"
         )
     for line in skipped:
@@ -194,9 +165,7 @@ def _progress_bar(stage, first, total_steps):
 def _evaluate(state, loop, now):
     """Evaluates and logs the state; returns it with the best that is now known."""
     found = loop.evaluate(state.trainable, state.frozen)
-    loop.log.write(
-        stage=loop.batches.stage, step=now, score=found.score, **found.values
-    )
+    loop.log.write(stage=loop.stage, step=now, score=found.score, **found.values)
     return _with_best(state, found)
 
 
