@@ -28,6 +28,7 @@ from cofi_jax import files
 from cofi_jax.config import Config
 from cofi_jax.data import tasks
 from cofi_jax.errors import UserError, reject
+from cofi_jax.evaluation import predict
 from cofi_jax.report import pages, paper
 from cofi_jax.report.tables import Table, escape
 from cofi_jax.run import cli
@@ -76,21 +77,22 @@ def run(
         raise reject("--workdir", str(workdir), legal) from error
     # The finished ones first: they only hand over their reports.
     order = sorted(members, key=lambda m: not (m.workdir / "report.json").exists())
-    if not jax.config.jax_compilation_cache_dir:  # members of one shape compile once
-        folder = workdir / f"compiled-{platform.node()}"
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     outcomes: dict[pathlib.Path, dict[str, Any] | str] = {}
-    for number, member in enumerate(order, start=1):
-        print(f"[{number}/{len(order)}] {member.workdir}", flush=True)
-        try:
-            outcomes[member.workdir] = run_lib.run(member.config, member.workdir)
-        except Exception as error:  # those that come after may well do
-            outcomes[member.workdir] = _line(error)
-            print(f"error: {member.workdir.name}: {_line(error)}", file=sys.stderr)
-        jax.clear_caches()  # of programs that are of no more use
-        content = summary(members, outcomes)
-        files.write_atomically(workdir / "table.md", markdown(content))
-        files.write_json(workdir / "sweep.json", content)
+    # Members of one shape compile once.
+    with run_lib.compiled_in(workdir / f"compiled-{platform.node()}"):
+        for number, member in enumerate(order, start=1):
+            print(f"[{number}/{len(order)}] {member.workdir}", flush=True)
+            try:
+                outcomes[member.workdir] = run_lib.run(member.config, member.workdir)
+            except Exception as error:  # Those that come after may well succeed.
+                outcomes[member.workdir] = _line(error)
+                print(f"error: {member.workdir.name}: {_line(error)}", file=sys.stderr)
+            # The programs of one member are of no use to the next.
+            predict.make_predict.cache_clear()
+            jax.clear_caches()
+            content = summary(members, outcomes)
+            files.write_atomically(workdir / "table.md", markdown(content))
+            files.write_json(workdir / "sweep.json", content)
     finished = [
         (member.name, outcomes[member.workdir])
         for member in members
