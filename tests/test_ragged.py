@@ -153,8 +153,10 @@ def test_padding_never_opens_and_never_competes(ragged):
                 assert not np.asarray(each[kind])[i, width:].any()
     # Nor does a step of training open it: nothing pulls at it, and the clamp keeps it.
     gradient = jax.grad(
-        lambda x: constraint.expected_sparsity(x, ragged)
-        + sum(v.sum() for v in masks.sample(x, jax.random.key(1)).values())
+        lambda x: (
+            constraint.expected_sparsity(x, ragged)
+            + sum(v.sum() for v in masks.sample(x, jax.random.key(1)).values())
+        )
     )(log_alpha)
     moved = masks.clamp({k: v - 100 * gradient[k] for k, v in log_alpha.items()})
     for kind, value in moved.items():
