@@ -299,7 +299,7 @@ def stop(*_):
 
 @pytest.mark.parametrize("name", LIKE_OTHERS)
 def test_the_teacher_is_saved(name, top, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stages_lib, "prepare", stop)
+    monkeypatch.setattr(stages_lib, "preprune", stop)
     assert train.main(command(top, tmp_path / "run", CASES[name].flags)) == 2
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "error: stop"
@@ -446,7 +446,7 @@ def test_a_hugging_face_teacher_whose_classes_are_in_another_order(
         tokenizer=saved_model.load_tokenizer(workdir / "teacher"),
     )
 
-    monkeypatch.setattr(stages_lib, "prepare", stop)
+    monkeypatch.setattr(stages_lib, "preprune", stop)
     order = "teacher.labels=('contradiction','entailment','neutral')"
     flags = ["data.task=mnli", f"teacher.path={tmp_path / 'hf'}", order]
     assert train.main(command(top, tmp_path / "run", flags)) == 2

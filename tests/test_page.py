@@ -1,5 +1,6 @@
 """Pages are whole, need nothing else, escape what they are given, hold the numbers."""
 
+import html
 import html.parser
 import json
 import pathlib
@@ -8,12 +9,14 @@ import sys
 
 import hypothesis
 import hypothesis.strategies
+import markdown_it
 import pytest
 from test_report import make_metrics, make_report
 
 from cofi_jax import config as config_lib
 from cofi_jax.errors import UserError
-from cofi_jax.report import compare, figures, pages, tables
+from cofi_jax.models.config import EncoderConfig
+from cofi_jax.report import compare, figures, model_card, pages, tables
 from cofi_jax.report import html as html_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -226,6 +229,19 @@ def test_hostile_text_is_only_text(recwarn):
     assert found.text.count(HOSTILE) >= 5
 
 
+def test_a_card_shows_labels_and_devices_as_they_are():
+    how = {"device": HOSTILE, "dtype": "float32", "batch_size": 1, "seq_length": 8}
+    check = {"rows": 1, "bytes": 1, "max_abs_difference": 0.0, "scores": {HOSTILE: 0.5}}
+    check |= {"checked_against": "it", "speedup": 1.0, "speedup_spread": [1.0, 1.0]}
+    sizes = EncoderConfig(8, 8, (1,), 8, (8,), pooler_size=0, num_labels=2)
+    about = {"labels": [HOSTILE], "scores": {"validation": {HOSTILE: 0.5}}}
+    text = model_card.text(sizes, about, {"": check | {"benchmark": how}})
+    markup = markdown_it.MarkdownIt("commonmark").render(text)
+    assert "<script>" not in markup and "<img" not in markup
+    assert html.unescape(markup).count(HOSTILE) >= 3
+    assert json.dumps(HOSTILE) in html.unescape(markup)
+
+
 def test_attributes_are_escaped():
     table = tables.Table("<", ["x"], [["<i>"]])
     text = f"# {tables.escape(HOSTILE)}\n\n{table}\n\n![x](y)"
@@ -246,12 +262,12 @@ def test_any_text_is_shown_as_it_is(foreign):
     parts = [
         f"# Title {escaped}.",
         str(tables.Table("<>", ["a", foreign], [[foreign, "b"]])),
-        tables.items([(f"b{foreign}", foreign)]),
+        f"- **b{escaped}** {escaped}",
         f"So {escaped}.",
     ]
     found = Page(html_lib.page("\n\n".join(parts), {}, generator=""))
     assert found.rows == [["a", shown], [shown, "b"]]
-    for text in (f"Title {shown}.", f"So {shown}.", f"b{foreign}".strip()):
+    for text in (f"Title {shown}.", f"So {shown}.", f"b{shown} {shown}"):
         assert " ".join(text.split()) in " ".join(found.text.split())
     tags = {tag for tag, _ in found.tags}
     assert not tags & {"em", "a", "img", "code", "s", "script", "blockquote", "br"}

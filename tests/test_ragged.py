@@ -103,6 +103,14 @@ def test_masked_equals_sliced_and_padding_is_ignored(kinds, ragged, params, tiny
         close(again.logits, sliced.logits)
 
 
+@pytest.mark.parametrize("kind", ["head", "intermediate"])
+@pytest.mark.parametrize("width", [1, 4, 9])
+def test_masks_of_another_model_are_refused(kind, width, ragged, params, tiny_batch):
+    variables = {"params": params, "masks": {kind: np.ones((3, width))}}
+    with pytest.raises(ValueError, match=f"masks.*{kind}.*\\(3, [35]\\)"):
+        Encoder(ragged).apply(variables, tiny_batch)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_slice_of_a_slice_is_a_slice_of_the_dense_model(
     seed, tiny, tiny_params, tiny_batch

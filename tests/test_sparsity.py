@@ -434,6 +434,35 @@ def test_overshoot_never_ends_in_an_empty_encoder():
         assert abs(removed(gates, BERT_BASE) - target) <= 1e-3
 
 
+TWO = EncoderConfig(3, 64, (2, 2), 32, (256, 256), 3, 2)  # one unit is 0.13 % of it
+
+
+@pytest.mark.parametrize("target", [0.6, 0.9, 0.95, 0.98])
+@pytest.mark.parametrize("kinds", [KINDS, KINDS[:4]], ids="+".join)
+def test_two_layers_meet_the_target_to_one_unit(target, kinds):
+    """Blocks that would close too much at once stay open, or all would be lost."""
+    unit = (2 * 64 + 1) / count({}, TWO)
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        log_alpha = {}
+        for kind, shape in masks.mask_shapes(TWO, kinds).items():
+            values = rng.normal(rng.uniform(-2, 3), rng.uniform(0.1, 2), shape)
+            log_alpha[kind] = jnp.asarray(np.clip(values, LOW, HIGH), jnp.float32)
+        gates = constraint.target_masks(log_alpha, TWO, target)
+        assert -1e-3 <= removed(gates, TWO) - target <= 1.5 * unit
+
+
+@pytest.mark.parametrize("full", [1, 7, 2068, 85_017_600, 2**33 + 1])
+def test_target_count_is_the_most_that_meets_the_target(full):
+    rng = np.random.default_rng(full)
+    exact = 1 - rng.integers(0, full, 50, endpoint=True) / full
+    for target in {0.0, 0.1, 0.3, *rng.random(50), *exact}:
+        most = constraint.target_count(float(target), full)
+        assert 0 <= most <= full
+        assert 1 - most / full >= target
+        assert most == full or 1 - (most + 1) / full < target
+
+
 @pytest.mark.parametrize("gap", [-9e-4, 0.0, 9e-4])
 def test_masks_within_the_tolerance_are_left_alone(gap):
     log_alpha = trained(np.random.default_rng(1), SMALL)

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -62,7 +63,7 @@ def table(content):
     lines = [line.strip("|").split("|") for line in grid.splitlines()]
     lines = [[cell.strip() for cell in line] for line in lines]
     assert {len(line) for line in lines} == {len(lines[0])}
-    assert all(set(cell) <= {"-", ":"} and "---" in cell[:3] for cell in lines[1])
+    assert all(re.fullmatch("--+[-:]", cell) for cell in lines[1])
     return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]], below
 
 

@@ -265,7 +265,7 @@ def test_the_excess_is_what_is_promised():
     rng = np.random.default_rng(0)
     for width, added in itertools.product((6, 13), (2, 3, 8)):
         node = {"scale": rng.standard_normal(width), "bias": rng.standard_normal(width)}
-        wide, lift = to_stock_bert._wide(node, added, True)
+        wide, lift = to_stock_bert._widen(node, added, True)
         centred = node["scale"] - node["scale"].mean()
         y = rng.standard_normal((5, width)) + 3
         y[0] = centred * 7  # the worst

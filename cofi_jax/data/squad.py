@@ -2,8 +2,9 @@
 
     windows(rows) -> logits of each token as a start and as an end -> score
 
-A context too long for the model is cut into overlapping windows, all of them with the
-question in front. The answer is a span of the context: the best one of all windows.
+A context that is too long for the model is cut into overlapping windows, each of them
+with the question in front. The answer is a span of the context, the best one of those
+of all windows.
 """
 
 import collections
@@ -22,26 +23,26 @@ LONGEST_QUESTION = 64  # tokens, as in BERT's own recipe for SQuAD
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Questions:
-    """What turns the logits of N windows into answers to Q questions.
+    """The questions, by which the logits of N windows become answers to Q questions.
 
-    A token stands in its context from one character up to another; -1 and -1 are those
-    of the question and the special tokens.
+    A token's offsets are its first character in the context and the one after its last.
+    Those of the question's tokens and of special ones are -1 and -1.
     """
 
-    contexts: list[str]  # Q
+    contexts: list[str]  # Q texts
     answers: list[list[str]]  # Q lists of gold texts; to match one of them suffices
     of_row: np.ndarray  # (N,) int32: the question of each window
-    offsets: list[np.ndarray]  # N (T_n, 2) int32: where each token stands, or -1
+    offsets: list[np.ndarray]  # N (T_n, 2) int32 arrays: the offsets of each token
 
 
 class Windows(NamedTuple):
-    """N tokenised windows, not padded; those of one question stand together."""
+    """N tokenised windows that are not padded; a question's own stand together."""
 
-    input_ids: list[np.ndarray]  # N int32 arrays of T_n
-    token_type_ids: list[np.ndarray]  # of the same lengths
+    input_ids: list[np.ndarray]  # N int32 arrays, of T_n tokens each
+    token_type_ids: list[np.ndarray]  # N int32 arrays of the same lengths
     labels: np.ndarray  # (N, 2) int32: first and last token of the answer, or 0 and 0
     questions: Questions
-    skipped: int  # rows left out
+    skipped: int  # the number of rows that were left out
 
 
 def windows(
@@ -55,12 +56,12 @@ def windows(
     """Tokenises questions and contexts, and finds the answers' tokens.
 
     The windows are those of Hugging Face's recipe (the question first, stripped on its
-    left; `truncation="only_second"`), but cut here, so that no length is refused: of a
-    question the first 64 tokens are kept, as in BERT's recipe, or as many as fit in
-    half of a short window.
+    left; `truncation="only_second"`), but they are cut here, so that no length has to
+    be refused: the first 64 tokens of a question are kept, as in BERT's recipe, or as
+    many as fit in half of a short window.
 
-    A label is the first and the last token that share a character with the first gold
-    answer. It is (0, 0) where a window does not hold all of these.
+    A label is the first and the last of the tokens that share a character with the
+    first gold answer, and (0, 0) where the window does not hold all of these.
 
     Args:
       rows: columns `question` and `context` of text and `answers`, each of which is
@@ -149,18 +150,18 @@ def _tokenise(
 
 
 def _characters(context: str, gold: Mapping[str, Sequence]) -> tuple[int, int]:
-    """From where to where the first answer stands; (0, 0) if it is not there."""
+    """The offsets of the first answer; (0, 0) if it is not at its place."""
     if not len(gold["text"]) or not len(gold["answer_start"]):
         return 0, 0
     text, start = gold["text"][0], gold["answer_start"][0]
     if start < 0 or context[start : start + len(text)] != text or not text.strip():
         return 0, 0
-    start += len(text) - len(text.lstrip())  # a space may belong to the next word
+    start += len(text) - len(text.lstrip())  # A space may belong to the next word.
     return start, start + len(text.strip())
 
 
 def _first_tokens(tokens: int, room: int, stride: int) -> range:
-    """Where in a context its windows begin; the last one reaches its end."""
+    """The tokens at which a context's windows begin; the last one reaches its end."""
     step = room - min(stride, room // 2)
     return range(0, max(tokens - room, 0) + step, step)
 

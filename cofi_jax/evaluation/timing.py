@@ -1,12 +1,12 @@
-"""How time is taken: always things side by side, in turn, in one run.
+"""Timings of several calls that take turns in one run.
 
 A machine speeds up and slows down over minutes. Here turns alternate, A B A B, so the
 i-th turns of A and B were taken under the same conditions:
 
     speedup = median over i of A_i / B_i,    spread = their 5th and 95th percentile
 
-A turn is a short burst of calls, A_i the median of their times. Of single calls in
-alternation a small model would always find the caches full of the large one.
+A turn is a short burst of calls, and A_i the median of their times. If single calls
+alternated, a small model would always find the caches full of the large one's data.
 """
 
 import contextlib
@@ -30,30 +30,33 @@ _TURN_MS = 50.0
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What the calls took, in milliseconds: a tuple for each turn, in their order."""
+    """The milliseconds of each call: a tuple for each turn, in the order of turns."""
 
     turns: tuple[tuple[float, ...], ...]
 
     @property
     def by_turn(self) -> np.ndarray:
-        """(repeats,) the median of each turn."""
+        """The median of each turn, (repeats,)."""
         return np.array([np.median(times) for times in self.turns])
 
     @property
     def median_ms(self) -> float:
-        """Half of the calls were faster; every turn weighs the same."""
+        """The time that half of the calls stayed below; every turn weighs the same."""
         return self.percentile_ms(50)
 
     def percentile_ms(self, percent: float) -> float:
-        """`percent` of the calls were faster; every turn weighs the same."""
-        # Else slow moments, of few calls, would hardly count.
+        """Returns the time that `percent` of the calls stayed below.
+
+        Every turn weighs the same. Otherwise slow moments would hardly count, because
+        few calls fit into a turn then.
+        """
         weights = np.concatenate([[1 / len(turn)] * len(turn) for turn in self.turns])
         calls = {"weights": weights, "method": "inverted_cdf"}
         return float(np.percentile(np.concatenate(self.turns), percent, **calls))
 
     @property
     def repeats(self) -> int:
-        """How many turns there were."""
+        """The number of turns."""
         return len(self.turns)
 
 
@@ -68,19 +71,20 @@ def side_by_side(
     """Times the calls in turn, each until its result is ready.
 
     Args:
-      calls: name to function of no arguments; any pytree of arrays comes back.
-      repeats: turns of each.
+      calls: functions of no arguments by name, each of which returns arrays.
+      repeats: the turns of each.
       warmup: untimed calls of each beforehand; the first one compiles.
-      turn_ms: a turn ends after this time; it has one call at least. The first call,
-        which fills the caches anew, counts only where no other follows.
-      rest_ms: before each turn, for other runtimes' threads to stop waiting for work.
+      turn_ms: the time after which a turn ends; it has at least one call. The first
+        call fills the caches anew and counts only where no other follows.
+      rest_ms: a pause before each turn, in which the threads of other runtimes stop
+        waiting for work.
     """
     for call in calls.values():
         for _ in range(warmup):
             jax.block_until_ready(call())
     turns = {name: [] for name in calls}
     collecting = gc.isenabled()
-    gc.disable()  # it would strike one call or another
+    gc.disable()  # A collection would fall into one call or another.
     try:
         for _ in range(repeats):
             for name, call in calls.items():
@@ -103,29 +107,28 @@ def _turn(call, turn_ms):
 
 
 def speedup(dense: Timing, pruned: Timing) -> tuple[float, tuple[float, float]]:
-    """How many times as fast `pruned` is, and the spread of that.
+    """Returns how many times as fast `pruned` is, and the spread of that.
 
-    Both come from one `side_by_side`, so their i-th turns belong together.
-
-    Returns:
-      The median of the ratios turn by turn; their 5th and 95th percentile.
+    Both come from one `side_by_side`, so their i-th turns belong together. The result
+    is the median of the ratios turn by turn, and their 5th and 95th percentile.
     """
     low, middle, high = np.percentile(dense.by_turn / pruned.by_turn, (5, 50, 95))
     return float(middle), (float(low), float(high))
 
 
 def describe(device: jax.Device) -> str:
-    """The device in words, such as `NVIDIA H200` or `cpu: AMD EPYC, 2 cores`."""
+    """Names the device, such as `NVIDIA H200` or `cpu: AMD EPYC, 2 cores`."""
     if device.platform != "cpu":
         return device.device_kind
-    info = pathlib.Path("/proc/cpuinfo")  # platform.processor() is empty on Linux
+    # platform.processor() returns nothing on Linux.
+    info = pathlib.Path("/proc/cpuinfo")
     found = info.exists() and re.search(r"model name\s*: (.+)", info.read_text())
     name = found[1] if found else platform.processor() or platform.machine()
     return f"cpu: {name}, {cores()} cores"
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -136,7 +139,8 @@ def memory_suffices(batch_size: int, seq_length: int) -> Iterator[None]:
     """Turns a lack of memory into a UserError about these sizes."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # jax's is one, PyTorch's too
+    # The errors of jax and of PyTorch are RuntimeErrors.
+    except (MemoryError, RuntimeError) as error:
         text = str(error)
         lack = re.search("RESOURCE_EXHAUSTED|out of memory|allocate", text)
         if not (lack or isinstance(error, MemoryError)):

@@ -3,10 +3,10 @@
     python -m cofi_jax.export --model runs/sst2_95/pruned
     python -m cofi_jax.export --model runs/sst2_95/pruned --formats onnx,stock
 
-They appear as folders beside the saved parameters, each with a `check.json`:
-`transformers`, `onnx`, `stablehlo` and, when asked for, `stock`, a plain BERT. They
-need `pip install 'cofi-jax[torch]'`, `'cofi-jax[onnx]'`, nothing, and torch again. The
-model card, `README.md`, says how each is loaded.
+The formats appear as folders beside the saved parameters, each with a `check.json`:
+`transformers` and, only when asked for, `stock`, a plain BERT (both need `pip install
+'cofi-jax[torch]'`), `onnx` (`'cofi-jax[onnx]'`) and `stablehlo`. The model card,
+`README.md`, says how each is loaded.
 """
 
 import sys
@@ -32,11 +32,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, help="a saved model")
     parser.add_argument("--formats", default=_DEFAULT, help=f"{_DEFAULT} and stock")
     parser.add_argument("--data", default="", help="hub name or folder")
-    parser.add_argument("--dtype", default="float32", help="weights of transformers/")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of weights; bfloat16 is for --formats transformers",
+    )
     for name, default, text in (
         ("rows", 0, "validation rows to compare; 0 for all"),
-        ("batch_size", 32, "of the timed passes"),
-        ("seq_length", 0, "of the timed passes; 0 for 64, or the longest"),
+        ("batch_size", 32, "sequences in a batch of the timed passes"),
+        ("seq_length", 0, "tokens of a sequence there; 0 for 64, or the longest"),
         ("repeats", 30, "turns of the timed passes"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)

@@ -3,8 +3,8 @@
     saved model -> write -> load in its own runtime -> compare -> measure -> <format>/
 
 Each is compared with the masked model: the dense model's sizes, the sliced weights put
-back where they came from, and hard masks. A `check.json` beside each part holds what was
-found. The model card is written anew from all of them.
+back where they came from, and hard masks. A `check.json` in each folder holds the
+results, from which the model card is written anew.
 """
 
 import dataclasses
@@ -159,15 +159,8 @@ def _part(
 ) -> dict[str, Any]:
     """Writes one format into a hidden folder, which is renamed if it passes its check.
 
-    Args:
-      folder: its place in the end.
-      form: the format.
-      make: writes a model into a folder, and returns it as loaded from there.
-      model: the saved model.
-      dense: the model that it is timed against, or None.
-      rows: what it is compared on.
-      facts: what else `check.json` says.
-      sizes: `batch_size`, `seq_length` and `repeats` of the timed passes.
+    `make` writes a model into a folder and returns it as loaded from there. `facts` is
+    what else `check.json` says, `sizes` those of the timed passes.
     """
     partial, old = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "old"))
     if old.exists() and not folder.exists():  # It was killed between two renames.

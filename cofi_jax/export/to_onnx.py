@@ -8,12 +8,12 @@ The folder holds the graph and what those runtimes read beside it:
     export.json       for `transformers.exporters.ExportedModel`
 
 The graph is written node by node from the arrays. Hidden states are matrices of all
-tokens, (B * T, D): each linear layer is one Gemm, and onnxruntime does not join the
-residual's Add and its LayerNormalization, as it does for three axes and which on
-CPUs takes several times as long as the two. Nothing behind the last attention but
-the first token is computed where the head reads only that.
+tokens, (B * T, D), for two reasons: each linear layer is a single Gemm, and onnxruntime
+does not fuse the residual's Add with its LayerNormalization, as it does for three axes.
+On a CPU the fused node takes several times as long. Where the head reads the first
+token alone, nothing else is computed behind the last attention block.
 
-Shapes: as in `model`, B batch, T tokens, D hidden, H heads, d head width.
+Shapes: B batch, T tokens, D hidden dimensions, H heads, d width of a head.
 """
 
 import dataclasses
@@ -40,19 +40,13 @@ _DIMS = ["batch_size", "sequence_length"]
 def write(
     folder: Path, params: dict, config: EncoderConfig, labels: Sequence[str]
 ) -> None:
-    """Writes the graph and its descriptions into the existing, empty `folder`.
-
-    Args:
-      folder: where to.
-      params: the parameters, NumPy's or JAX's.
-      config: their sizes.
-      labels: names of the classes in the order of the logits; () for LABEL_0, ...
+    """Writes the graph and the files that describe it: see `Format.write`.
 
     Raises:
       UserError: where there is not one label for each class.
     """
     folder = Path(folder)
-    pad = config.pad_token_id  # as in the family that it is of
+    pad = config.pad_token_id  # BERT's form would have another one.
     params, config = bert_form(params, config)
     fields = _describe(config, labels) | {"pad_token_id": pad}
     graph, inputs, outputs = _encoder(params, config)
@@ -63,9 +57,11 @@ def write(
 
 
 def load(folder: Path, *, threads: int = 0) -> Callable[[Batch], np.ndarray]:
-    """Opens the graph in onnxruntime, on the CPU with so many threads; 0: its choice.
+    """Opens the graph in onnxruntime on the CPU: see `Format.load`.
 
-    Returns a function of a batch to float32 logits, (B, C) or of spans (B, T, 2).
+    Args:
+      folder: what `write` wrote.
+      threads: the number of threads; 0 for onnxruntime's choice.
     """
     import onnxruntime
 
@@ -84,16 +80,21 @@ def load(folder: Path, *, threads: int = 0) -> Callable[[Batch], np.ndarray]:
 
 
 class _Graph:
-    """Nodes in the order of their making, and the constants that they read."""
+    """The nodes of a graph in their order, and the constants that they read."""
 
     def __init__(self, constants: dict[str, np.ndarray]):
         self.constants = constants
         self.nodes: list[tuple] = []
 
     def __call__(self, op, *inputs, name="", to=(), **attributes):
-        """Adds a node called `name`, with outputs called `to`, and returns those.
+        """Adds a node and returns the name of its output, or the names of several.
 
-        `inputs` are names, or arrays, which become constants.
+        Args:
+          op: the operator.
+          *inputs: names of tensors, or arrays, which become constants.
+          name: of the node; "" for a new one.
+          to: names of the outputs; () for one that is called like the node.
+          **attributes: those of the operator.
         """
         name = name or f"{op}_{len(self.nodes)}"
         inputs = [
@@ -110,7 +111,7 @@ class _Graph:
 
 
 def _encoder(params, config):
-    """The graph, its inputs' names and its outputs' shapes by their names."""
+    """Returns the graph, the names of its inputs, and its outputs' shapes by name."""
     tensors = to_torch(params, config, "bert.")
     graph = _Graph({k: np.asarray(v, np.float32) for k, v in tensors.items()})
     inputs = ["input_ids", "attention_mask", "token_type_ids"]
@@ -122,7 +123,7 @@ def _encoder(params, config):
     mask = graph("Where", mask, np.float32(0), np.float32(-1e9))
     mask = graph("Unsqueeze", mask, np.array([1, 2]))  # (B, 1, 1, T)
 
-    def first(x):  # (B * T, D) to (B, D)
+    def first(x):  # The first token of each text: from (B * T, D) to (B, D).
         shape = graph("Concat", lengths, np.array([config.hidden_size]), axis=0)
         return graph("Gather", graph("Reshape", x, shape), np.int64(0), axis=1)
 
@@ -159,7 +160,7 @@ def _encoder(params, config):
 
 
 def _embed(graph, config, lengths):
-    """The embeddings after their LayerNorm, (B * T, D)."""
+    """Returns the embeddings after their LayerNorm, (B * T, D)."""
     at = "bert.embeddings"
     words = f"{at}.word_embeddings.weight"
     places = f"{at}.position_embeddings.weight"
@@ -171,16 +172,16 @@ def _embed(graph, config, lengths):
         x = graph("Add", x, graph("Gather", kinds, "token_type_ids"))
     length = graph("Slice", lengths, np.array([1]), np.array([2]))
     places = graph("Slice", places, np.array([0]), length)
-    # Of a longer text the table has too few rows; runtimes quote the node's name.
+    # For a longer text the table has too few rows: the error quotes the node's name.
     x = graph("Add", x, places, name=f"at_most_{config.max_positions}_tokens")
     x = _norm(graph, at, x, config)
     return graph("Reshape", x, np.array([-1, config.hidden_size]))
 
 
 def _attend(graph, at, x, rows, lengths, mask, config, heads):
-    """Attention to x (B * T, D): of x where `rows` is that, else of one row a text."""
+    """Attends to x (B * T, D), from all of its rows or from one row for each text."""
     size = config.head_size
-    scale = np.float32(size**-0.5)  # of the scores
+    scale = np.float32(size**-0.5)  # That of the scores is put into the queries.
     for name in (f"{at}.self.query.weight", f"{at}.self.query.bias"):
         graph.constant(name, graph.constants[name] * scale)
     tokens = graph("Concat", lengths, np.array([heads, size]), axis=0)  # (B, T, H, d)
@@ -206,7 +207,7 @@ def _linear(graph, at, x, to=()):
 
 
 def _linears(graph, at, x, *names):
-    """Several linear layers of the same width on x, as one."""
+    """Applies several linear layers of the same width to x as one."""
     packed = f"{at}.{'_'.join(names)}"
     for leaf in ("weight", "bias"):
         parts = [graph.constants.pop(f"{at}.{name}.{leaf}") for name in names]
@@ -221,7 +222,7 @@ def _norm(graph, at, x, config):
     return graph("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
 
 
-# onnxruntime joins nodes in these orders into one.
+# onnxruntime fuses nodes in the order of these functions into one.
 def _gelu(graph, x):
     y = graph("Erf", graph("Div", x, np.float32(math.sqrt(2))))
     y = graph("Mul", x, graph("Add", y, np.float32(1)))
@@ -235,7 +236,7 @@ def _gelu_tanh(graph, x):
     return graph("Mul", graph("Mul", x, np.float32(0.5)), y)
 
 
-# Of `pointwise.ACTIVATIONS`.
+# The names are those of `models.layers.ACTIVATIONS`.
 _ACTIVATIONS = {
     "gelu": _gelu,
     "gelu_new": _gelu_tanh,
@@ -271,14 +272,14 @@ def _save(graph, inputs, outputs, path):
     data = path.with_name("model.onnx.data")
     large = sum(array.nbytes for array in graph.constants.values()) > _LARGE
     if not large:
-        data.touch()  # transformers asks for it
+        data.touch()  # transformers asks for this file.
     onnx.save_model(model, path, save_as_external_data=large, location=data.name)
 
 
 def _describe(config, labels):
-    """The fields of config.json: those of a BERT with these inputs and outputs."""
+    """Returns config.json: the fields of a BERT with these inputs and outputs."""
     layers, hidden = len(config.heads), config.hidden_size
-    heads = math.gcd(hidden, max(*config.heads, 1))  # must divide
+    heads = math.gcd(hidden, max(*config.heads, 1))  # It must divide the width.
     alike = dataclasses.replace(
         config,
         heads=(heads,) * layers,
@@ -293,7 +294,7 @@ def _describe(config, labels):
 
 
 def _manifest(architecture, inputs, outputs, config):
-    """What `ExportedModel` asks: the inputs, and the class of its result."""
+    """Returns what `ExportedModel` reads: the inputs, and the class of its result."""
     kind = PROBLEMS[config.problem].output_class
     leaf = {"type": None, "context": None, "children_spec": []}
     spec = {

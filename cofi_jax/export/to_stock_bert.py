@@ -1,23 +1,38 @@
 """The same function as a plain BERT, for software that knows nothing else.
 
-A sliced model is turned into a dense one, L' equal layers of D' hidden dimensions,
-n heads of width d' = D' / n and F' units, which transformers calls `model_type: bert`:
+A sliced model has D hidden dimensions, heads of width d, and layers that lack blocks or
+differ in their widths. It becomes a dense one, which transformers calls `model_type:
+bert`: L' equal layers, D' hidden dimensions, n heads of width d' = D' / n, F' units.
 
-- The blocks that are left are packed, in their order, into pairs of attention and
-  feed-forward. The half of a pair that stays empty has zero weights. Its LayerNorm
-  gets the scale and bias of the one before, which becomes (1, 0): to normalise what
-  is normal changes nothing, and nothing reads the stream in between.
-- Heads and units are padded with zeros, queries scaled by sqrt(d' / d).
-- Where D does not do for D' (n heads must fill it, the pooler is square), dimensions
-  are added. Before each LayerNorm they are to lie at the mean of the others: the
-  mean then stays, and the variance is D / D' of what it was. So the model writes to
-  the stream centred, and a feed-forward block, which can hold a linear map as
-  f(u) - f(-u) = u for each of our activations f, centres the residual too.
-  Attention cannot. There the added dimensions hold the residual's mean already, put
-  out by the LayerNorm before, a linear function of what this one normalises: small
-  values of both signs go in, large scales make them equal. These small values add
-  to the variance; it is the one thing here that is not exact, and is at most
-  `_EXCESS` of it.
+1. Pack. The blocks that are left are put, in their order, into pairs of attention and
+   feed-forward, a pair for each layer. The half of a pair that stays empty has zero
+   weights, so that it is its LayerNorm alone. This takes over the scale and bias of the
+   LayerNorm before it, which gets (1, 0): N_{s,b}(N_{1,0}(x)) = N_{s,b}(x).
+
+2. Pad. Heads and units are filled up with zeros. Scores are divided by sqrt(d') where
+   they were by sqrt(d), so queries are multiplied by sqrt(d' / d).
+
+3. Widen. Where D does not do for D' (n heads must fill it, the pooler is square), A =
+   D' - D dimensions are added. With m(x) the mean of x, what a LayerNorm reads becomes
+
+       lift(x) = [x - m(x), (v . x) w]    with m(x - m(x)) = 0 and sum(w) = 0
+
+   Its mean is 0 and, for v = 0, its variance is D / D' of that of x. So a scale of
+   sqrt(D / D') s, and an epsilon of D / D' as much, give the same output in the first D
+   dimensions. A LayerNorm reads the sum of what a block writes and of the residual, and
+   both must have this form, but for a mean that all D' dimensions share:
+
+   - A block writes lift(W y + c): its matrix and bias are lifted.
+   - The residual of a feed-forward block is [x, 0]. The block itself adds what lacks,
+     lift(x) - [x, 0]. It is linear, and four units hold it, because each of our
+     activations has f(u) - f(-u) = u.
+   - The residual of an attention block is to be [x, m(x), ..., m(x)], since attention
+     cannot add it. The LayerNorm before puts this out: for x = s * u + b, with u what
+     is normalised, m(x) = v . u + m(b) where v = (s - m(s)) / D. The added dimensions
+     go in as (v . u) w and are scaled by 1 / w.
+
+   Only here is v not 0, and (v . x)^2 |w|^2 adds to the variance. It is the one thing
+   that is not exact. w is so small that this is at most `_EXCESS` of the variance.
 
 LayerNorm's epsilon makes normalising twice inexact, too, by epsilon in the variance.
 """
@@ -38,19 +53,15 @@ from cofi_jax.export.to_transformers import load
 from cofi_jax.models.config import EncoderConfig
 
 _EXCESS = 2.0**-30  # less than float32 can tell
-
-
-_MULTIPLE = 8  # of which GPU kernels want the width of a head to be one
-
-
-_WIDEST = 128  # and what they take
-
-
-_LINEAR = 4  # units that centre the residual and fill the added dimensions
+_MULTIPLE, _WIDEST = (
+    8,
+    128,
+)  # GPU kernels want heads of such multiples, at most this wide
+_LINEAR = 4  # the units that add lift(x) - [x, 0]
 
 
 def stock_config(config: EncoderConfig) -> EncoderConfig:
-    """The sizes of the smallest plain BERT that can compute what `config` does."""
+    """Returns the sizes of the smallest plain BERT that computes what `config` does."""
     hidden, head_size = _geometry(config)
     layers, units = len(_pairs(config)), max(config.intermediate, default=0)
     if hidden > config.hidden_size:
@@ -70,9 +81,9 @@ def stock_config(config: EncoderConfig) -> EncoderConfig:
 
 
 def price(config: EncoderConfig) -> float:
-    """How many times the sliced encoder's matrix weights the plain BERT's are.
+    """Returns the plain BERT's matrix weights over those of the sliced encoder.
 
-    Roughly the factor in time, too; infinite for a model without a block.
+    This is roughly the ratio of times, too. It is infinite for a model without a block.
     """
     weights = _matrix_weights(config)
     return _matrix_weights(stock_config(config)) / weights if weights else math.inf
@@ -84,11 +95,11 @@ def _matrix_weights(config):
 
 
 def _geometry(config):
-    """D' and d', the D' that fits with the least padding."""
+    """Returns D' and d'; this D' is the least that fits."""
     heads = max(config.heads, default=0)
     narrowest = config.head_size if heads else 1
 
-    def widths(hidden):  # of heads, the best first
+    def widths(hidden):  # Those of heads, the best first.
         counts = [n for n in range(max(heads, 1), hidden + 1) if hidden % n == 0]
         fit = [hidden // n for n in counts if hidden // n >= narrowest]
         return sorted(fit, key=lambda d: (d % _MULTIPLE > 0, d > _WIDEST, -d))
@@ -96,14 +107,17 @@ def _geometry(config):
     hidden = config.hidden_size
     if hidden >= config.pooler_size and widths(hidden):
         return hidden, widths(hidden)[0]
-    # Signs that cancel take two added dimensions.
+    # Weights w with the sum 0 take two added dimensions at least.
     for wider in itertools.count(max(hidden + 2, config.pooler_size)):
         if fit := [d for d in widths(wider) if d % _MULTIPLE == 0]:
             return wider, fit[0]
 
 
 def _pairs(config):
-    """Per layer of the plain BERT, whose attention and feed-forward it holds."""
+    """Packs blocks: for each layer of the plain BERT the two layers it has them from.
+
+    A layer of attention 3 and no feed-forward block is [3, None].
+    """
     pairs = []
     for i, (heads, units) in enumerate(
         zip(config.heads, config.intermediate, strict=True)
@@ -120,100 +134,96 @@ def _pairs(config):
 def to_stock(
     params: dict, config: EncoderConfig, dtype: str = "float32"
 ) -> tuple[dict, EncoderConfig]:
-    """A dense model of the same function whose sizes BERT can have.
+    """Returns a dense model of the same function whose sizes BERT can have.
 
     Args:
-      params: of a model, sliced or dense.
+      params: the parameters of a model, sliced or dense.
       config: its sizes; of RoBERTa's family too, for padding on the right.
-      dtype: of the result; it is computed in float64.
+      dtype: the dtype of the result, which is computed in float64.
 
     Returns:
-      Parameters (NumPy) and sizes, `stock_config(config)`.
+      The parameters (NumPy) and sizes, `stock_config(config)`.
     """
     params, sliced = bert_form(params, config)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     stock, pairs = stock_config(config), _pairs(sliced)
-    norms, lifts = _norms(params, pairs, stock.hidden_size)
-    tables = {k: v for k, v in params["embeddings"].items() if k != "norm"}
-    dense = {"embeddings": jax.tree.map(lifts[0], tables) | {"norm": norms[0]}}
+    added = stock.hidden_size - sliced.hidden_size
+    # Attention reads every second LayerNorm, the first of which is the embeddings'.
+    packed = enumerate(_pack_norms(params, pairs))
+    wide = [_widen(norm, added, feeds_attention=i % 2 == 0) for i, norm in packed]
+    embeddings = dict(params["embeddings"])
+    del embeddings["norm"]
+    norm, lift = wide[0]
+    dense = {"embeddings": jax.tree.map(lift, embeddings) | {"norm": norm}}
     for i, (attention, ffn) in enumerate(pairs):
-        # The LayerNorms of this layer, the embeddings' being the first.
-        first, second = 2 * i + 1, 2 * i + 2
+        (attention_norm, lift), (ffn_norm, second_lift) = wide[2 * i + 1 : 2 * i + 3]
         dense[f"layer_{i}"] = {
-            "attention": _attention(params, attention, sliced, stock, lifts[first]),
-            "attention_norm": norms[first],
-            "ffn": _ffn(params, ffn, sliced, stock, lifts[second]),
-            "ffn_norm": norms[second],
+            "attention": _attention(params, attention, sliced, stock, lift),
+            "attention_norm": attention_norm,
+            "ffn": _ffn(params, ffn, sliced, stock, second_lift),
+            "ffn_norm": ffn_norm,
         }
-    inner = stock.hidden_size
+    inner, classes = stock.hidden_size, stock.num_labels
     if "pooler" in params:
-        dense["pooler"] = _corner(params["pooler"], kernel=(inner, inner), bias=inner)
-    classes = stock.num_labels
-    dense["classifier"] = _corner(
-        params["classifier"], kernel=(inner, classes), bias=classes
-    )
+        dense["pooler"] = _pad(params["pooler"], kernel=(inner, inner), bias=inner)
+    head = params["classifier"]
+    dense["classifier"] = _pad(head, kernel=(inner, classes), bias=classes)
     return jax.tree.map(lambda x: x.astype(dtype), dense), stock
 
 
 @dataclasses.dataclass(frozen=True)
 class _Lift:
-    """From vectors of width D that are written to the stream to ones of width D'.
+    """The function `lift` of the module's docstring, with v (D,) and w (D' - D,)."""
 
-    `values` (D,) is the linear function that the added dimensions hold, `weights`
-    (D' - D,), with the sum 0, what each of them multiplies it by.
-    """
-
-    values: np.ndarray
-    weights: np.ndarray
+    v: np.ndarray
+    w: np.ndarray
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        if not len(self.weights):
+        """Lifts x, from (..., D) to (..., D')."""
+        if not len(self.w):
             return x
-        added = (x @ self.values)[..., None] * self.weights
+        added = (x @ self.v)[..., None] * self.w
         return np.concatenate([x - x.mean(-1, keepdims=True), added], -1)
 
 
-def _norms(params, pairs, hidden):
-    """All LayerNorms of width D', the embeddings' first, and what writes to each."""
+def _pack_norms(params, pairs):
+    """Returns all LayerNorms of width D in their order, the embeddings' first."""
     norms = [params["embeddings"]["norm"]]
-    width = len(norms[0]["scale"])
     for pair in pairs:
         for name, layer in zip(("attention_norm", "ffn_norm"), pair, strict=True):
-            if layer is None:
+            if layer is None:  # This LayerNorm takes over the scale of the one before.
                 norms.append(norms[-1])
-                norms[-2] = {"scale": np.ones(width), "bias": np.zeros(width)}
+                scale, bias = norms[-1]["scale"], norms[-1]["bias"]
+                norms[-2] = {"scale": np.ones_like(scale), "bias": np.zeros_like(bias)}
             else:
                 norms.append(params[f"layer_{layer}"][name])
-    # Attention reads every second one; where it is absent, one of (1, 0), mean 0.
-    added = hidden - width
-    wide = [_wide(norm, added, i % 2 == 0) for i, norm in enumerate(norms)]
-    return [norm for norm, _ in wide], [lift for _, lift in wide]
+    return norms
 
 
-def _wide(norm, added, feeds_attention):
-    """A LayerNorm with `added` dimensions more, and what writes to its input."""
+def _widen(norm, added, feeds_attention):
+    """Returns a LayerNorm with `added` dimensions more, and the lift of its input."""
     scale, bias = norm["scale"], norm["bias"]
     width = len(scale)
-    values, weights = np.zeros(width), np.zeros(added)
-    scales, biases = np.zeros(added), np.zeros(added)
+    v, w = np.zeros(width), np.zeros(added)
+    added_scale, added_bias = np.zeros(added), np.zeros(added)
     if feeds_attention and added:
-        # mean(scale * normal + bias) = values @ normal + mean(bias), where |normal|^2
-        # is D at most, so that the largest excess has the closed form below.
-        values = (scale - scale.mean()) / width
+        v = (scale - scale.mean()) / width
         signs = np.resize([1.0, -1.0], added)
         if added % 2:
             signs[-3:] = 1, 1, -2
-        excess = np.square(values).sum() * np.square(signs).sum()
-        weights = signs / max(1, math.sqrt(excess / _EXCESS))
-        scales, biases = 1 / weights, np.full(added, bias.mean())
-    shrink = math.sqrt(width / (width + added))  # as the variance does
+        # What w = signs would add to the variance, relative to it, at the worst input.
+        excess = np.square(v).sum() * np.square(signs).sum()
+        w = signs / max(1, math.sqrt(excess / _EXCESS))
+        added_scale, added_bias = 1 / w, np.full(added, bias.mean())
+    shrink = math.sqrt(width / (width + added))
     return {
-        "scale": shrink * np.concatenate([scale, scales]),
-        "bias": np.concatenate([bias, biases]),
-    }, _Lift(values, weights)
+        "scale": shrink * np.concatenate([scale, added_scale]),
+        "bias": np.concatenate([bias, added_bias]),
+    }, _Lift(v, w)
 
 
 def _attention(params, layer, sliced, stock, lift):
+    """Pads and lifts the attention of a layer of the sliced model, or of none."""
     heads, width, hidden = stock.heads[0], stock.head_size, stock.hidden_size
     nodes = params[f"layer_{layer}"]["attention"] if layer is not None else {}
 
@@ -222,34 +232,36 @@ def _attention(params, layer, sliced, stock, lift):
 
     factors = {"query": math.sqrt(width / sliced.head_size), "key": 1, "value": 1}
     dense = {
-        name: _corner(
+        name: _pad(
             scaled(name, factor), kernel=(hidden, heads, width), bias=(heads, width)
         )
         for name, factor in factors.items()
     }
     output = jax.tree.map(lift, nodes.get("output", {}))
-    dense["output"] = _corner(output, kernel=(heads, width, hidden), bias=hidden)
+    dense["output"] = _pad(output, kernel=(heads, width, hidden), bias=hidden)
     return dense
 
 
 def _ffn(params, layer, sliced, stock, lift):
+    """Does so with a feed-forward block, and adds what the residual lacks."""
     units, hidden = stock.intermediate[0], stock.hidden_size
     nodes = params[f"layer_{layer}"]["ffn"] if layer is not None else {}
-    up = _corner(nodes.get("up", {}), kernel=(hidden, units), bias=units)
+    up = _pad(nodes.get("up", {}), kernel=(hidden, units), bias=units)
     down = jax.tree.map(lift, nodes.get("down", {}))
-    down = _corner(down, kernel=(units, hidden), bias=hidden)
+    down = _pad(down, kernel=(units, hidden), bias=hidden)
     width = sliced.hidden_size
     if hidden > width:
-        read = np.stack([np.full(width, 1 / width), lift.values])
-        added = np.zeros((2, hidden))
-        added[0, :width], added[1, width:] = -1, lift.weights
+        # Two numbers are read, -m(x) of the first dimensions and v . x for the others.
+        read = np.stack([np.full(width, 1 / width), lift.v])
+        written = np.zeros((2, hidden))
+        written[0, :width], written[1, width:] = -1, lift.w
         up["kernel"][:width, -_LINEAR:] = np.concatenate([read, -read]).T
-        down["kernel"][-_LINEAR:] = np.concatenate([added, -added])
+        down["kernel"][-_LINEAR:] = np.concatenate([written, -written])
     return {"up": up, "down": down}
 
 
-def _corner(node, **shapes):
-    """Zeros of `shapes`, with the arrays of `node` in their first rows and columns."""
+def _pad(node, **shapes):
+    """Returns zeros of `shapes`, which begin with the arrays of `node`."""
     dense = {name: np.zeros(shape) for name, shape in shapes.items()}
     for name, array in node.items():
         dense[name][tuple(map(slice, array.shape))] = array
@@ -259,19 +271,13 @@ def _corner(node, **shapes):
 def write(
     folder: Path, params: dict, config: EncoderConfig, labels: Sequence[str]
 ) -> None:
-    """Writes `config.json` and `model.safetensors` of a plain BERT.
-
-    Args:
-      folder: an empty one that exists.
-      params: of a model, sliced or dense.
-      config: its sizes.
-      labels: names of the classes; () for LABEL_0, ...
+    """Writes `config.json` and `model.safetensors`: see `Format.write`.
 
     Raises:
-      UserError: where `labels` are not as many as the classes.
+      UserError: where there is not one label for each class.
     """
     tensors, fields = to_hugging_face(*to_stock(params, config), labels)
-    # BERT's form has lost it with the rows of the position table.
+    # A plain BERT has no offset of positions, from which this one follows.
     fields["pad_token_id"] = config.pad_token_id
     write_tensors(folder, tensors, fields)
 

@@ -1,7 +1,7 @@
 """Comparisons of an exported model, in its own runtime, with the masked model.
 
-The masked model has the dense one's sizes and hard masks. The logits of both are compared
-and scored on the same rows. The time of a pass is measured beside the dense model's.
+The masked model has the dense one's sizes and hard masks. The logits of both are
+compared and scored on the same rows. A pass is timed beside one of the dense model.
 """
 
 import dataclasses
@@ -110,13 +110,10 @@ def compare(
     """Compares a model's logits and scores with those of the reference.
 
     Args:
-      name: what the model is called in `check.json`.
+      name: what the model is called in `check.json`, whose content is returned.
       model: the model as it was loaded.
       validation: the rows and the reference's logits.
       tolerance: the largest difference of logits, relative where they exceed 1.
-
-    Returns:
-      The content of `check.json`.
 
     Raises:
       UserError: where the logits differ by more than the tolerance.
@@ -154,16 +151,8 @@ def time(
 ) -> dict[str, Any]:
     """Measures the speedup over the dense model in the same runtime, on a CPU.
 
-    Args:
-      pruned: the exported model.
-      dense: the dense one, which passes take turns with it.
-      packages: the modules whose versions are named.
-      batch_size: sequences in a batch (B).
-      seq_length: tokens in a sequence (T).
-      repeats: the number of turns.
-
-    Returns:
-      What `check.json` says of it.
+    The passes, of (B, T) random tokens, take turns. `packages` are the modules whose
+    versions are named in the result, a part of `check.json`.
     """
     sizes = {"batch_size": batch_size, "seq_length": seq_length}
     batch = latency.random_batch(pruned.config.vocab_size, **sizes)

@@ -18,7 +18,7 @@ C classes. H and F differ from layer to layer in a sliced model.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -61,15 +61,12 @@ class Projection(nn.Module):
     def __call__(
         self, x: jax.Array, inner: jax.Array | None, outer: jax.Array | None
     ) -> jax.Array:
-        """Projects every token.
+        """Projects every token; returns (B, T, D), in float32 under outer masks.
 
         Args:
           x: (B, T, H, d) or (B, T, F), what the units computed.
           inner: (H,) or (F,), the masks of the units.
           outer: () or (D,), the mask of the block times those of the hidden dimensions.
-
-        Returns:
-          (B, T, D), in float32 where there is an outer mask.
         """
         dtype, units = self.config.dtype, x.shape[2:]
         kernel = self.param("kernel", _INIT, (*units, self.config.hidden_size))
@@ -98,7 +95,7 @@ class Attention(nn.Module):
         *,
         train: bool,
     ) -> jax.Array:
-        """Attends from every token to all real tokens of its row.
+        """Attends from every token to all real tokens of its row; returns (B, T, D).
 
         Args:
           x: (B, T, D).
@@ -106,19 +103,12 @@ class Attention(nn.Module):
           head_masks: (H,).
           outer: () or (D,), see `Projection`.
           train: whether there is dropout.
-
-        Returns:
-          (B, T, D).
         """
         config = self.config
 
         def project(name):
-            return nn.DenseGeneral(
-                (self.heads, config.head_size),
-                dtype=config.dtype,
-                kernel_init=_INIT,
-                name=name,
-            )(x)
+            shape, dtype = (self.heads, config.head_size), config.dtype
+            return nn.DenseGeneral(shape, dtype=dtype, kernel_init=_INIT, name=name)(x)
 
         query, key, value = project("query"), project("key"), project("value")
         # Each of the three is (B, T, H, d); the scores are (B, H, T, T).
@@ -141,15 +131,12 @@ class FeedForward(nn.Module):
     def __call__(
         self, x: jax.Array, unit_masks: jax.Array | None, outer: jax.Array | None
     ) -> jax.Array:
-        """Works on each token by itself.
+        """Works on each token by itself; returns (B, T, D).
 
         Args:
           x: (B, T, D).
           unit_masks: (F,).
           outer: () or (D,), see `Projection`.
-
-        Returns:
-          (B, T, D).
         """
         dtype = self.config.dtype
         x = nn.Dense(self.width, dtype=dtype, kernel_init=_INIT, name="up")(x)
@@ -173,16 +160,13 @@ class Layer(nn.Module):
         *,
         train: bool,
     ) -> jax.Array:
-        """Adds what each block computes to `x` and normalises the sum.
+        """Adds what each block computes to `x` and normalises; returns (B, T, D).
 
         Args:
           x: (B, T, D).
           attention_mask: (B, T), 0 for padding.
           masks: this layer's rows; blocks that they close are computed all the same.
           train: whether there is dropout.
-
-        Returns:
-          (B, T, D).
         """
 
         def join(x, y, name):
@@ -225,7 +209,9 @@ def _skip_absent(
     """
     parts = blocks(layer.config)
     for block in parts:
-        others = {other.widths: 0 for other in parts if other.name != block.name}
+        others: dict[str, Any] = {
+            other.widths: 0 for other in parts if other.name != block.name
+        }
         alone = layer.clone(parent=None, name=None, **others)
         if getattr(alone, block.widths):
             params = layer.variables["params"]
@@ -268,12 +254,17 @@ class Encoder(nn.Module):
         collection may be left out.
 
         Raises:
-          ValueError: for a kind of mask that does not exist.
+          ValueError: for a kind of mask that does not exist, and for heads or units
+            that are not the model's.
         """
         config, attention_mask = self.config, batch["attention_mask"]
         masks = self.variables.get("masks", {})
         if unknown := set(masks) - set(KINDS):
             raise ValueError(f"masks {sorted(unknown)}: kinds are {KINDS}")
+        for block in blocks(config):
+            shape = block.real(config).shape
+            if block.inner in masks and masks[block.inner].shape != shape:
+                raise ValueError(f"masks[{block.inner!r}]: the shape must be {shape}")
         hidden = masks.get("hidden")
         x = Embeddings(config, name="embeddings")(batch, hidden, train=train)
         states = [x]
@@ -309,15 +300,12 @@ class Embeddings(nn.Module):
     def __call__(
         self, batch: Batch, hidden: jax.Array | None, *, train: bool
     ) -> jax.Array:
-        """Looks the tokens up.
+        """Looks the tokens up; returns (B, T, D).
 
         Args:
           batch: as the encoder's.
           hidden: (D,), the masks of the hidden dimensions.
           train: whether there is dropout.
-
-        Returns:
-          (B, T, D).
         """
         config = self.config
         ids, start = batch["input_ids"], config.position_offset

@@ -47,9 +47,11 @@ class EncoderConfig:
         )
 
     @classmethod
-    def from_json(cls, fields: dict) -> "EncoderConfig":
+    def from_json(cls, fields: dict[str, Any]) -> "EncoderConfig":
         """The inverse of `dataclasses.asdict` after a passage through JSON."""
-        lists = {name: tuple(fields[name]) for name in ("heads", "intermediate")}
+        lists: dict[str, Any] = {
+            name: tuple(fields[name]) for name in ("heads", "intermediate")
+        }
         return cls(**fields | lists)
 
     @property

@@ -1,11 +1,9 @@
 """The prunable axes of an architecture, as one table that everything else reads.
 
 The shapes of the masks, the cost, the multiply-adds, folding, slicing and the layers
-that are alive all follow from the rows below. Another architecture is another table.
+that are alive all follow from it. Each axis of an array has a letter:
 
-The axes of an array are spelt by letters:
-
-    D  hidden dimensions          kept where `hidden` is open
+    D  hidden dimensions          kept where the mask `hidden` is open
     H  heads of a layer           kept where `head` is open
     F  feed-forward units         kept where `intermediate` is open
     d  dimensions of a head       never cut
@@ -15,7 +13,7 @@ An array whose last axis is D writes to the hidden states, so the masks of what 
 writes are folded into it.
 """
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +23,7 @@ from cofi_jax.models.config import EncoderConfig
 
 
 class Block(NamedTuple):
-    """A residual block of each layer: its units, its masks and its parameters.
+    """A residual block of each layer: its masks, its units and its parameters.
 
     Attributes:
       name: the block's name in a layer's parameters; its LayerNorm is `{name}_norm`.
@@ -33,7 +31,7 @@ class Block(NamedTuple):
       inner: the kind of mask that closes single units of it.
       widths: the field of `EncoderConfig` that has the number of units per layer.
       unit: the letter of the units.
-      arrays: the axes of each parameter that counts for the cost.
+      modules: the axes of each module's kernel and bias; these count for the cost.
       products: the axes of the matrix products without parameters; T is the tokens.
     """
 
@@ -42,7 +40,7 @@ class Block(NamedTuple):
     inner: str
     widths: str
     unit: str
-    arrays: Mapping[str, str]
+    modules: Mapping[str, tuple[str, str]]
     products: tuple[str, ...] = ()
 
     @property
@@ -55,9 +53,9 @@ class Block(NamedTuple):
         return getattr(config, self.widths)
 
     def real(self, config: EncoderConfig) -> np.ndarray:
-        """(L, W) booleans: the positions of the inner mask that are units.
+        """(L, W) booleans: which positions of the inner masks are units, not padding.
 
-        W is the width of the widest layer; the rows of the others are padded.
+        W is the width of the widest layer.
         """
         sizes = np.asarray(self.sizes(config))[:, None]
         return np.arange(sizes.max()) < sizes
@@ -78,15 +76,11 @@ BERT = Architecture(
             inner="head",
             widths="heads",
             unit="H",
-            arrays={
-                "query/kernel": "DHd",
-                "query/bias": "Hd",
-                "key/kernel": "DHd",
-                "key/bias": "Hd",
-                "value/kernel": "DHd",
-                "value/bias": "Hd",
-                "output/kernel": "HdD",
-                "output/bias": "D",
+            modules={
+                "query": ("DHd", "Hd"),
+                "key": ("DHd", "Hd"),
+                "value": ("DHd", "Hd"),
+                "output": ("HdD", "D"),
             },
             products=("TTHd", "TTHd"),  # the scores and the context
         ),
@@ -96,12 +90,7 @@ BERT = Architecture(
             inner="intermediate",
             widths="intermediate",
             unit="F",
-            arrays={
-                "up/kernel": "DF",
-                "up/bias": "F",
-                "down/kernel": "FD",
-                "down/bias": "D",
-            },
+            modules={"up": ("DF", "F"), "down": ("FD", "D")},
         ),
     ),
     outside={
@@ -118,16 +107,14 @@ BERT = Architecture(
 )
 
 # By `EncoderConfig.model_type`.
-ARCHITECTURES = dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), BERT)
+ARCHITECTURES: dict[str, Architecture] = dict.fromkeys(
+    ("bert", "roberta", "xlm-roberta", "camembert"), BERT
+)
 
 KINDS = ("head", "mha", "intermediate", "ffn", "hidden")
 
 # The kind of the masks inside a block, by the kind of the masks on whole blocks.
-INNER = {
-    block.outer: block.inner
-    for architecture in ARCHITECTURES.values()
-    for block in architecture.blocks
-}
+INNER = {b.outer: b.inner for known in ARCHITECTURES.values() for b in known.blocks}
 
 
 def blocks(config: EncoderConfig) -> tuple[Block, ...]:
@@ -147,19 +134,11 @@ def check_kinds(field: str, kinds: Sequence[str]) -> None:
 
 
 class Place(NamedTuple):
-    """Where a parameter stands in the table.
-
-    Attributes:
-      axes: the letters of its axes.
-      layer: the layer's number, or None outside the layers.
-      block: the block that it belongs to, or None outside the layers.
-      counted: whether it is one of the block's own arrays, not of its LayerNorm.
-    """
+    """The place of a parameter: the letters of its axes and, in a layer, the block."""
 
     axes: str
-    layer: int | None = None
+    layer: int = 0
     block: Block | None = None
-    counted: bool = False
 
 
 def place(path: Sequence[str], params: Container) -> Place:
@@ -168,30 +147,28 @@ def place(path: Sequence[str], params: Container) -> Place:
     Raises:
       KeyError: for a parameter that no table has.
     """
-    top, *rest = path
-    name = "/".join(path)
-    for architecture in ARCHITECTURES.values():
-        if name in architecture.outside:
-            axes = architecture.outside[name]
+    top, module, name = path[0], path[1], "/".join(path)
+    for known in ARCHITECTURES.values():
+        if name in known.outside:
+            axes = known.outside[name]
             behind = top == "classifier" and ("pooler", "kernel") in params
             return Place(axes.replace("D", "*") if behind else axes)
-        for block in architecture.blocks if top.startswith("layer_") else ():
-            layer, array = int(top.removeprefix("layer_")), "/".join(rest[1:])
-            if rest[0] == block.norm:
+        for block in known.blocks if top.startswith("layer_") else ():
+            layer = int(top.removeprefix("layer_"))
+            if module == block.norm:
                 return Place("D", layer, block)
-            if rest[0] == block.name and array in block.arrays:
-                return Place(block.arrays[array], layer, block, counted=True)
+            if module == block.name and path[2] in block.modules:
+                return Place(block.modules[path[2]][path[3] == "bias"], layer, block)
     raise KeyError(name)
 
 
-def per_unit(block: Block, config: EncoderConfig) -> Iterator[tuple[int, int]]:
-    """Weights of one unit, then those of the block that go with its last unit.
+def per_unit(block: Block, config: EncoderConfig) -> tuple[list[int], list[int]]:
+    """Weights of one unit, and those of the block that go with its last unit.
 
     Each is a pair (a, b), which stands for a * hidden + b.
     """
-    for of_unit in (True, False):
-        weights = [0, 0]
-        for axes in block.arrays.values():
-            if (block.unit in axes) == of_unit:
-                weights["D" not in axes] += config.head_size ** axes.count("d")
-        yield tuple(weights)
+    found = [0, 0], [0, 0]
+    for axes in (axes for pair in block.modules.values() for axes in pair):
+        size = config.head_size ** axes.count("d")
+        found[block.unit not in axes]["D" not in axes] += size
+    return found

@@ -5,7 +5,7 @@ the order of how open they are, and the fewest are closed whose removal is enoug
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,8 @@ def max_sparsity(
     config: EncoderConfig, kinds: Sequence[str] = KINDS, cost: Cost = PARAMETERS
 ) -> float:
     """The highest expected sparsity that masks of these kinds can reach."""
-    least = float(hard_concrete.prob_active(hard_concrete.LOG_ALPHA_RANGE[0]))
+    lowest, _ = hard_concrete.LOG_ALPHA_RANGE
+    least = float(hard_concrete.prob_active(jnp.float32(lowest)))
     shapes = mask_shapes(config, kinds).items()
     left = cost.expected({k: np.full(shape, least) for k, shape in shapes}, config)
     return float(1 - left / cost.exact({}, config))
@@ -57,7 +58,9 @@ def target_at(step: jax.Array, target: jax.Array, warmup_steps: jax.Array) -> ja
     return target * jnp.where(step < warmup_steps, risen, 1.0)
 
 
-def lagrangian(sparsity: jax.Array, target: jax.Array, multipliers: Masks) -> jax.Array:
+def lagrangian(
+    sparsity: jax.Array, target: jax.Array, multipliers: Mapping
+) -> jax.Array:
     """l1 * (s - t) + l2 * (s - t)**2 (paper, section 3.1); scalar."""
     gap = sparsity - target
     return multipliers["linear"] * gap + multipliers["quadratic"] * gap**2

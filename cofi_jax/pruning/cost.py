@@ -18,8 +18,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
+from jax.core import Tracer
 
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import blocks, per_unit
@@ -59,13 +59,13 @@ def _count(masks, config, number):
     return total
 
 
-def _expected(probabilities: Masks, config: EncoderConfig) -> jax.Array:
+def _expected(probabilities: Masks, config: EncoderConfig) -> Any:
     return _count(probabilities, config, float)
 
 
 def _exact(masks: Masks, config: EncoderConfig) -> Any:
     number = int
-    if any(isinstance(mask, jax.core.Tracer) for mask in masks.values()):
+    if any(isinstance(mask, Tracer) for mask in masks.values()):
         # Inside of a compiled program integers have 32 bits.
         number = int if _count({}, config, int) < 2**31 else float
     else:
@@ -103,10 +103,8 @@ def multiply_adds(config: EncoderConfig, seq_length: int) -> int:
     sizes = {"T": seq_length, "D": config.hidden_size, "d": config.head_size}
     total = 0
     for block in blocks(config):
-        kernels = [
-            f"T{axes}" for name, axes in block.arrays.items() if "kernel" in name
-        ]
         sizes[block.unit] = sum(block.sizes(config))
+        kernels = [f"T{kernel}" for kernel, _ in block.modules.values()]
         for product in (*kernels, *block.products):
             total += math.prod(sizes[axis] for axis in product)
     if config.reads_every_token:

@@ -14,25 +14,17 @@ import jax
 import jax.numpy as jnp
 
 TEMPERATURE = 2 / 3
+STRETCH = _LOW, _HIGH = (-0.1, 1.1)
 
-
-STRETCH = (-0.1, 1.1)
-
-
-# Log-alphas stay in this range: beyond it the gradient of P(gate > 0) vanishes,
-# gates never come back, and the sparsity constraint is missed.
+# Log-alphas stay in this range: beyond it the gradient of P(gate > 0) vanishes, gates
+# never come back, and the sparsity constraint is missed.
 LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))
-
-
-_LOW, _HIGH = STRETCH
-
 
 # sigmoid(log_alpha - _CLOSING) = P(gate > 0)
 _CLOSING = TEMPERATURE * math.log(-_LOW / _HIGH)
 
-
-# From fully open to P(gate > 0) = 1/2, about 6.2: Adam moves a log-alpha by at most
-# its learning rate in a step.
+# The way from fully open to P(gate > 0) = 1/2, about 6.2: Adam moves a log-alpha by at
+# most its learning rate in a step.
 CLOSING_DISTANCE = LOG_ALPHA_RANGE[1] - _CLOSING
 
 

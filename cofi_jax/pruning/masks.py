@@ -43,7 +43,7 @@ def mask_shapes(
       UserError: for an unknown kind, or none.
     """
     check_kinds("kinds", kinds)
-    shapes = {"hidden": (config.hidden_size,)}
+    shapes: dict[str, tuple[int, ...]] = {"hidden": (config.hidden_size,)}
     for block in blocks(config):
         sizes = block.sizes(config)
         shapes[block.outer] = (len(sizes),)
@@ -53,11 +53,14 @@ def mask_shapes(
 
 def without_padding(masks: Masks, config: EncoderConfig) -> dict:
     """The masks with 0 at the positions beyond each layer's width."""
-    masks = dict(masks)
-    for block in blocks(config):
-        if block.inner in masks and not (real := block.real(config)).all():
-            masks[block.inner] = masks[block.inner] * real
-    return masks
+    real = _padded(config)
+    return {k: v * real[k] if k in real else v for k, v in masks.items()}
+
+
+def _padded(config):
+    """The kinds with padded rows, each with (L, W) booleans that are not padding."""
+    real = {block.inner: block.real(config) for block in blocks(config)}
+    return {kind: rows for kind, rows in real.items() if not rows.all()}
 
 
 def present_blocks(masks: Masks, config: EncoderConfig) -> dict[str, jax.Array]:
@@ -80,10 +83,11 @@ def init_log_alpha(
 ) -> LogAlpha:
     """Log-alphas of open masks: normal around 4.5 with deviation 0.01, float32."""
     log_alpha = _init(key, tuple(mask_shapes(config, kinds).items()))
-    for block in blocks(config):
-        if block.inner in log_alpha and not (real := block.real(config)).all():
-            log_alpha[block.inner] = jnp.where(real, log_alpha[block.inner], -jnp.inf)
-    return log_alpha
+    real = _padded(config)
+    return {
+        k: jnp.where(real[k], v, -jnp.inf) if k in real else v
+        for k, v in log_alpha.items()
+    }
 
 
 @functools.partial(jax.jit, static_argnames="shapes")

@@ -7,6 +7,7 @@ rows and columns whose masks are open. For every mask
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,16 +61,13 @@ class PrunedSpec:
         `take(take(params, first), second) == take(params, first.compose(second))`.
         """
 
-        def rows(first, second):
-            return tuple(
-                tuple(kept[i] for i in row)
-                for kept, row in zip(first, second, strict=True)
-            )
+        def pick(kept, indices):
+            return tuple(kept[i] for i in indices)
 
         return PrunedSpec(
-            heads=rows(self.heads, second.heads),
-            intermediate=rows(self.intermediate, second.intermediate),
-            hidden=tuple(self.hidden[i] for i in second.hidden),
+            heads=tuple(map(pick, self.heads, second.heads)),
+            intermediate=tuple(map(pick, self.intermediate, second.intermediate)),
+            hidden=pick(self.hidden, second.hidden),
         )
 
     @classmethod
@@ -90,12 +88,8 @@ def spec_of(masks: Masks, config: EncoderConfig) -> PrunedSpec:
         raise ValueError("masks['hidden']: at least one dimension must stay open")
     present, kept = present_blocks(masks, config), {}
     for block in blocks(config):
-        rows = masks.get(block.inner, block.real(config))
-        rows = [row[:size] for row, size in zip(rows, block.sizes(config), strict=True)]
-        kept[block.widths] = tuple(
-            _open(row) if there else ()
-            for row, there in zip(rows, present[block.name].tolist(), strict=True)
-        )
+        rows = masks.get(block.inner, 1) * block.real(config)  # (L, W)
+        kept[block.widths] = tuple(map(_open, rows * present[block.name][:, None]))
     return PrunedSpec(hidden=hidden, **kept)
 
 
@@ -111,23 +105,28 @@ def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
     the down kernel (ffn also into its bias), hidden into the embeddings, both output
     projections and the scale and bias of each LayerNorm.
     """
-    flat = traverse_util.flatten_dict(params)
+    flat = _flat(params)
     for path, array in flat.items():
-        axes, layer, block, counted = place(path, flat)
+        axes, layer, block = place(path, flat)
         if not axes.endswith("D"):
             continue
-        if counted and block.inner in masks and block.unit in axes:
-            units = masks[block.inner][layer][: block.sizes(config)[layer]]
-            array = array * units.reshape(-1, *(1,) * (len(axes) - 1))
-        if counted and block.outer in masks:
-            array = array * masks[block.outer][layer]
+        if block is not None and path[1] == block.name:  # not its LayerNorm
+            if block.inner in masks and block.unit in axes:
+                units = masks[block.inner][layer][: block.sizes(config)[layer]]
+                array = array * units.reshape(-1, *(1,) * (len(axes) - 1))
+            if block.outer in masks:
+                array = array * masks[block.outer][layer]
         flat[path] = array * masks.get("hidden", 1.0)
     return traverse_util.unflatten_dict(flat)
 
 
+def _flat(params: dict) -> dict[tuple[str, ...], Any]:
+    return dict(traverse_util.flatten_dict(params))
+
+
 def take(params: dict, spec: PrunedSpec) -> dict:
     """The rows and columns of `params` that `spec` keeps, as new arrays."""
-    flat, kept = traverse_util.flatten_dict(params), {}
+    flat, kept = _flat(params), {}
     for path, array in flat.items():
         of = place(path, flat)
         indices = _indices(spec, of)
@@ -150,8 +149,8 @@ def expand(params: dict, spec: PrunedSpec, dense: dict) -> dict:
       spec: what it kept of the dense one.
       dense: the dense parameters, or what `abstract_params` says of them.
     """
-    sliced, whole = traverse_util.flatten_dict(params), {}
-    flat = traverse_util.flatten_dict(dense)
+    sliced, whole = _flat(params), {}
+    flat = _flat(dense)
     for path, like in flat.items():
         whole[path] = np.zeros(like.shape, like.dtype)
         if path in sliced:

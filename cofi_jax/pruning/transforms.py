@@ -66,12 +66,8 @@ def keep_at_least(config: EncoderConfig | None = None, **counts: int) -> MaskTra
     """Opens masks (value 1) until each row of a kind has at least the given number.
 
     The first closed masks of a row are opened, e.g. `keep_at_least(hidden=8)`. For
-    mha and ffn, whose rows have one mask, the number counts layers.
-
-    Args:
-      config: the sizes of the model that is pruned; needed where its layers differ in
-        width.
-      **counts: the least number, by kind.
+    mha and ffn, whose rows have one mask, the number counts layers. Layers that differ
+    in width need `config`.
     """
     check_kinds("kinds", tuple(counts))
 
@@ -97,12 +93,8 @@ def round_to_multiple(
     nothing, so the model's outputs stay the same, but their weights are there for
     fine-tuning to take up. This is not so with `hidden`: LayerNorm takes its statistics
     over all open dimensions, so k more beside n change what the model computes, by
-    about k / 2n of it; fine-tune afterwards. `harden`, if wanted, comes before.
-
-    Args:
-      config: the sizes of the model that is pruned; needed where its layers differ in
-        width.
-      **multiples: the multiple, by kind.
+    about k / 2n of it; fine-tune afterwards. `harden`, if wanted, comes before. Layers
+    that differ in width need `config`.
 
     Raises:
       UserError: for a kind that is not head, intermediate or hidden, and a multiple
@@ -139,8 +131,7 @@ def round_to_device(
 
     Args:
       platform: as jax names them, gpu or cpu; the one in use if not given.
-      config: the sizes of the model that is pruned; needed where its layers differ in
-        width.
+      config: the sizes of the model that is pruned, where its layers differ in width.
     """
     multiples = WIDTHS.get(platform or jax.default_backend())
     return round_to_multiple(config, **multiples) if multiples else chain()

@@ -12,6 +12,7 @@ from cofi_jax.data import tasks
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
+from cofi_jax.report.tables import escape
 
 _SNIPPETS = {
     "": """\
@@ -97,8 +98,8 @@ def text(
         )
         parts.append(tables.table(result))
     elif scores := about.get("scores"):
-        rows = tables.score_rows(scores)
-        parts.append("\n".join(f"- {metric}: {value:.4f}" for metric, value in rows))
+        rows = (f"- {escape(k)}: {value:.4f}" for k, value in tables.score_rows(scores))
+        parts.append("\n".join(rows))
     parts += [_structure(config, about), "## Use it"]
     for part in ("", *(name for name in _SNIPPETS if name and name in checks)):
         parts.append(_usage(part, config, task, about))
@@ -139,7 +140,7 @@ def _metadata(config, about, task):
 
 
 def _structure(config, about):
-    labels = ", ".join(map(json.dumps, about.get("labels", ()))) or "none"
+    labels = escape(", ".join(map(json.dumps, about.get("labels", ()))) or "none")
     words = (
         f"Hidden width {config.hidden_size}; heads of {config.head_size} per layer: "
         f"{' '.join(map(str, config.heads))}; feed-forward widths: "
@@ -174,7 +175,7 @@ def checked(checks: Mapping[str, Any]) -> str:
             how = check["benchmark"]
             fast = f"{check['speedup']:.1f}x ({tables.spread(check)}), "
             fast += f"{how['batch_size']} x {how['seq_length']}"
-            places[f"{how['device']}, {how['dtype']}"] = None  # in order, once each
+            places[f"{escape(how['device'])}, {how['dtype']}"] = None  # in order
         rows.append(
             (
                 part or "this folder",

@@ -40,7 +40,7 @@ def markdown(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> 
 
 {tables.headline(report)}
 
-{tables.items(tables.key_figures(report))}
+{_key_figures(report)}
 
 ## Dense and pruned
 
@@ -64,12 +64,52 @@ width {report["kept"]["hidden"]} of {report["dense"]["hidden"]}.
 
 ## How it was measured
 
-{tables.items((f"{what}:", how) for what, how in tables.method(report))}
+{_method(report)}
 
 ## Config
 
 {tables.folded("The exact config of this run", code)}
 """
+
+
+def _key_figures(report):
+    """The figures that matter most, and what each of them is."""
+    dense, pruned = report["teacher"]["score"], report["pruned"]["score"]
+    encoder, total = (
+        f"{tables.count(pair['dense'])} → {tables.count(pair['pruned'])}"
+        for pair in (report["params"]["encoder"], report["params"]["total"])
+    )
+    return f"""\
+- **{dense:.3f} → {pruned:.3f}** {escape(report["metric"])}, dense to pruned: \
+{pruned - dense:+.4f}
+- **{tables.percent(report["sparsity"])}** sparsity, target \
+{tables.percent(report["target_sparsity"])}
+- **{report["speedup"]:.1f}x** speedup, {tables.spread(report)} in 90 % of the \
+turns; {escape(tables.where(report))}
+- **{encoder}** encoder parameters; with all others {total}"""
+
+
+def _method(report):
+    """How each of the figures was measured, and on what."""
+    seconds, versions = report["seconds"].items(), report["versions"].items()
+    return f"""\
+- **Score:** The {escape(report["metric"])} on the validation set, the first one \
+where there are several. Dense is the teacher, pruned the sliced model after \
+fine-tuning.
+- **Encoder parameters:** The weights and biases of attention and feed-forward \
+blocks; sparsity is the fraction of them that was removed. All parameters are those \
+and embeddings, LayerNorms, pooler and head.
+- **Latency:** The median of the passes. Both models took turns in one process after \
+warming up, {report["benchmark"]["repeats"]} turns each, of at least 50 ms (less the \
+first pass) or one pass; all turns weigh the same. Timed on \
+{escape(tables.where(report))}.
+- **Speedup:** The median of the ratios turn by turn, with their 5th and 95th \
+percentile in brackets.
+- **Slicing:** Evaluated in float32 on the validation set, the logits of the masked \
+and the sliced model differ by at most {report["masked_vs_sliced_max_abs_diff"]:.1e}.
+- **Time:** {", ".join(f"{stage} {time / 60:.1f} min" for stage, time in seconds)}
+- **Seed:** {report["seed"]}
+- **Versions:** {escape(", ".join(f"{name} {v}" for name, v in versions))}"""
 
 
 def _least(report, config):

@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cofi_jax.errors import reject
@@ -106,11 +106,6 @@ def where(report: Report) -> str:
     return f"{how['device']}, {how['dtype']}, batches of {size}"
 
 
-def items(pairs: Iterable[tuple[str, str]]) -> str:
-    """A Markdown list of names in bold, each followed by a text."""
-    return "\n".join(f"- **{escape(name)}** {escape(text)}" for name, text in pairs)
-
-
 def folded(title: str, markdown: str) -> str:
     """Markdown that is shown when the reader opens `title`, which is of plain words."""
     return f"<details>\n<summary>{title}</summary>\n\n{markdown}\n\n</details>"
@@ -124,24 +119,6 @@ def headline(report: Report) -> str:
         f"{escape(report['metric'])} {report['pruned']['score']:.4f} where the dense "
         f"one has {report['teacher']['score']:.4f}."
     )
-
-
-def key_figures(report: Report) -> list[tuple[str, str]]:
-    """The figures that matter most, and what each of them is."""
-    before, after = report["teacher"]["score"], report["pruned"]["score"]
-    encoder, everything = (
-        f"{count(params['dense'])} \N{RIGHTWARDS ARROW} {count(params['pruned'])}"
-        for params in (report["params"]["encoder"], report["params"]["total"])
-    )
-    target, speedup = percent(report["target_sparsity"]), f"{report['speedup']:.1f}x"
-    turns = f"{spread(report)} in 90 % of the turns; {where(report)}"
-    change = f"{report['metric']}, dense to pruned: {after - before:+.4f}"
-    return [
-        (f"{before:.3f} \N{RIGHTWARDS ARROW} {after:.3f}", change),
-        (percent(report["sparsity"]), f"sparsity, target {target}"),
-        (speedup, f"speedup, {turns}"),
-        (encoder, f"encoder parameters; with all others {everything}"),
-    ]
 
 
 def comparison(report: Report) -> Table:
@@ -237,33 +214,6 @@ def stages(metrics: Sequence[dict[str, Any]], least: float = 0.0) -> Table:
         )
     head = ("stage", "steps", "time", "examples/s, median", "best score", "last score")
     return Table("<>>>>>", head, rows)
-
-
-def method(report: Report) -> list[tuple[str, str]]:
-    """Each measured quantity, and the sentence on how it was measured."""
-    repeats = report["benchmark"]["repeats"]
-    difference = f"{report['masked_vs_sliced_max_abs_diff']:.1e}"
-    stages = (f"{k} {s / 60:.1f} min" for k, s in report["seconds"].items())
-    versions = (f"{name} {version}" for name, version in report["versions"].items())
-    texts = {
-        "Score": f"""The {report["metric"]} on the validation set, the first one where
-            there are several. Dense is the teacher, pruned the sliced model after
-            fine-tuning.""",
-        "Encoder parameters": """The weights and biases of attention and feed-forward
-            blocks; sparsity is the fraction of them that was removed. All parameters
-            are those and embeddings, LayerNorms, pooler and head.""",
-        "Latency": f"""The median of the passes. Both models took turns in one process
-            after warming up, {repeats} turns each, of at least 50 ms (less the first
-            pass) or one pass; all turns weigh the same. Timed on {where(report)}.""",
-        "Speedup": """The median of the ratios turn by turn, with their 5th and 95th
-            percentile in brackets.""",
-        "Slicing": f"""Evaluated in float32 on the validation set, the logits of the
-            masked and the sliced model differ by at most {difference}.""",
-        "Time": ", ".join(stages),
-        "Seed": str(report["seed"]),
-        "Versions": ", ".join(versions),
-    }
-    return [(name, " ".join(text.split())) for name, text in texts.items()]
 
 
 def evaluation(result: dict[str, Any]) -> str:

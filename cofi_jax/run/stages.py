@@ -338,7 +338,9 @@ def _final_masks(run, model, log_alpha) -> Masks:
             log_alpha,
             model.config,
             settings.target_sparsity,
-            transforms.round_to_device() if rounded else transforms.chain(),
+            transforms.round_to_device(config=model.config)
+            if rounded
+            else transforms.chain(),
         )
         removed = cost.exact_sparsity(found, model.config)
         if not removed >= settings.target_sparsity - _TOLERANCE:

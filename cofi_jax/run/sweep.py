@@ -1,13 +1,13 @@
-"""Runs configs times seeds, one after another, and tables what came out.
+"""Runs several configs with several seeds, one after another, and tables the results.
 
     python -m cofi_jax.sweep --config configs/short.py:cola,0.95 \
         --config configs/short.py:cola,0.95,no_layers \
         --seeds 1,2,3 --workdir runs/ablation --config.data.path=path/to/cola
 
-Each member is a run of train.py in `<workdir>/<config>-seed<n>`; every other
-`--config.x=y` goes to all of them. After each, `table.md` and `sweep.json` are written
-anew, in the end `compare.html`. Killed at any moment, the same command goes on where it
-was.
+Each member is a run of train.py in `<workdir>/<config>-seed<n>`, and gets all other
+flags `--config.x=y`. `table.md` and `sweep.json` are written anew after each member,
+and `compare.html` in the end. A sweep that was killed goes on where it was if the same
+command is given again.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _USAGE = (
 
 
 _FOOTNOTE = """\
-Means over the seeds; sd: standard deviation, of one seed there is none.
+Means over the seeds; sd: their standard deviation, if there are several.
 
 paper: the figures of Xia, Zhong, Chen (ACL 2022) for BERT-base with the whole recipe,
 speedup on its V100 in batches of 128; they were not measured here."""

@@ -1,10 +1,10 @@
-"""Sizes of a pruned BERT encoder, layer by layer; 0 is a block that is not there."""
+"""Sizes of a pruned BERT encoder, layer by layer; an absent block has the size 0."""
 
 from transformers import PretrainedConfig
 
-# Of modeling_cofi.py, written when a model is exported. transformers knows a folder's
-# code by the folder's name and this file alone: two folders of one name whose
-# modeling files differ would run the first one's code without it.
+# A digest of modeling_cofi.py, filled in when a model is exported. transformers caches
+# a folder's code by the folder's name and the content of this file alone. Without the
+# digest, two folders of one name would both run the first one's modeling file.
 CODE = ""
 
 
@@ -15,9 +15,9 @@ class CofiConfig(PretrainedConfig):
       attention_heads: heads of each layer, 0 where it has no attention block.
       intermediate_sizes: feed-forward units of each layer, 0 where it has none.
       head_dim: width of a head; `hidden_size` need not be a multiple of it.
-      pooler_size: what the pooler makes of the first token; 0 where there is none.
+      pooler_size: width of the pooler's output; 0 where there is no pooler.
       num_hidden_layers, num_attention_heads, intermediate_size: the number of layers
-        and the largest widths, for tools that want one number.
+        and the largest widths, for tools that expect one number.
     """
 
     model_type = "cofi_encoder"

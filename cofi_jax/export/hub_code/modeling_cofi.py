@@ -1,8 +1,10 @@
 """A pruned BERT encoder for `transformers`: each layer has the widths it kept.
 
 A block that was pruned away has no module, no tensor and no LayerNorm: its output is
-its input. Everything else, the names of the tensors included, is BERT's. Loading
-needs `trust_remote_code=True` and no library but torch and transformers.
+its input. Everything else is as in BERT, also the names of the tensors. Loading needs
+`trust_remote_code=True` and no library but torch and transformers.
+
+Shapes: B batch, T tokens, D hidden dimensions.
 """
 
 import torch
@@ -34,8 +36,8 @@ class CofiEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, words, types):
-        """(B, T, D) of embedded words and (B, T) token types or None to (B, T, D)."""
-        # No buffers: transformers 5 leaves those unset that are not stored.
+        """Embeds words (B, T, D) of token types (B, T), or None, as (B, T, D)."""
+        # Positions are not a buffer: transformers 5 would leave it unset.
         positions = torch.arange(words.shape[1], device=words.device)
         types = torch.zeros_like(positions) if types is None else types
         x = words + self.token_type_embeddings(types)
@@ -43,7 +45,7 @@ class CofiEmbeddings(nn.Module):
 
 
 class CofiHeads(nn.Module):
-    """The heads that a layer kept, (B, T, D) to (B, T, heads * head_dim)."""
+    """The heads that a layer kept: from (B, T, D) to (B, T, heads * head_dim)."""
 
     def __init__(self, config, heads):
         super().__init__()
@@ -53,7 +55,7 @@ class CofiHeads(nn.Module):
             setattr(self, name, nn.Linear(config.hidden_size, heads * config.head_dim))
 
     def forward(self, x, mask):
-        """Returns the weights, (B, heads, T, T), too where they are computed."""
+        """Returns the heads' outputs and, or None, the weights (B, heads, T, T)."""
 
         def split(projected):
             return projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -71,7 +73,7 @@ class CofiHeads(nn.Module):
 
 
 class CofiOutput(nn.Module):
-    """What closes a block: a projection, the residual and the LayerNorm."""
+    """The end of a block: a projection, the residual and the LayerNorm."""
 
     def __init__(self, config, inputs):
         super().__init__()
@@ -80,7 +82,7 @@ class CofiOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, y, x):
-        """(B, T, inputs) of the block and its own input (B, T, D) to (B, T, D)."""
+        """Adds the projected y (B, T, inputs) to the block's input x (B, T, D)."""
         return self.LayerNorm(self.dropout(self.dense(y)) + x)
 
 
@@ -101,7 +103,7 @@ class CofiLayer(nn.Module):
             self.output = CofiOutput(config, width)
 
     def forward(self, x, mask):
-        """(B, T, D) to (B, T, D), and the attention's weights where there are any."""
+        """Returns the new states (B, T, D) and the attention weights, or None."""
         weights = None
         if self.heads:
             context, weights = self.attention["self"](x, mask)
@@ -119,11 +121,11 @@ class CofiPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "word_embeddings"
     _supports_sdpa = True
     _no_split_modules = ["CofiLayer"]
-    accepts_loss_kwargs = False  # the losses are means, whatever else is passed
+    accepts_loss_kwargs = False  # The losses are means, whatever else is passed.
 
     def _init_weights(self, module):
-        # Functions of torch.nn.init alone: transformers 5 keeps these from touching
-        # what was loaded, and nothing else.
+        # transformers 5 keeps the functions of torch.nn.init, and nothing else, from
+        # touching weights that were loaded.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, nn.LayerNorm):
@@ -133,10 +135,10 @@ class CofiPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, output_loading_info=False, **kwargs):
-        """As in transformers, where missing and unknown tensors are a warning only.
+        """Loads as transformers does, but refuses tensors that do not fit.
 
-        A head is forgiven where it is not that of the folder's architecture, or its
-        size differs and `ignore_mismatched_sizes=True` says so.
+        A head may be missing where the folder's architecture has another one, and may
+        have another size with `ignore_mismatched_sizes=True`.
 
         Raises:
           ValueError: for tensors that are missing, unknown or of another shape.
@@ -180,7 +182,7 @@ class CofiModel(CofiPreTrainedModel):
         output_hidden_states=None,
         return_dict=None,
     ):
-        """As of `BertModel`; an absent block's attention weights are None."""
+        """Computes as `BertModel`; an absent block's attention weights are None."""
         config = self.config
         if output_attentions is None:
             output_attentions = config.output_attentions
@@ -197,11 +199,11 @@ class CofiModel(CofiPreTrainedModel):
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ValueError("attention_mask must be (batch, tokens)")
-            # Added to the scores; finite, so that a row of padding alone is no NaN.
+            # It is added to the scores, and finite: a row of padding must not be NaN.
             mask = torch.zeros_like(attention_mask, dtype=x.dtype)
             mask = mask.masked_fill(attention_mask == 0, torch.finfo(x.dtype).min)
             mask = mask[:, None, None]
-        # Kept only where asked for: they are most of the memory.
+        # They are kept only where asked for, as they take most of the memory.
         states = (x,) if output_hidden_states else None
         attentions = () if output_attentions else None
         for layer in self.encoder["layer"]:
@@ -237,7 +239,7 @@ class CofiForSequenceClassification(CofiPreTrainedModel):
         return_dict=None,
         **others,
     ):
-        """As of `BertForSequenceClassification`; `others` go to `CofiModel`."""
+        """As `BertForSequenceClassification`; `others` are passed to `CofiModel`."""
         others |= {"return_dict": True}
         output = self.bert(input_ids, attention_mask, token_type_ids, **others)
         logits = self.classifier(self.dropout(output.pooler_output))
@@ -278,13 +280,13 @@ class CofiForQuestionAnswering(CofiPreTrainedModel):
         return_dict=None,
         **others,
     ):
-        """As of `BertForQuestionAnswering`; `others` go to `CofiModel`."""
+        """As `BertForQuestionAnswering`; `others` are passed to `CofiModel`."""
         others |= {"return_dict": True}
         output = self.bert(input_ids, attention_mask, token_type_ids, **others)
         start, end = self.qa_outputs(output.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            beyond = start.shape[1]  # where an answer does not count
+            beyond = start.shape[1]  # An answer there does not count.
             loss = 0
             for side, where in ((start, start_positions), (end, end_positions)):
                 where = where.reshape(-1).clamp(0, beyond)
