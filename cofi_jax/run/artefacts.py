@@ -19,9 +19,7 @@ from cofi_jax.checkpoints import saved_model
 _NAME = "made_from.json"
 
 
-def settle(
-    path: pathlib.Path, made_from: int, make: Callable[[pathlib.Path], None]
-) -> None:
+def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> None:
     """Makes the artefact at `path`, unless it is there whole and made from the same.
 
     All processes call this at the same time.
@@ -34,7 +32,7 @@ def settle(
     if distributed.on_process_zero(lambda: _is_settled(path, made_from)):
         return
     distributed.on_process_zero(lambda: files.remove(path))
-    make(path)
+    make()
 
     def record():
         entry = {"made_from": made_from, "bytes": _bytes(path)}

@@ -22,49 +22,40 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy"
 
 
 class Slicing(NamedTuple):
-    """Figures of the sliced model before it was fine-tuned.
+    """What is known of the sliced model before it is fine-tuned."""
 
-    Attributes:
-      sparsity: the removed share of the encoder's parameters.
-      score: the metric that decides.
-      difference: the largest between its logits and those of the masked model.
-    """
-
-    sparsity: float
-    score: float
-    difference: float
+    sparsity: float  # the removed share of the encoder's parameters
+    score: float  # the metric that decides
+    difference: float  # the largest between its logits and those of the masked model
 
 
 def collect(
     run: Run,
-    *,
-    dense: tuple[Encoder, dict],
-    pruned: tuple[Encoder, dict],
+    models: Mapping[str, tuple[Encoder, dict]],
     teacher_scores: Mapping[str, Mapping[str, float]],
     sliced: Slicing,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of `report.json`; scores and times the pruned model for it.
+    """The content of `report.json`, for which the models are scored and timed.
 
     Args:
       run: what the stages shared.
-      dense: the teacher and its parameters.
-      pruned: the fine-tuned model and its parameters.
+      models: the modules and parameters: `dense`, the teacher's, and `pruned`.
       teacher_scores: the teacher's metrics, by validation split.
       sliced: the figures from before fine-tuning.
       seconds: the time that each stage took.
     """
-    config, scores = run.config, run.scores(*pruned)
+    config, scores = run.config, run.scores(*models["pruned"])
+    sizes = {name: model.config for name, (model, _) in models.items()}
     # On one device, while the other processes rest.
     measured = distributed.on_process_zero(
         lambda: latency.inference(
-            {"dense": dense, "pruned": pruned},
+            dict(models),
             batch_size=config.benchmark.batch_size,
             seq_length=config.benchmark.seq_length,
             repeats=config.benchmark.repeats,
         )
     )
-    models = {"dense": dense, "pruned": pruned}
     return {
         "task": config.data.task,
         "metric": run.task.metrics[0],
@@ -78,16 +69,14 @@ def collect(
         "sparsity": sliced.sparsity,
         "target_sparsity": config.prune.target_sparsity,
         "params": {
-            "encoder": {
-                n: cost.num_params({}, m.config) for n, (m, _) in models.items()
-            },
+            "encoder": {k: cost.num_params({}, size) for k, size in sizes.items()},
             "total": {
                 name: sum(x.size for x in jax.tree.leaves(params))
                 for name, (_, params) in models.items()
             },
         },
-        "dense": dense[0].config.widths(),
-        "kept": pruned[0].config.widths(),
+        "dense": sizes["dense"].widths(),
+        "kept": sizes["pruned"].widths(),
         "masked_vs_sliced_max_abs_diff": sliced.difference,
         **measured,
         "seconds": dict(seconds),

@@ -8,7 +8,7 @@ import pathlib
 import platform
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -158,117 +158,90 @@ def _begin(config, workdir, held) -> tuple[str, str]:
     return platform.node(), token
 
 
-class Sliced(NamedTuple):
-    """A student whose masks were turned into a smaller model.
-
-    Attributes:
-      model: the sliced module.
-      student: its parameters and projection.
-      spec: what was kept of the dense model.
-      figures: the part of the report that is known before fine-tuning.
-    """
-
-    model: Encoder
-    student: stages.Student
-    spec: slicing.PrunedSpec
-    figures: results.Slicing
-
-
 def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
-    config, model, params = run.config, inputs.model, inputs.params
+    config, dense, params = run.config, inputs.model, inputs.params
     seconds = {"teacher": 0.0}
     if not config.teacher.path:
-        params, seconds["teacher"] = stages.train_teacher(run, model, params)
+        params, seconds["teacher"] = stages.train_teacher(run, dense, params)
     params = jax.device_put(params)
     scores = _save_teacher(run, inputs, params)
-    cache = None
+    teacher = None
     if config.distill.logits or config.distill.layers:
-        cache = TeacherCache(model, params, config.distill)
-    student, seconds["prepruning"] = stages.preprune(run, model, params, cache)
-    student, masks, seconds["prune"] = stages.learn_masks(run, model, student, cache)
-    sliced = _slice(run, model, student, masks)
-    tuned, seconds["finetune"] = stages.finetune(
-        run, sliced.model, sliced.student, cache
-    )
-    report = _save_pruned(run, inputs, params, scores, sliced, tuned, seconds)
+        teacher = TeacherCache(dense, params, config.distill)
+    student, seconds["prepruning"] = stages.preprune(run, dense, params, teacher)
+    student, masks, seconds["prune"] = stages.learn_masks(run, dense, student, teacher)
+    small, student, spec, figures = _slice(run, dense, student, masks)
+    pruned, seconds["finetune"] = stages.finetune(run, small, student, teacher)
+
+    def save():
+        models = {"dense": (dense, params), "pruned": (small, pruned)}
+        report = results.collect(run, models, scores, figures, seconds)
+        about = {
+            "dense": dataclasses.asdict(dense.config),
+            "sparsity": report["sparsity"],
+            "report": report,
+        }
+        _save(run, "pruned", pruned, small.config, spec, inputs.tokenizer, about)
+
+    path = run.workdir / "pruned"
+    artefacts.settle(path, run.made_from(params, pruned), save)
+    report = saved_model.read_about(path)[2]["report"]
     distributed.on_process_zero(lambda: results.write(run, report))
     return report
-
-
-def _about(run) -> dict[str, Any]:
-    """What both saved models say of themselves."""
-    task, data = run.task, dataclasses.asdict(run.config.data)
-    if run.config.data.task == tasks.OWN:
-        data["labels"] = task.labels  # which may have been read off the rows
-    data["buckets"] = run.buckets  # likewise
-    about = {"task": run.config.data.task, "labels": list(task.labels), "data": data}
-    if base := setup.base_model(run.config):
-        about["base_model"] = base
-    return about
-
-
-def _save(path, params, config, spec, tokenizer, about):
-    card = model_card.text(config, about, {})
-    saved_model.save_model(
-        path, params, config, spec, tokenizer=tokenizer, about=about, readme=card
-    )
 
 
 def _save_teacher(run, inputs, params) -> dict[str, dict[str, float]]:
     """The teacher's scores, which `teacher/` holds too."""
     model, path = inputs.model, run.workdir / "teacher"
 
-    def make(path):
-        about = _about(run) | {"scores": run.scores(model, params)}
-        _save(path, params, model.config, None, inputs.tokenizer, about)
+    def save():
+        about = {"scores": run.scores(model, params)}
+        _save(run, "teacher", params, model.config, None, inputs.tokenizer, about)
 
-    artefacts.settle(path, run.made_from(params), make)
+    artefacts.settle(path, run.made_from(params), save)
     scores = saved_model.read_about(path)[2]["scores"]
-    score = main_score(scores)
-    print(f"teacher: {run.task.metrics[0]} {score:.4f}", flush=True)
+    print(f"teacher: {run.task.metrics[0]} {main_score(scores):.4f}", flush=True)
     return scores
 
 
-def _slice(run, model, student, masks) -> Sliced:
-    """The small model, which computes what the masked one computes."""
-    masked = run.exact_logits(model, student.params, masks)
-    params, spec = slicing.prune(student.params, masks, model.config)
-    small = Encoder(spec.config(model.config))
+def _slice(run, dense, student, masks):
+    """The small model, which computes what the masked one computes.
+
+    Returns:
+      The module, the student with its parameters, what was kept of the dense model, and
+      the part of the report that is known before fine-tuning.
+    """
+    masked = run.exact_logits(dense, student.params, masks)
+    params, spec = slicing.prune(student.params, masks, dense.config)
+    small = Encoder(spec.config(dense.config))
     difference = np.abs(run.exact_logits(small, params) - masked).max()
     if not difference <= _MAX_DIFFERENCE * max(1.0, np.abs(masked).max()):
         raise RuntimeError(f"masked and sliced model differ by {difference}")
-    removed, score = cost.exact_sparsity(masks, model.config), run.score(small, params)
+    removed, score = cost.exact_sparsity(masks, dense.config), run.score(small, params)
     print(
         f"sliced: sparsity {removed:.4f}, {run.task.metrics[0]} {score:.4f}, differs "
         f"from the masked model by at most {difference:.1e}",
         flush=True,
     )
     student = stages.Student(params, student.projection[np.asarray(spec.hidden)])
-    figures = results.Slicing(removed, score, float(difference))
-    return Sliced(small, student, spec, figures)
+    return small, student, spec, results.Slicing(removed, score, float(difference))
 
 
-def _save_pruned(
-    run, inputs, teacher, teacher_scores, sliced, params, seconds
-) -> dict[str, Any]:
-    """The report, which `pruned/` holds too."""
-    dense, small, path = inputs.model, sliced.model, run.workdir / "pruned"
-
-    def make(path):
-        report = results.collect(
-            run,
-            dense=(dense, teacher),
-            pruned=(small, params),
-            teacher_scores=teacher_scores,
-            sliced=sliced.figures,
-            seconds=seconds,
-        )
-        about = _about(run) | {
-            "dense": dataclasses.asdict(dense.config),
-            "sparsity": report["sparsity"],
-            "report": report,
-        }
-        _save(path, params, small.config, sliced.spec, inputs.tokenizer, about)
-
-    artefacts.settle(path, run.made_from(teacher, params), make)
-    return saved_model.read_about(path)[2]["report"]
+def _save(run, name, params, config, spec, tokenizer, about):
+    """Saves a model with what the run says of it, and its card."""
+    task, data = run.task, dataclasses.asdict(run.config.data)
+    if run.config.data.task == tasks.OWN:
+        data["labels"] = task.labels  # which may have been read off the rows
+    data["buckets"] = run.buckets  # likewise
+    about = {"task": task.name, "labels": list(task.labels), "data": data} | about
+    if base := setup.base_model(run.config):
+        about["base_model"] = base
+    saved_model.save_model(
+        run.workdir / name,
+        params,
+        config,
+        spec,
+        tokenizer=tokenizer,
+        about=about,
+        readme=model_card.text(config, about, {}),
+    )

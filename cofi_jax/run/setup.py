@@ -21,7 +21,6 @@ from cofi_jax.errors import reject
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, hard_concrete
-from cofi_jax.run import stages
 from cofi_jax.training import teacher as teacher_lib
 
 # A run may go on with other values of these, which change how it works, not its result.
@@ -208,17 +207,16 @@ def _check_rows(config: Config, train: batches.Examples) -> None:
     if not len(train):
         legal = "holds no training question whose answer is in its context"
         raise reject("data.path", config.data.path, legal)
-    for field in ("teacher", "prune", "finetune"):
+    for field in ("teacher", "finetune", "prune"):
         rows = getattr(config, field).train_rows
-        batches.first_rows(train, rows, field=f"{field}.train_rows")
+        rows = batches.first_rows(train, rows, field=f"{field}.train_rows")
     prune = config.prune
-    rows = batches.first_rows(train, prune.train_rows, field="prune.train_rows")
-    epochs = prune.epochs - prune.prepruning_epochs
-    steps = epochs * stages.steps_per_epoch(rows, prune)
+    steps = batches.steps_per_epoch(len(rows), prune.batch_size)
+    steps *= prune.epochs - prune.prepruning_epochs
     if prune.mask_schedule == "linear":  # which covers half the way
         steps /= 2
-    if prune.mask_learning_rate * steps < hard_concrete.CLOSING_DISTANCE:
-        enough = hard_concrete.CLOSING_DISTANCE / steps
+    enough = hard_concrete.CLOSING_DISTANCE / steps
+    if prune.mask_learning_rate < enough:
         unit = 10.0 ** (math.floor(math.log10(enough)) - 1)
         enough = math.ceil(enough / unit) * unit  # two digits, never too few
         print(

@@ -9,7 +9,6 @@ import io
 import pathlib
 import sys
 import zlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from cofi_jax import distributed, files
 from cofi_jax.checkpoints import state as state_lib
 from cofi_jax.data import batches, tasks
 from cofi_jax.data.metrics import main_score
-from cofi_jax.evaluation import predict as predict_lib
+from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import constraint, cost, transforms
 from cofi_jax.pruning import masks as masks_lib
@@ -38,10 +37,10 @@ _TOLERANCE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages share: the settings, the rows, and where to write.
+    """What all stages share.
 
     Attributes:
-      config: the settings of all stages.
+      config: the settings.
       workdir: the folder of the run.
       task: the task.
       train: the training rows that the stages choose from.
@@ -67,49 +66,134 @@ class Run:
         """A digest of the run's inputs and of arrays, see `artefacts`."""
         return zlib.crc32(f"{self.inputs} {distributed.digest(trees)}".encode())
 
-    def examples(self, section: str) -> batches.Examples:
-        """The training rows of the stage that `section` of the config sets."""
-        rows = getattr(self.config, section).train_rows
-        return batches.first_rows(self.train, rows, field=f"{section}.train_rows")
-
-    def scores(
-        self, model: Encoder, params: dict, masks: Masks | None = None
-    ) -> dict[str, dict[str, float]]:
+    def scores(self, model: Encoder, params: dict) -> dict[str, dict[str, float]]:
         """Each of the task's metrics, by validation split."""
-        predict = predict_lib.make_predict(model)
         return {
-            split: self.task.scores(
-                self._logits(predict, params, masks, examples), examples
-            )
-            for split, examples in self.validation.items()
+            split: self.task.scores(self._logits(model, params, {}, rows), rows)
+            for split, rows in self.validation.items()
         }
 
     def score(self, model: Encoder, params: dict, masks: Masks | None = None) -> float:
         """The metric that decides, on the split that decides."""
-        examples = next(iter(self.validation.values()))
-        predict = predict_lib.make_predict(model)
-        logits = self._logits(predict, params, masks, examples)
-        return main_score(self.task.scores(logits, examples))
+        rows = next(iter(self.validation.values()))
+        return main_score(
+            self.task.scores(self._logits(model, params, masks, rows), rows)
+        )
 
     def exact_logits(
         self, model: Encoder, params: dict, masks: Masks | None = None
     ) -> np.ndarray:
         """The logits (N, ...) on the split that decides, in full float32."""
         exact = Encoder(dataclasses.replace(model.config, dtype="float32"))
-        examples = next(iter(self.validation.values()))
+        rows = next(iter(self.validation.values()))
         with jax.default_matmul_precision("highest"):
-            predict = predict_lib.make_predict(exact)
-            return self._logits(predict, params, masks, examples)
+            return self._logits(exact, params, masks, rows)
 
-    def _logits(self, predict, params, masks, examples):
-        return predict_lib.predict_all(
-            predict,
+    def _logits(self, model, params, masks, rows):
+        return predict.predict_all(
+            predict.make_predict(model),
             *distributed.replicate((params, masks or {})),
-            examples,
+            rows,
             batch_size=self.config.eval_batch_size,
             buckets=self.buckets,
             put=distributed.shard,
         )
+
+    def fit(
+        self,
+        stage: str,
+        model: Encoder,
+        params: dict,
+        objective: objectives.Objective,
+        *,
+        teacher: TeacherCache | None = None,
+        rates: dict[str, step.Rate] | None = None,
+        context: dict[str, Any] | None = None,
+        **trainable: Any,
+    ) -> tuple[step.TrainState, float]:
+        """Runs a stage, or what is left of it.
+
+        Args:
+          stage: its name.
+          model: the module.
+          params: the parameters that the stage starts from.
+          objective: what it minimises.
+          teacher: what it imitates, or None.
+          rates: the learning rates of what is not a weight, see `step.create_state`.
+          context: what the objective reads beside parameters and batch.
+          **trainable: what is trained beside the parameters, see `step.create_state`.
+
+        Returns:
+          The last state, and the seconds that the stage took.
+        """
+        config, settings = self.config, self._settings(stage)
+        rows, steps = self._rows(stage), self.steps(stage)
+        # The decay of pre-pruning is that of the whole pruning, which is cut short: it
+        # starts afresh, from the full rate, when the masks begin to move.
+        scheduled = self.steps(stage, settings.epochs) if stage != "prune" else steps
+        warmup_steps = config.teacher.warmup_steps if stage == "teacher" else 0
+        rate = step.learning_rate(
+            settings.learning_rate, settings.schedule, scheduled, warmup_steps
+        )
+        state = step.create_state(
+            params,
+            seed=config.seed,
+            stage=stage,
+            rates={"weights": rate} | (rates or {}),
+            freeze_embeddings=settings.freeze_embeddings,
+            **trainable,
+        )
+        # A teacher's start follows from the run's inputs. Its parameters are not
+        # compared: those drawn at random differ between kinds of devices.
+        made_from = self.made_from(*(() if stage == "teacher" else (params,)))
+        folder = self.workdir / "checkpoints" / stage
+        with state_lib.Checkpoints(folder, made_from) as saved:
+            stage_loop = loop.Loop(
+                step=step.make_step(objective, settings.micro_batches),
+                context=distributed.replicate(context or {}),
+                batches=loop.Batches(
+                    rows, settings.batch_size, self.buckets, config.seed, stage
+                ),
+                total_steps=steps,
+                evaluate=functools.partial(self._evaluate, model),
+                checkpoints=saved,
+                log=self.log,
+                every=loop.Every(
+                    config.log_every, config.eval_every, config.checkpoint_every
+                ),
+                teacher_outputs=teacher
+                and teacher.of(rows, self.buckets, settings.batch_size),
+                # The start of pruning is dense, and pre-pruning returns its last state.
+                start_counts=stage in ("teacher", "finetune"),
+            )
+            state, seconds = loop.fit(distributed.replicate(state), stage_loop)
+        return distributed.local(state), seconds
+
+    def steps(self, stage: str, epochs: int | None = None) -> int:
+        """The optimizer steps in all of a stage's epochs, or in so many."""
+        settings, before = self._settings(stage), self.config.prune.prepruning_epochs
+        if epochs is None:
+            left = {"prepruning": before, "prune": self.config.prune.epochs - before}
+            epochs = left.get(stage, settings.epochs)
+        rows = settings.train_rows or len(self.train)
+        return epochs * batches.steps_per_epoch(rows, settings.batch_size)
+
+    def _settings(self, stage) -> config_lib.Stage:
+        return getattr(self.config, "prune" if stage == "prepruning" else stage)
+
+    def _rows(self, stage) -> batches.Examples:
+        rows = self._settings(stage).train_rows
+        return batches.first_rows(self.train, rows, field=f"{stage}.train_rows")
+
+    def _evaluate(self, model, trainable, frozen) -> loop.Evaluation:
+        prune, params = self.config.prune, whole_params(trainable, frozen)
+        if "log_alpha" not in trainable:
+            return loop.Evaluation(self.score(model, params))
+        masks = masks_lib.evaluation_masks(distributed.local(trainable["log_alpha"]))
+        removed = cost.exact_sparsity(masks, model.config)
+        met = removed >= prune.target_sparsity - prune.sparsity_epsilon
+        score = self.score(model, params, masks)
+        return loop.Evaluation(score, met, {"sparsity": removed})
 
 
 class Student(NamedTuple):
@@ -119,189 +203,57 @@ class Student(NamedTuple):
     projection: jax.Array  # (D', D)
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A stage that can be run, or gone on with.
-
-    Attributes:
-      run: what it shares with the other stages.
-      name: its name in the log and among the checkpoints.
-      section: the part of the config that sets it, `prune` for pre-pruning too.
-      epochs: the passes over its rows.
-      teacher: the teacher that it imitates, or None.
-    """
-
-    run: Run
-    name: str
-    section: str
-    epochs: int
-    teacher: TeacherCache | None = None
-
-    @property
-    def settings(self) -> config_lib.Stage:
-        """The section of the config."""
-        return getattr(self.run.config, self.section)
-
-    @functools.cached_property
-    def examples(self) -> batches.Examples:
-        """The training rows."""
-        return self.run.examples(self.section)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The optimizer steps in one pass over the rows."""
-        return steps_per_epoch(self.examples, self.settings)
-
-    def weight_rate(self, epochs: int, warmup_steps: int = 0) -> step.Rate:
-        """The learning rate of the weights, scheduled over so many epochs."""
-        return step.learning_rate(
-            self.settings.learning_rate,
-            self.settings.schedule,
-            epochs * self.steps_per_epoch,
-            warmup_steps,
-        )
-
-    def fit(
-        self,
-        model: Encoder,
-        params: dict,
-        objective: objectives.Objective,
-        rates: dict[str, step.Rate],
-        context: dict[str, Any] | None = None,
-        **trainable: Any,
-    ) -> tuple[step.TrainState, float]:
-        """Runs the stage, or what is left of it.
-
-        Args:
-          model: the module.
-          params: the parameters that the stage starts from.
-          objective: what it minimises.
-          rates: the learning rates, see `step.create_state`.
-          context: what the objective reads beside batch and parameters.
-          **trainable: what is trained beside the parameters, see `step.create_state`.
-
-        Returns:
-          The last state, and the seconds that the stage took.
-        """
-        run, config, settings = self.run, self.run.config, self.settings
-        state = step.create_state(
-            params,
-            seed=config.seed,
-            stage=self.name,
-            rates=rates,
-            freeze_embeddings=settings.freeze_embeddings,
-            **trainable,
-        )
-        # The inputs of the run decide what a teacher starts from. Its parameters are
-        # not compared: those drawn at random differ between kinds of devices.
-        made_from = run.made_from(*(() if self.name == "teacher" else (params,)))
-        folder = run.workdir / "checkpoints" / self.name
-        with state_lib.Checkpoints(folder, made_from) as saved:
-            stage_loop = loop.Loop(
-                step=step.make_step(objective, settings.micro_batches),
-                context=distributed.replicate(context or {}),
-                batches=loop.Batches(
-                    self.examples,
-                    settings.batch_size,
-                    run.buckets,
-                    config.seed,
-                    self.name,
-                ),
-                total_steps=self.epochs * self.steps_per_epoch,
-                evaluate=self._evaluation(model),
-                checkpoints=saved,
-                log=run.log,
-                every=loop.Every(
-                    config.log_every, config.eval_every, config.checkpoint_every
-                ),
-                teacher_outputs=self.teacher
-                and self.teacher.of(self.examples, run.buckets, settings.batch_size),
-                # The start of pruning is dense, and pre-pruning returns its last state.
-                start_counts=self.name in ("teacher", "finetune"),
-            )
-            state, seconds = loop.fit(distributed.replicate(state), stage_loop)
-        return distributed.local(state), seconds
-
-    def _evaluation(self, model) -> Callable[[dict, dict], loop.Evaluation]:
-        prune = self.run.config.prune
-        least = prune.target_sparsity - prune.sparsity_epsilon
-
-        def evaluate(trainable, frozen):
-            params = whole_params(trainable, frozen)
-            if "log_alpha" not in trainable:
-                return loop.Evaluation(self.run.score(model, params))
-            masks = masks_lib.evaluation_masks(
-                distributed.local(trainable["log_alpha"])
-            )
-            removed = cost.exact_sparsity(masks, model.config)
-            score = self.run.score(model, params, masks)
-            return loop.Evaluation(score, removed >= least, {"sparsity": removed})
-
-        return evaluate
-
-
-def steps_per_epoch(examples: batches.Examples, settings: config_lib.Stage) -> int:
-    """The optimizer steps in one pass over `examples`."""
-    return batches.steps_per_epoch(len(examples), settings.batch_size)
-
-
 def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
     """Learns the task from its labels: the best parameters, and the seconds taken."""
-    settings = run.config.teacher
-    stage = Stage(run, "teacher", "teacher", settings.epochs)
-    rates = {"weights": stage.weight_rate(stage.epochs, settings.warmup_steps)}
-    state, seconds = stage.fit(model, params, objectives.task_objective(model), rates)
+    objective = objectives.task_objective(model)
+    state, seconds = run.fit("teacher", model, params, objective)
     return whole_params(state.best, state.frozen), seconds
 
 
 def preprune(
-    run: Run, model: Encoder, teacher: dict, teacher_cache: TeacherCache | None
+    run: Run, model: Encoder, params: dict, teacher: TeacherCache | None
 ) -> tuple[Student, float]:
-    """Distills before any mask moves: a student that began as a copy of the teacher.
+    """Distills before any mask moves, from a copy of the teacher's parameters.
 
     Returns:
       The student, and the seconds that the stage took.
     """
-    settings = run.config.prune
-    stage = Stage(run, "prepruning", "prune", settings.prepruning_epochs, teacher_cache)
-    state, seconds = stage.fit(
+    objective = objectives.DistillationObjective(model, run.config.distill)
+    projection = jnp.eye(model.config.hidden_size)
+    state, seconds = run.fit(
+        "prepruning",
         model,
-        teacher,
-        objectives.DistillationObjective(model, run.config.distill),
-        # The linear decay is that of the whole pruning, which is cut short here: it
-        # starts afresh, from the full rate, when the masks begin to move.
-        {"weights": stage.weight_rate(settings.epochs)},
-        distill_projection=jnp.eye(model.config.hidden_size),
+        params,
+        objective,
+        teacher=teacher,
+        distill_projection=projection,
     )
     params = whole_params(state.trainable, state.frozen)
     return Student(params, state.trainable["distill_projection"]), seconds
 
 
 def learn_masks(
-    run: Run, model: Encoder, student: Student, teacher_cache: TeacherCache | None
+    run: Run, model: Encoder, student: Student, teacher: TeacherCache | None
 ) -> tuple[Student, Masks, float]:
     """Prunes: the dense student, masks that meet the target, and the seconds taken."""
-    settings = run.config.prune
-    epochs = settings.epochs - settings.prepruning_epochs
-    stage = Stage(run, "prune", "prune", epochs, teacher_cache)
-
-    def rate(peak, schedule):
-        return step.learning_rate(peak, schedule, epochs * stage.steps_per_epoch)
-
-    state, seconds = stage.fit(
+    settings, steps = run.config.prune, run.steps("prune")
+    rates = {
+        "masks": (settings.mask_learning_rate, settings.mask_schedule),
+        "multipliers": (
+            settings.multiplier_learning_rate,
+            settings.multiplier_schedule,
+        ),
+    }
+    state, seconds = run.fit(
+        "prune",
         model,
         student.params,
         objectives.PruningObjective(model, run.config.distill),
-        {
-            "weights": stage.weight_rate(epochs),
-            "masks": rate(settings.mask_learning_rate, settings.mask_schedule),
-            "multipliers": rate(
-                settings.multiplier_learning_rate, settings.multiplier_schedule
-            ),
-        },
+        teacher=teacher,
+        rates={k: step.learning_rate(*rate, steps) for k, rate in rates.items()},
         context={
             "target_sparsity": np.float32(settings.target_sparsity),
-            "warmup_steps": np.int32(settings.warmup_epochs * stage.steps_per_epoch),
+            "warmup_steps": np.int32(run.steps("prune", settings.warmup_epochs)),
         },
         distill_projection=student.projection,
         log_alpha=masks_lib.init_log_alpha(
@@ -327,52 +279,41 @@ def learn_masks(
 def _final_masks(run, model, log_alpha) -> Masks:
     """The content of `masks.npz`.
 
-    They are read from the file, because rounding depends on the kind of device, and a
-    run may go on on another one.
+    They are always read from the file: the widths that they are rounded to depend on
+    the kind of device, and a run may go on on another kind.
     """
     settings, path = run.config.prune, run.workdir / "masks.npz"
-    rounded = settings.round_widths
 
-    def make(path):
-        found = constraint.final_masks(
-            log_alpha,
-            model.config,
-            settings.target_sparsity,
-            transforms.round_to_device(config=model.config)
-            if rounded
-            else transforms.chain(),
-        )
+    def make():
+        transform = transforms.chain()
+        if settings.round_widths:
+            transform = transforms.round_to_device(config=model.config)
+        target = settings.target_sparsity
+        found = constraint.final_masks(log_alpha, model.config, target, transform)
         removed = cost.exact_sparsity(found, model.config)
-        if not removed >= settings.target_sparsity - _TOLERANCE:
-            raise RuntimeError(
-                f"masks of sparsity {removed:.4f} miss the target of "
-                f"{settings.target_sparsity}"
-            )
+        if not removed >= target - _TOLERANCE:
+            raise RuntimeError(f"masks of sparsity {removed:.4f} miss target {target}")
         file = io.BytesIO()
         np.savez(file, **found)
         files.write_atomically(path, file.getvalue())
 
     artefacts.settle(
-        path,
-        run.made_from(log_alpha),
-        lambda path: distributed.on_process_zero(lambda: make(path)),
+        path, run.made_from(log_alpha), lambda: distributed.on_process_zero(make)
     )
     with np.load(path) as file:
         return {kind: jnp.asarray(file[kind]) for kind in log_alpha}
 
 
 def finetune(
-    run: Run, model: Encoder, student: Student, teacher_cache: TeacherCache | None
+    run: Run, model: Encoder, student: Student, teacher: TeacherCache | None
 ) -> tuple[dict, float]:
     """Distills into the sliced `model`: its best parameters, and the seconds taken."""
-    stage = Stage(
-        run, "finetune", "finetune", run.config.finetune.epochs, teacher_cache
-    )
-    state, seconds = stage.fit(
+    state, seconds = run.fit(
+        "finetune",
         model,
         student.params,
         objectives.DistillationObjective(model, run.config.distill),
-        {"weights": stage.weight_rate(stage.epochs)},
+        teacher=teacher,
         distill_projection=student.projection,
     )
     return whole_params(state.best, state.frozen), seconds
