@@ -17,14 +17,11 @@ that is not the task's, as with their MNLI models. `--dtype bfloat16` measures w
 models do in that precision.
 """
 
-import logging
 import pathlib
 import sys
 
-from absl import flags
-
-from cofi_jax import files
-from cofi_jax.errors import UserError, reject
+from cofi_jax import commands, files
+from cofi_jax.errors import reject
 from cofi_jax.evaluation.evaluate import evaluate
 from cofi_jax.report import tables
 
@@ -35,67 +32,39 @@ _USAGE = (
 )
 
 
-def _numbers(name, texts):
-    for text in texts:
-        if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
-            legal = "must be whole numbers above 0 with commas between them"
-            raise reject(f"--{name}", ",".join(texts), legal)
-    return [int(text) for text in texts]
-
-
+@commands.program
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    # Beneath a damaged file the storage library prints hundreds of lines there.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    values = flags.FlagValues()
-    flags.DEFINE_multi_string("model", None, "one of them", flag_values=values)
-    for name, text in (
-        ("task", "of Hugging Face models"),
-        ("data", "hub name or folder"),
-        ("dtype", "float32 or bfloat16"),
-        ("json", "also write the result here"),
+    parser = commands.Parser(usage=_USAGE, description=__doc__)
+    for name, default, kind, text in (
+        ("task", "", str, "of Hugging Face models"),
+        ("labels", (), commands.words, "of Hugging Face models, in their order"),
+        ("data", "", str, "a hub name or a folder"),
+        ("batch_size", (), commands.positives, "sequences in the timed batches"),
+        ("seq_length", (), commands.positives, "tokens in their sequences"),
+        ("repeats", 30, commands.positive, "turns of each model"),
+        ("dtype", "", str, "float32 or bfloat16"),
+        ("json", "", str, "also write the result here"),
     ):
-        flags.DEFINE_string(name, "", text, flag_values=values)
-    for name, text in (
-        ("labels", "of Hugging Face models, in their order"),
-        ("batch_size", "sequences in the timed batches"),
-        ("seq_length", "tokens in their sequences"),
-    ):
-        flags.DEFINE_list(name, [], text, flag_values=values)
-    text = "turns of each model"
-    flags.DEFINE_integer("repeats", 30, text, lower_bound=1, flag_values=values)
-    try:
-        try:
-            rest = values(argv)[1:]
-        except flags.Error as error:
-            raise UserError(
-                f"{' '.join(str(error).split())}; usage: {_USAGE}"
-            ) from error
-        if rest:
-            raise UserError(f"{rest[0]!r}: unknown argument; usage: {_USAGE}")
-        if values.model is None:
-            legal = f"must be a saved model, or several; usage: {_USAGE}"
-            raise reject("--model", None, legal)
-        target = pathlib.Path(values.json).absolute()
-        if values.json and (target.is_dir() or not target.parent.is_dir()):
-            raise reject(
-                "--json", values.json, "must be a file in a folder that exists"
-            )
-        result = evaluate(
-            values.model,
-            task=values.task,
-            labels=tuple(values.labels),
-            data_path=values.data,
-            batch_sizes=_numbers("batch_size", values.batch_size),
-            seq_lengths=_numbers("seq_length", values.seq_length),
-            repeats=values.repeats,
-            dtype=values.dtype,
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.add_argument(f"--{name}", default=default, type=kind, help=text)
+    text = "a saved model or a Hugging Face model, several times for several"
+    parser.add_argument("--model", action="append", required=True, help=text)
+    options = parser.parse_args(argv[1:])
+    target = pathlib.Path(options.json).absolute()
+    if options.json and (target.is_dir() or not target.parent.is_dir()):
+        raise reject("--json", options.json, "must be a file in a folder that exists")
+    result = evaluate(
+        options.model,
+        task=options.task,
+        labels=options.labels,
+        data_path=options.data,
+        batch_sizes=options.batch_size,
+        seq_lengths=options.seq_length,
+        repeats=options.repeats,
+        dtype=options.dtype,
+    )
     print(tables.evaluation(result))
-    if values.json:
+    if options.json:
         files.write_json(target, result)
     return 0
 

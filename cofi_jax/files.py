@@ -1,9 +1,11 @@
-"""Files that are replaced whole: a reader sees the old one or the new one."""
+"""Files and folders that appear whole: a reader sees the old one or the new one."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 
@@ -25,6 +27,32 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Writes `content` as indented JSON, atomically."""
     write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A hidden folder to fill, which is renamed to `path` if the block succeeds.
+
+    `path` must not exist, or be an empty folder. What a killed process left of the
+    hidden folder is removed.
+    """
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Removes a file or a folder with all it holds, if there is one."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        pathlib.Path(path).unlink(missing_ok=True)
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:

@@ -313,7 +313,7 @@ def test_batches_that_cannot_be_dealt_out(stage, monkeypatch):
     config, field = Config(eval_batch_size=66), "eval_batch_size"
     for part in (config.teacher, config.prune, config.finetune):
         part.batch_size = 66
-    setup.check_sizes(config)
+    setup.check_batch_sizes(config)
     if stage:
         field = f"{stage}.batch_size"
         getattr(config, stage).batch_size = 32
@@ -321,18 +321,18 @@ def test_batches_that_cannot_be_dealt_out(stage, monkeypatch):
         config.eval_batch_size = 32
     legal = "=32: must be a multiple of 3, the number of devices$"
     with pytest.raises(UserError, match=field + legal):
-        setup.check_sizes(config)
+        setup.check_batch_sizes(config)
 
 
 def test_parts_of_batches_that_cannot_be_dealt_out(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     config = Config()
     config.prune.micro_batches = 8
-    setup.check_sizes(config)
+    setup.check_batch_sizes(config)
     config.prune.micro_batches = 16
     legal = "must be a multiple of 64, the number of devices times micro_batches"
     with pytest.raises(UserError, match=f"prune.batch_size=32: {legal}"):
-        setup.check_sizes(config)
+        setup.check_batch_sizes(config)
 
 
 def test_such_batches_leave_nothing_behind(config_file, tmp_path, monkeypatch, capsys):

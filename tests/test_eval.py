@@ -468,7 +468,7 @@ def test_beside_each_other(first, second, task, evaluated, there):
 
 # name: (arguments, what the line must say)
 BAD = {
-    "no model": ([], ["--model=None", "usage"]),
+    "no model": ([], ["--model", "required", "usage"]),
     "a second that is none": (
         ["--model={dense}", "--model={none}"],
         ["model='{none}'", "no such folder"],
@@ -542,25 +542,25 @@ BAD = {
         ["--model={dense}", "--json={none}/x.json"],
         ["--json='{none}/x.json'", "folder that exists"],
     ),
-    "unknown flag": (["--model={dense}", "--modle=x"], ["'modle'", "usage"]),
-    "stray": (["{dense}"], ["'{dense}'", "usage"]),
-    "no number": (["--model={dense}", "--repeats=x"], ["repeats=x", "usage"]),
-    "no turns": (["--model={dense}", "--repeats=0"], ["repeats=0", "usage"]),
+    "unknown flag": (["--model={dense}", "--modle=x"], ["--modle=x", "usage"]),
+    "stray": (["--model={dense}", "{none}"], ["{none}", "usage"]),
+    "no number": (["--model={dense}", "--repeats=x"], ["--repeats: 'x'", "usage"]),
+    "no turns": (["--model={dense}", "--repeats=0"], ["--repeats: '0'", "usage"]),
     "negative": (
         ["--model={dense}", "--batch_size=1,-1"],
-        ["--batch_size='1,-1'", "above 0"],
+        ["--batch_size: '-1'", "above 0"],
     ),
-    "no batch": (["--model={dense}", "--batch_size=0"], ["--batch_size='0'"]),
+    "no batch": (["--model={dense}", "--batch_size=0"], ["--batch_size: '0'"]),
     "no list": (
         ["--model={dense}", "--seq_length=4;8"],
-        ["--seq_length='4;8'", "commas"],
+        ["--seq_length: '4;8'", "above 0"],
     ),
     "too large": (["--model={dense}", "--batch_size=4294967296"], ["4294967296"]),
     "dtype": (
         ["--model={dense}", "--dtype=float16"],
         ["dtype='float16'", "float32, bfloat16"],
     ),
-    "of old": (["--model={dense}", "--against={dense}"], ["'against'", "usage"]),
+    "of old": (["--model={dense}", "--against={dense}"], ["--against=", "usage"]),
 }
 
 

@@ -61,10 +61,7 @@ def get_config():
 """
 
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
-    pytest.mark.filterwarnings("ignore:the load_module"),  # of ml_collections
-]
+pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 # The data

@@ -126,7 +126,7 @@ def test_last_line_that_lacks_only_its_end_is_kept(tmp_path):
 def test_broken_line_in_the_middle_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"stage": "prune", "step": 1}\n{"sta\n{"stage": "x", "step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl': line 2"):
         log_lib.read_metrics(path)
 
 

@@ -18,10 +18,6 @@ from cofi_jax.run import stages, sweep
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-# Of ml_collections.
-pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
-
-
 # The table, from hand-made reports
 
 

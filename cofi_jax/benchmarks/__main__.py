@@ -8,51 +8,42 @@
 Each prints a table and, with `--json FILE`, writes all its figures.
 """
 
-import argparse
 import importlib.metadata
-import logging
 import os
 import pathlib
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
-from cofi_jax import files
+from cofi_jax import commands, files
 from cofi_jax.benchmarks import baselines, inference, memory, startup, workload
 from cofi_jax.benchmarks import step as step_lib
 from cofi_jax.benchmarks.workload import Subject
 from cofi_jax.data import tasks
-from cofi_jax.errors import UserError, reject
+from cofi_jax.errors import reject
 from cofi_jax.evaluation import latency, timing
 from cofi_jax.models.bert import Encoder
 
 Measured = tuple[Subject, dict[str, Any], str]  # the models, figures, their table
 
 
+@commands.program
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    # orbax logs hundreds of lines there when it meets a damaged file.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    try:
-        options = _parser().parse_args(argv[1:])
-        target = pathlib.Path(options.json).absolute() if options.json else None
-        if target and (target.exists() or not target.parent.is_dir()):
-            legal = "must be a new file in a folder that exists"
-            raise reject("json", options.json, legal)
-        if target and not os.access(target.parent, os.W_OK):
-            raise reject("json", options.json, "its folder cannot be written")
-        if jax.device_count() > 1:
-            legal = (
-                "one is measured; hide the others, for example by CUDA_VISIBLE_DEVICES"
-            )
-            raise reject("devices", jax.device_count(), legal)
-        # The number of processes that wanted a core in the last minute.
-        load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        subject, result, table = options.run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = _parser().parse_args(argv[1:])
+    target = pathlib.Path(options.json).absolute() if options.json else None
+    if target and (target.exists() or not target.parent.is_dir()):
+        legal = "must be a new file in a folder that exists"
+        raise reject("json", options.json, legal)
+    if target and not os.access(target.parent, os.W_OK):
+        raise reject("json", options.json, "its folder cannot be written")
+    if jax.device_count() > 1:
+        legal = "one is measured; hide the others, for example by CUDA_VISIBLE_DEVICES"
+        raise reject("devices", jax.device_count(), legal)
+    # The number of processes that wanted a core in the last minute.
+    load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    subject, result, table = options.run(options)
     conditions = latency.conditions({"dense": (Encoder(subject.dense), None)})
     print(f"{options.command} on {conditions['device']}, {options.dtype}\n\n{table}")
     for name, reason in result.get("left_out", {}).items():
@@ -132,18 +123,12 @@ _COMMANDS = {  # what runs, the default of --repeats, what these are, what is pr
 _SIZES = {"layers": 12, "hidden": 768, "heads": 12, "intermediate": 3072}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see python -m cofi_jax.benchmarks --help")
-
-
-def _parser() -> _Parser:
-    form = argparse.RawDescriptionHelpFormatter
+def _parser() -> commands.Parser:
     name = "python -m cofi_jax.benchmarks"
-    parser = _Parser(prog=name, description=__doc__, formatter_class=form)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = commands.Parser(prog=name, description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True)
     for name, (run, repeats, what, printed) in _COMMANDS.items():
-        command = commands.add_parser(name, help=printed)
+        command = subparsers.add_parser(name, help=printed)
         command.set_defaults(run=run)
 
         def add(name, default, text, kind=str, command=command):
@@ -152,39 +137,29 @@ def _parser() -> _Parser:
         add("model", "", "an encoder or a saved model")
         for size, default in _SIZES.items():
             text = f"of a random model, without --model (default: {default})"
-            add(size, default, text, _positive)
+            add(size, default, text, commands.positive)
         add("dtype", "float32", "float32 or bfloat16")
-        add("repeats", repeats, f"{what} (default: {repeats})", _positive)
+        add("repeats", repeats, f"{what} (default: {repeats})", commands.positive)
         add("json", "", "a new file for all figures")
         if name == "inference":
-            add("batch_size", (), "for example 1,32", _numbers)
-            add("seq_length", (), "for example 64,128", _numbers)
+            add("batch_size", (), "for example 1,32", commands.positives)
+            add("seq_length", (), "for example 64,128", commands.positives)
         else:
             add("data", "", "the rows: a folder or a name on the hub")
             add("task", "sst2", "the task of the data")
             add("vocab", "", "a folder with a tokenizer for --data, without --model")
-            add("batch_size", 32, "sequences in a batch", _positive)
+            add("batch_size", 32, "sequences in a batch", commands.positive)
             text = (
                 "tokens of all rows, 64 if not given; with --data, where rows are cut"
             )
-            add("seq_length", 0, text, _positive)
+            add("seq_length", 0, text, commands.positive)
             add("torch_dtype", "", "of PyTorch's matrix products; else that of --dtype")
         if name == "step":
-            add("batches", 8, "batches in a turn", _positive)
+            add("batches", 8, "batches in a turn", commands.positive)
         if name in ("step", "inference"):
             text = "PyTorch also with torch.compile"
             command.add_argument("--torch_compile", action="store_true", help=text)
     return parser
-
-
-def _positive(text):
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 2**31):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number above 0")
-    return int(text)
-
-
-def _numbers(text):
-    return tuple(map(_positive, text.split(",")))
 
 
 if __name__ == "__main__":

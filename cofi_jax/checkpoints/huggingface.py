@@ -6,8 +6,6 @@ absent blocks are missing, config.json has the dense sizes. Dense ones are writt
 
 import contextlib
 import json
-import os
-import shutil
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cofi_jax import files
 from cofi_jax.checkpoints import hf_names
 from cofi_jax.checkpoints.hf_config import (
     UnsupportedCheckpoint,
@@ -300,13 +299,10 @@ def save_hugging_face(
     if folder.exists():
         raise reject("folder", str(folder), "exists; nothing is written over")
     tensors, fields = to_hugging_face(params, config, labels)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_tensors(partial, tensors, fields)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    os.replace(partial, folder)
+    with files.new_folder(folder) as partial:
+        write_tensors(partial, tensors, fields)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
 
 
 def write_tensors(folder: Path, tensors: dict[str, np.ndarray], fields: dict) -> None:

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cofi_jax import config as config_lib
 from cofi_jax.checkpoints import huggingface, saved_model
-from cofi_jax.config import DTYPES, Data
+from cofi_jax.config import DTYPES, Data, Model
 from cofi_jax.data import tasks
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import Encoder
@@ -91,27 +90,57 @@ def _load_other(path, task, labels, dtype):
     local = path.startswith((".", "/", "~")) or path.count("/") > 1
     described = (folder / "config.json").exists()
     if (folder.is_dir() or local and not task) and not described:
-        saved_model.read_about(path)  # says what it found instead
+        saved_model.read_about(path)  # It says what it found instead.
     if not task:
         legal = f"must name the task that {path} was made for: {', '.join(tasks.TASKS)}"
         raise reject("task", "", legal)
-    folder = huggingface.resolve(path, "model")
-    settings = config_lib.Model(dtype=dtype or "float32")
+    settings = Model(dtype=dtype or "float32")
+    found = load_hugging_face(path, task, labels=labels, model=settings)
+    return found._replace(
+        params=jax.tree.map(lambda x: jnp.asarray(x, settings.dtype), found.params),
+        task=dataclasses.replace(
+            task, max_length=min(task.max_length, found.model.config.longest)
+        ),
+    )
+
+
+def load_hugging_face(
+    path: str,
+    task: tasks.Task,
+    *,
+    field: str = "model",
+    labels: Sequence[str] = (),
+    model: Model,
+) -> Loaded:
+    """A fine-tuned model of a Hugging Face folder or name, dense or already sliced.
+
+    Args:
+      path: the folder or name.
+      task: the task that the model was made for.
+      field: what messages call the path.
+      labels: the task's classes in the model's order; () for what the model says.
+      model: the settings that `dropout` and `dtype` are taken from.
+
+    Returns:
+      The model with float32 parameters.
+
+    Raises:
+      UserError: for a model that is not there, damaged, or of another task.
+    """
+    folder = huggingface.resolve(path, field)
     config, params = huggingface.load_classifier(
         folder,
-        field="model",
+        field=field,
         problem=task.problem.name,
         labels=task.labels,
         label_order=tuple(labels),
-        model=settings,
+        model=model,
     )
-    params = jax.tree.map(lambda x: jnp.asarray(x, settings.dtype), params)
-    sizes = task.num_outputs, settings, task.problem.name
-    dense = huggingface.read_config(folder, "model", *sizes)
-    tokenizer = huggingface.load_tokenizer(folder, "model")
-    huggingface.check_tokenizer(tokenizer, config, field="model", path=path)
-    length = min(task.max_length, config.longest)
-    task = dataclasses.replace(task, max_length=length)
+    dense = huggingface.read_config(
+        folder, field, task.num_outputs, model, task.problem.name
+    )
+    tokenizer = huggingface.load_tokenizer(folder, field)
+    huggingface.check_tokenizer(tokenizer, config, field=field, path=path)
     return Loaded(path, folder, Encoder(config), params, tokenizer, task, dense)
 
 

@@ -1,9 +1,17 @@
-"""Saved models: parameters, sizes, tokenizer and model card in one folder."""
+"""Saved models, one folder each.
 
+    <path>/README.md     the model card
+    <path>/model.json    sizes, what was kept of the dense model, task and labels
+    <path>/params/       orbax
+    <path>/tokenizer/    Hugging Face
+
+The folder appears under its name only once it is complete. Where a run has several
+processes, each of them calls `save_model`, as the storage library wants it.
+"""
+
+import contextlib
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +20,8 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cofi_jax import config as config_lib
-from cofi_jax import distributed
-from cofi_jax.checkpoints import huggingface
-from cofi_jax.checkpoints.state import _alone
+from cofi_jax import distributed, files
+from cofi_jax.checkpoints import huggingface, state
 from cofi_jax.config import DTYPES, Data
 from cofi_jax.data import tasks
 from cofi_jax.errors import reject
@@ -22,10 +29,9 @@ from cofi_jax.models.bert import Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning.slicing import PrunedSpec
 
+FILES = ("model.json", "params", "tokenizer")  # beside the model card
+
 _FORMAT = 1
-
-
-_FILES = ("model.json", "params", "tokenizer")
 
 
 def save_model(
@@ -62,31 +68,30 @@ def save_model(
     except AssertionError as error:
         legal = "must have the structure, shapes and float32 that config initialises"
         raise reject("params", "...", legal) from error
-    partial = path.with_name(f".{path.name}.partial")
-
-    def begin():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    distributed.on_process_zero(begin)
-    checksum = {"crc32": distributed.digest(params)}
-    ocp.save(
-        partial / "params", distributed.replicate(params), custom_metadata=checksum
-    )
     described = {
         "format": _FORMAT,
         "config": dataclasses.asdict(config),
         "spec": spec and dataclasses.asdict(spec),
         "about": about,
     }
+    with contextlib.ExitStack() as stack:  # The first process alone makes the folder.
+        partial = distributed.on_process_zero(
+            lambda: str(stack.enter_context(files.new_folder(path)))
+        )
+        ocp.save(
+            Path(partial) / "params",
+            distributed.replicate(params),
+            custom_metadata={"crc32": distributed.digest(params)},
+        )
 
-    def finish():
-        tokenizer.save_pretrained(partial / "tokenizer")
-        (partial / "model.json").write_text(json.dumps(described, indent=1) + "\n")
-        (partial / "README.md").write_text(readme)
-        os.replace(partial, path)
+        def finish():
+            tokenizer.save_pretrained(Path(partial) / "tokenizer")
+            text = json.dumps(described, indent=1) + "\n"
+            (Path(partial) / "model.json").write_text(text)
+            (Path(partial) / "README.md").write_text(readme)
+            stack.close()
 
-    distributed.on_process_zero(finish)
+        distributed.on_process_zero(finish)
 
 
 def is_model(path: str | Path) -> bool:
@@ -109,7 +114,7 @@ def read_about(
     path = Path(path).expanduser()
     if not is_model(path):
         found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
-        raise reject(field, str(path), f"must be a folder with {_FILES}; found {found}")
+        raise reject(field, str(path), f"must be a folder with {FILES}; found {found}")
     try:
         described = json.loads((path / "model.json").read_text())
         version = described["format"]
@@ -172,7 +177,7 @@ def _load_params(path, config, sharding):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract_params(config),
     )
-    with _alone():
+    with state.alone():
         params = ocp.load(path, abstract)
         digest = ocp.metadata(path).custom_metadata["crc32"]
     if distributed.digest(params) != digest:

@@ -1,20 +1,13 @@
-"""What goes to disk and comes back; the only file that imports orbax.
+"""The resumable state of a stage, in numbered checkpoints of which two are kept.
 
-Two things are stored: a stage's resumable state, in numbered checkpoints of which
-the newest two are kept, and saved models,
-
-    <path>/README.md     the model card
-    <path>/model.json    sizes, what was kept of the dense model, task and labels
-    <path>/params/       orbax
-    <path>/tokenizer/    Hugging Face
-
-Both appear under their names only once they are complete. Where a run has several
-processes, each of them calls `Checkpoints` and `save_model`, as the storage library
-wants it; each loads by itself.
+A checkpoint appears under its name only once it is complete. Where a run has several
+processes, each of them calls `Checkpoints`, as the storage library wants it, and each
+loads by itself.
 """
 
 import contextlib
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +27,17 @@ class Checkpoints:
       skipped: one line for each checkpoint that could not be read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, made_from: int | None = None):
+        """Opens a folder, which may not exist yet.
+
+        Args:
+          path: the folder.
+          made_from: a digest of what the stage starts from. Checkpoints of a stage that
+            started from something else are removed; None leaves them all.
+        """
         self.skipped: list[str] = []
-        self._path = Path(path).absolute()
-        self.skipped += distributed.on_process_zero(self._set_unreadable_aside)
+        self._path, self._made_from = Path(path).absolute(), made_from
+        self.skipped += distributed.on_process_zero(self._sort_out)
         self._manager = ocp.training.Checkpointer(
             self._path,
             preservation_policy=ocp.training.preservation_policies.LatestN(_KEEP),
@@ -50,22 +50,34 @@ class Checkpoints:
     def __exit__(self, *_):
         self._manager.close()
 
-    def _set_unreadable_aside(self):
-        """Renames what would keep the storage library from opening the others.
+    def _sort_out(self) -> list[str]:
+        """Removes checkpoints of other starts and sets unreadable ones aside.
+
+        The storage library would not open any where one of them is unreadable.
 
         Returns:
-          A line for each of them.
+          A line for each unreadable one.
         """
-        skipped = []
-        steps = self._path.iterdir() if self._path.is_dir() else ()
-        for found in [path for path in steps if path.name.isdigit()]:
+        skipped, removed = [], 0
+        found = self._path.iterdir() if self._path.is_dir() else ()
+        for step in [path for path in found if path.name.isdigit()]:
             try:
-                ocp.metadata(found)
+                about = ocp.metadata(step).custom_metadata or {}
             except Exception as error:
-                skipped.append(self._damaged(found.name, type(error).__name__))
-                aside = self._path / f"damaged-{found.name}"
+                skipped.append(self._damaged(step.name, type(error).__name__))
+                aside = self._path / f"damaged-{step.name}"
                 shutil.rmtree(aside, ignore_errors=True)
-                found.rename(aside)
+                step.rename(aside)
+                continue
+            if about.get("made_from", self._made_from) != self._made_from is not None:
+                shutil.rmtree(step)
+                removed += 1
+        if removed:
+            print(
+                f"warning: {self._path} held {removed} checkpoints of a stage that "
+                "started from something else; they are removed",
+                file=sys.stderr,
+            )
         return skipped
 
     def _damaged(self, step, reason):
@@ -80,7 +92,7 @@ class Checkpoints:
             _storable(state),
             force=True,
             overwrite=True,  # a damaged one may stand there
-            custom_metadata={"crc32": digest},
+            custom_metadata={"crc32": digest, "made_from": self._made_from},
         )
 
     def restore(self, like: Any) -> Any | None:
@@ -97,7 +109,7 @@ class Checkpoints:
         )
         for step in sorted(steps, reverse=True):
             try:
-                with distributed.raise_together(), _alone():
+                with distributed.raise_together(), alone():
                     stored = self._load(step, abstract)
                 return _restored(stored, like)
             except UserError as error:
@@ -108,7 +120,7 @@ class Checkpoints:
         try:
             stored = self._manager.load(step, abstract)
             digest = self._manager.metadata(step).custom_metadata["crc32"]
-        # Whatever a damaged file makes of itself inside the storage library.
+        # A damaged file can raise anything inside the storage library.
         except Exception as error:
             raise UserError(type(error).__name__) from error
         if distributed.digest(stored) != digest:
@@ -125,8 +137,11 @@ def _restored(stored, like):
     return stored.replace(key=key)
 
 
-def _alone():
-    """Within it a process loads by itself: none waits for one whose file is damaged."""
+def alone() -> contextlib.AbstractContextManager:
+    """A block in which each process loads by itself.
+
+    No process then waits for another one whose file is damaged.
+    """
     if jax.process_count() == 1:
         return contextlib.nullcontext()
     options, me = ocp.Context(), jax.process_index()

@@ -9,11 +9,10 @@ The formats appear as folders beside the saved parameters, each with a `check.js
 `README.md`, says how each is loaded.
 """
 
-import argparse
-import logging
 import sys
 
-from cofi_jax.errors import UserError, reject
+from cofi_jax import commands
+from cofi_jax.errors import reject
 from cofi_jax.export import export
 from cofi_jax.report import model_card
 
@@ -26,16 +25,10 @@ _USAGE = (
 _DEFAULT = "transformers,onnx,stablehlo"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; usage: {_USAGE}")
-
-
+@commands.program
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    # orbax logs hundreds of lines there when it meets a damaged file.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    parser = _Parser(usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser = commands.Parser(usage=_USAGE, description=__doc__)
     parser.add_argument("--model", required=True, help="a saved model")
     parser.add_argument("--formats", default=_DEFAULT, help=f"{_DEFAULT} and stock")
     parser.add_argument("--data", default="", help="hub name or folder")
@@ -51,25 +44,21 @@ def main(argv: list[str]) -> int:
         ("repeats", 30, "turns of the timed passes"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    try:
-        args = parser.parse_args(argv[1:])
-        least = {"rows": 0, "batch_size": 1, "seq_length": 0, "repeats": 1}
-        for name, number in least.items():
-            if (value := getattr(args, name)) < number:
-                raise reject(f"--{name}", value, f"must be {number} or more")
-        checks = export.export(
-            args.model,
-            [name for name in args.formats.split(",") if name],
-            data_path=args.data,
-            num_rows=args.rows,
-            dtype=args.dtype,
-            batch_size=args.batch_size,
-            seq_length=args.seq_length,
-            repeats=args.repeats,
-        )
-    except (UserError, OSError) as error:  # The disk may be full or not writable.
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    args = parser.parse_args(argv[1:])
+    least = {"rows": 0, "batch_size": 1, "seq_length": 0, "repeats": 1}
+    for name, number in least.items():
+        if (value := getattr(args, name)) < number:
+            raise reject(f"--{name}", value, f"must be {number} or more")
+    checks = export.export(
+        args.model,
+        commands.words(args.formats),
+        data_path=args.data,
+        num_rows=args.rows,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        seq_length=args.seq_length,
+        repeats=args.repeats,
+    )
     print(model_card.checked(checks))
     return 0
 

@@ -6,16 +6,14 @@ writes `compare.html`, `tradeoff.png` and `structures.png`. A page is a single f
 refers to no other, so it can be sent to someone and read without a network.
 """
 
-import argparse
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
+from cofi_jax import commands, files
 from cofi_jax import config as config_lib
-from cofi_jax import files
-from cofi_jax.errors import UserError, reject
+from cofi_jax.errors import reject
 from cofi_jax.report import compare, figures, html, tables
 from cofi_jax.report.html import Chart
 from cofi_jax.report.tables import Report, escape
@@ -314,21 +312,13 @@ def _load(folder):
         raise reject("RUN", str(folder), legal) from error
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; usage: {_USAGE}")
-
-
+@commands.program
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    parser = _Parser(usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser = commands.Parser(usage=_USAGE, description=__doc__)
     parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
     parser.add_argument("--to", required=True, type=pathlib.Path)
-    try:
-        found = parser.parse_args(argv[1:])
-        names = write_comparison(found.to, load_runs(found.runs))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    found = parser.parse_args(argv[1:])
+    names = write_comparison(found.to, load_runs(found.runs))
     print(f"Written to {found.to}: {', '.join(names)}")
     return 0

@@ -1,12 +1,20 @@
-"""The command line."""
+"""The command line of a run: a file with a config, and values for single fields of it.
 
+--config configs/demo.py                  the config that its `get_config()` returns
+--config configs/paper.py:sst2,0.95       that of `get_config("sst2,0.95")`
+--config.prune.target_sparsity=0.9        another value for one of its fields
+--config.prune.kinds=head,ffn             the same of several values
+"""
+
+import ast
 import dataclasses
 import functools
 import pathlib
+import runpy
+from collections.abc import Iterable
+from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
+from cofi_jax import commands
 from cofi_jax.config import Config
 from cofi_jax.errors import UserError, reject
 
@@ -14,11 +22,7 @@ _USAGE = (
     "python train.py --config configs/demo.py [--workdir DIR] [--distributed] "
     "[--config.X=Y]"
 )
-
-
-_BOOLEANS = ("true", "false", "t", "f", "1", "0")  # what absl takes
-
-
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 _LEGAL_CONFIG = "must be a file whose get_config() returns a cofi_jax.Config"
 
 
@@ -28,79 +32,105 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path, bool]:
     Raises:
       UserError: for flags, files and fields that do not exist or do not fit.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    flags.DEFINE_string("workdir", None, "default: runs/<config>", flag_values=values)
-    flags.DEFINE_boolean(
-        "distributed", False, "one of several processes", flag_values=values
-    )
-    path, lists = None, {}
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
-        name, equals, value = argument.partition("=")
-        name, value = name.lstrip("-"), value if equals else following
-        if argument.startswith("-") and name == "config":
-            path = value
-        elif argument.startswith("-") and name.startswith("config."):
-            name = name.removeprefix("config.")
-            if _check_override(name, value, bare=not equals) is tuple:
-                lists[name] = value
-    if path is None:
-        raise reject("--config", path, f"{_LEGAL_CONFIG}; usage: {_USAGE}")
+    parser = commands.Parser(usage=_USAGE, description=__doc__)
+    parser.add_argument("--config", help="a file, perhaps with an argument")
+    parser.add_argument("--workdir", help="default: runs/<config>")
+    text = "this is one of several processes"
+    parser.add_argument("--distributed", action="store_true", help=text)
+    known, rest = parser.parse_known_args(argv[1:])
+    values = dict(overrides(rest, _USAGE))
+    if known.config is None:
+        raise reject("--config", None, f"{_LEGAL_CONFIG}; usage: {_USAGE}")
+    config = load(known.config)
+    for field, value in values.items():
+        *sections, name = field.split(".")
+        setattr(functools.reduce(getattr, sections, config), name, value)
+    workdir = known.workdir or f"runs/{name_of(known.config)}"
+    return config, pathlib.Path(workdir), known.distributed
+
+
+def load(path: str) -> Config:
+    """The config that the `get_config` of a file returns.
+
+    Args:
+      path: the file; what follows a colon is the argument of `get_config`.
+
+    Raises:
+      UserError: for a file that is not there, that fails, or returns something else.
+    """
+    file, *argument = path.split(":", 1)
     try:
-        rest = values(argv)[1:]
-        config = values.config
-    except Exception as error:  # whatever the user's own file raises
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        if isinstance(error, flags.Error) and len(lines) == 1:
-            raise UserError(f"{lines[0]}; usage: {_USAGE}") from error
-        text = lines[-1] if lines else ""
-        _, ours, said = text.partition(f"{UserError.__name__}: ")
-        if ours:
-            raise reject("--config", path, said) from error
-        if not isinstance(error, flags.Error):  # which quotes a whole traceback
-            text = f"{type(error).__name__}: {text}"
-        raise reject("--config", path, f"{text}; {_LEGAL_CONFIG}") from error
+        config = runpy.run_path(file)["get_config"](*argument)
+    except UserError as error:
+        raise reject("--config", path, str(error)) from error
+    except Exception as error:  # The user's own file can raise anything.
+        text = " ".join(str(error).split())
+        legal = f"{type(error).__name__}: {text}; {_LEGAL_CONFIG}"
+        raise reject("--config", path, legal) from error
     if not isinstance(config, Config):
         raise reject("--config", path, _LEGAL_CONFIG)
-    for name, value in lists.items():  # a,b is ("a", "b")
-        *sections, field = name.split(".")
-        node = functools.reduce(getattr, sections, config)
-        if getattr(node, field) == (value,) and not value.startswith("("):
-            setattr(node, field, tuple(value.split(",")))
-    if rest:
-        raise UserError(f"{rest[0]!r}: unknown argument; usage: {_USAGE}")
-    workdir = pathlib.Path(values.workdir or f"runs/{name_of(path)}")
-    return config, workdir, values.distributed
+    return config
 
 
 def name_of(path: str) -> str:
-    """What a `--config` is called: configs/paper.py:sst2,0.9 is paper-sst2-0.9."""
+    """The name of a `--config`: that of configs/paper.py:sst2,0.9 is paper-sst2-0.9."""
     file, _, argument = path.partition(":")
     return "-".join([pathlib.Path(file).stem, *filter(None, argument.split(","))])
 
 
-def _check_override(field, value, *, bare):
-    """Says what is legal where the flags library would not; `bare`: has no `=`.
+def overrides(arguments: Iterable[str], usage: str) -> Iterable[tuple[str, Any]]:
+    """Pairs of a field and its value, of arguments like `--config.seed=1`.
 
-    Returns the type of the field.
+    The value may also follow as an argument of its own, and is true for a boolean
+    field that stands alone.
+
+    Raises:
+      UserError: for other arguments, and for fields or values that are not legal.
     """
+    rest = list(arguments)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        field = name.removeprefix("--config.")
+        if field == name:
+            raise UserError(
+                f"{name + equals + text!r}: unknown argument; usage: {usage}"
+            )
+        kind = _kind(field, text if equals or not rest else rest[0])
+        if not equals and kind is bool:
+            text = "true"
+        elif not equals:
+            text = rest.pop(0) if rest else ""
+        yield field, _value(field, text, kind)
+
+
+def _kind(field, text) -> type:
+    """The type of a field of `Config`; `text` is only shown."""
     node, parent = Config(), "config"
     for name in field.split("."):
         fields = vars(node) if dataclasses.is_dataclass(node) else {}
         if name not in fields:
             legal = f"no such field; {parent} has {', '.join(fields) or 'no fields'}"
-            raise reject(f"--config.{field}", value, legal)
+            raise reject(f"--config.{field}", text, legal)
         node, parent = fields[name], name
     if dataclasses.is_dataclass(node):
         legal = f"is a section; give a value to one of {', '.join(vars(node))}"
-        raise reject(f"--config.{field}", value, legal)
-    kind = type(node)
-    if kind is bool and not bare and value.lower() not in _BOOLEANS:
-        raise reject(f"--config.{field}", value, "must be true or false")
-    if kind in (int, float):
+        raise reject(f"--config.{field}", text, legal)
+    return type(node)
+
+
+def _value(field, text, kind) -> Any:
+    if kind is bool:
+        if text.lower() not in _BOOLEANS:
+            raise reject(f"--config.{field}", text, "must be true or false")
+        return _BOOLEANS[text.lower()]
+    if kind is tuple:
         try:
-            kind(value)
-        except ValueError as error:
-            legal = f"must be of type {kind.__name__}"
-            raise reject(f"--config.{field}", value, legal) from error
-    return kind
+            found = ast.literal_eval(text)
+        except (SyntaxError, ValueError):  # head,ffn is ("head", "ffn")
+            return tuple(text.split(","))
+        return tuple(found) if isinstance(found, tuple | list) else (found,)
+    try:
+        return kind(text)
+    except ValueError as error:
+        legal = f"must be of type {kind.__name__}"
+        raise reject(f"--config.{field}", text, legal) from error

@@ -3,33 +3,97 @@
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import pathlib
 import platform
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
-import cofi_jax
 from cofi_jax import config as config_lib
 from cofi_jax import distributed, files
 from cofi_jax.checkpoints import saved_model
 from cofi_jax.config import Config
-from cofi_jax.data import metrics as metrics_lib
 from cofi_jax.data import tasks
+from cofi_jax.data.metrics import main_score
 from cofi_jax.errors import reject
-from cofi_jax.evaluation import latency, predict
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost, slicing
-from cofi_jax.report import figures, model_card, pages
-from cofi_jax.run import setup, stages
-from cofi_jax.run.setup import load_inputs
+from cofi_jax.report import model_card
+from cofi_jax.run import artefacts, results, setup, stages
 from cofi_jax.training import log as log_lib
-from cofi_jax.training import teacher as teacher_lib
+from cofi_jax.training.teacher import TeacherCache
 
-_HOW_NOT_WHAT = {"tensorboard", "distill.cache"}  # a run may go on with another
+# float32 sums in another order; more than this is a bug, not rounding.
+_MAX_DIFFERENCE = 1e-3
+
+
+def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs all stages, or those that are left: the content of `report.json`.
+
+    Raises:
+      UserError: for what the user can mend; then nothing was written over.
+    """
+    with distributed.raise_together():
+        config_lib.validate(config)
+        if config.tensorboard:
+            log_lib.check()
+    distributed.check_same("the config", lambda: config_lib.to_json(config))
+    if finished := distributed.on_process_zero(lambda: _finished(config, workdir)):
+        return finished
+    with distributed.raise_together():
+        inputs = setup.load_inputs(config)
+    digest = setup.digest(config, inputs)
+    distributed.check_same("rows and model", lambda: digest)
+    with contextlib.ExitStack() as held:
+        node, token = distributed.on_process_zero(lambda: _begin(config, workdir, held))
+        with distributed.raise_together():
+            lock = workdir / ".lock"
+            if not lock.exists() or lock.read_text() != token:
+                legal = "must be one folder that all processes see"
+                raise reject("workdir", str(workdir), legal)
+        held.enter_context(compiled_in(workdir / f"compiled-{node}"))
+        log = distributed.NullLog()
+        if distributed.is_first():
+            folder = workdir / "tensorboard"
+            mirror = log_lib.Events(folder) if config.tensorboard else None
+            log = log_lib.MetricsLog(workdir / "metrics.jsonl", mirror)
+        train, validation = inputs.examples["train"], dict(inputs.examples)
+        del validation["train"]
+        shared = stages.Run(
+            config, workdir, inputs.task, train, validation, log, digest
+        )
+        return _stages(shared, inputs)
+
+
+@contextlib.contextmanager
+def compiled_in(folder: pathlib.Path) -> Iterator[None]:
+    """A block whose programs are kept in `folder`, to be compiled once only.
+
+    A cache that jax has already, which the user chose, stays as it is.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    options = {
+        "jax_compilation_cache_dir": str(folder.absolute()),
+        # The many small programs too: together they take as long as a large one.
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax opens a cache once and keeps to it.
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def check_workdir(config: Config, workdir: pathlib.Path) -> None:
@@ -44,8 +108,9 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
         # A field that is younger than the run had its default.
         there = config_lib.flatten(Config()) | config_lib.flatten(path.read_text())
     except (AttributeError, ValueError) as error:  # not an object; not JSON
-        raise reject("workdir", str(workdir), "its config.json is damaged") from error
-    here, ignored = config_lib.flatten(config), set(_HOW_NOT_WHAT)
+        legal = "its config.json is damaged; without the file the run starts over"
+        raise reject("workdir", str(workdir), legal) from error
+    here, ignored = config_lib.flatten(config), set(setup.HOW_NOT_WHAT)
     if (workdir / "report.json").exists():
         ignored.add("data.buckets")  # whose default was another once
     for field in sorted((there.keys() | here.keys()) - ignored):
@@ -58,62 +123,19 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
             )
 
 
-# float32 sums in another order; more than this is a bug, not rounding.
-_MAX_DIFFERENCE = 1e-3
-
-
-def run(config: Config, workdir: pathlib.Path) -> dict:
-    """All stages, or those that are left: the content of `report.json`.
-
-    Raises:
-      UserError: for what the user can mend; then nothing was written over.
-    """
-    with distributed.raise_together():
-        config_lib.validate(config)
-        if config.tensorboard:
-            log_lib.check()
-    distributed.check_same("the config", lambda: config_lib.to_json(config))
-    if finished := distributed.on_process_zero(lambda: _finished(config, workdir)):
-        return finished
-    with distributed.raise_together():
-        setup.check_sizes(config)
-        task, examples, teacher, params, tokenizer = load_inputs(config)
-    arrays = params, [(some.input_ids, some.labels) for some in examples.values()]
-    distributed.check_same("rows and model", lambda: distributed.digest(arrays))
-    train = examples.pop("train")
-    with contextlib.ExitStack() as held:
-        node, token = distributed.on_process_zero(lambda: _begin(config, workdir, held))
-        with distributed.raise_together():
-            lock = workdir / ".lock"
-            if not lock.exists() or lock.read_text() != token:
-                legal = "must be one folder that all processes see"
-                raise reject("workdir", str(workdir), legal)
-        # A restarted run need not compile again what the one before had compiled.
-        if not jax.config.jax_compilation_cache_dir:
-            jax.config.update(
-                "jax_compilation_cache_dir",
-                str((workdir / f"compiled-{node}").absolute()),
-            )
-            # The many small programs too: together they take as long as a large one.
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        log = distributed.NullLog()
-        if distributed.is_first():
-            folder = workdir / "tensorboard"
-            mirror = log_lib.Events(folder) if config.tensorboard else None
-            log = log_lib.MetricsLog(workdir / "metrics.jsonl", mirror)
-        shared = stages.Run(config, workdir, task, train, examples, log)
-        return _stages(shared, teacher, params, tokenizer)
-
-
-def _finished(config, workdir):
-    """The report of a run that is complete."""
+def _finished(config, workdir) -> dict[str, Any] | None:
+    """The report of a run that is complete: that of the pruned model beside it."""
     check_workdir(config, workdir)
-    path = workdir / "report.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        report = json.loads((workdir / "report.json").read_text())
+        saved = saved_model.read_about(workdir / "pruned")[2]["report"]
+    except (OSError, ValueError, KeyError):  # not there, or damaged
+        return None
+    return report if report == saved else None
 
 
-def _begin(config, workdir, held):
-    """Locks the folder for as long as `held` is, and says what it will hold.
+def _begin(config, workdir, held) -> tuple[str, str]:
+    """Locks the folder for as long as `held` is, and writes down the config.
 
     Returns:
       The machine's name, and what now stands in the lock.
@@ -128,7 +150,6 @@ def _begin(config, workdir, held):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise reject("workdir", str(workdir), "another run is at work") from error
-    check_workdir(config, workdir)  # another run may have begun meanwhile
     files.write_atomically(workdir / "config.json", config_lib.to_json(config))
     token = f"{platform.node()} {time.time_ns()}"
     lock.truncate(0)
@@ -137,135 +158,90 @@ def _begin(config, workdir, held):
     return platform.node(), token
 
 
-def _stages(run: stages.Run, model: Encoder, params: dict, tokenizer) -> dict:
-    config, workdir, task = run.config, run.workdir, run.task
-    metric = task.metrics[0]
-    data = dataclasses.asdict(config.data)
-    if config.data.task == tasks.OWN:
-        data["labels"] = task.labels  # read off the training rows, perhaps
-    data["buckets"] = run.buckets  # likewise
-    about = {"task": config.data.task, "labels": list(task.labels), "data": data}
-    if base := setup.base_model(config):
-        about["base_model"] = base
+def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
+    config, dense, params = run.config, inputs.model, inputs.params
     seconds = {"teacher": 0.0}
     if not config.teacher.path:
-        params, seconds["teacher"] = stages.train_teacher(run, model, params)
+        params, seconds["teacher"] = stages.train_teacher(run, dense, params)
     params = jax.device_put(params)
-    saved = distributed.on_process_zero((workdir / "teacher").exists)
-    known = saved_model.read_about(workdir / "teacher")[2] if saved else {}
-    teacher_scores = known.get("scores")  # where the run goes on
-    if not teacher_scores:
-        teacher_scores = run.scores(predict.make_predict(model), params)
-    if not saved:
-        saved_model.save_model(
-            workdir / "teacher",
-            params,
-            model.config,
-            tokenizer=tokenizer,
-            about=(described := about | {"scores": teacher_scores}),
-            readme=model_card.text(model.config, described, {}),
-        )
-    teacher_score = metrics_lib.main_score(teacher_scores)
-    print(f"teacher: {metric} {teacher_score:.4f}", flush=True)
+    scores = _save_teacher(run, inputs, params)
+    teacher = None
+    if config.distill.logits or config.distill.layers:
+        teacher = TeacherCache(dense, params, config.distill)
+    student, seconds["prepruning"] = stages.preprune(run, dense, params, teacher)
+    student, masks, seconds["prune"] = stages.learn_masks(run, dense, student, teacher)
+    small, student, spec, figures = _slice(run, dense, student, masks)
+    pruned, seconds["finetune"] = stages.finetune(run, small, student, teacher)
 
-    distill, teaching = config.distill, None
-    if distill.logits or distill.layers:
-        teaching = teacher_lib.TeacherCache(model, params, distill)
-    student, seconds["prepruning"] = stages.preprune(run, model, params, teaching)
-    student, masks, seconds["prune"] = stages.learn_masks(run, model, student, teaching)
-    masked = run.exact_logits(model, student.params, masks)
-    sliced, spec = slicing.prune(student.params, masks, model.config)
-    small = Encoder(spec.config(model.config))
-    difference = np.abs(run.exact_logits(small, sliced) - masked).max()
+    def save():
+        models = {"dense": (dense, params), "pruned": (small, pruned)}
+        report = results.collect(run, models, scores, figures, seconds)
+        about = {
+            "dense": dataclasses.asdict(dense.config),
+            "sparsity": report["sparsity"],
+            "report": report,
+        }
+        _save(run, "pruned", pruned, small.config, spec, inputs.tokenizer, about)
+
+    path = run.workdir / "pruned"
+    artefacts.settle(path, run.made_from(params, pruned), save)
+    report = saved_model.read_about(path)[2]["report"]
+    distributed.on_process_zero(lambda: results.write(run, report))
+    return report
+
+
+def _save_teacher(run, inputs, params) -> dict[str, dict[str, float]]:
+    """The teacher's scores, which `teacher/` holds too."""
+    model, path = inputs.model, run.workdir / "teacher"
+
+    def save():
+        about = {"scores": run.scores(model, params)}
+        _save(run, "teacher", params, model.config, None, inputs.tokenizer, about)
+
+    artefacts.settle(path, run.made_from(params), save)
+    scores = saved_model.read_about(path)[2]["scores"]
+    print(f"teacher: {run.task.metrics[0]} {main_score(scores):.4f}", flush=True)
+    return scores
+
+
+def _slice(run, dense, student, masks):
+    """The small model, which computes what the masked one computes.
+
+    Returns:
+      The module, the student with its parameters, what was kept of the dense model, and
+      the part of the report that is known before fine-tuning.
+    """
+    masked = run.exact_logits(dense, student.params, masks)
+    params, spec = slicing.prune(student.params, masks, dense.config)
+    small = Encoder(spec.config(dense.config))
+    difference = np.abs(run.exact_logits(small, params) - masked).max()
     if not difference <= _MAX_DIFFERENCE * max(1.0, np.abs(masked).max()):
         raise RuntimeError(f"masked and sliced model differ by {difference}")
-    before = run.score(predict.make_predict(small), sliced)
-    removed = cost.exact_sparsity(masks, model.config)
+    removed, score = cost.exact_sparsity(masks, dense.config), run.score(small, params)
     print(
-        f"sliced: sparsity {removed:.4f}, {metric} {before:.4f}, differs from the "
-        f"masked model by at most {difference:.1e}",
+        f"sliced: sparsity {removed:.4f}, {run.task.metrics[0]} {score:.4f}, differs "
+        f"from the masked model by at most {difference:.1e}",
         flush=True,
     )
+    student = stages.Student(params, student.projection[np.asarray(spec.hidden)])
+    return small, student, spec, results.Slicing(removed, score, float(difference))
 
-    hidden = np.asarray(spec.hidden)
-    student = stages.Student(sliced, student.projection[hidden])
-    sliced, seconds["finetune"] = stages.finetune(run, small, student, teaching)
-    scores = run.scores(predict.make_predict(small), sliced)
-    # On one device, while the others rest.
-    measured = distributed.on_process_zero(
-        lambda: latency.inference(
-            {"dense": (model, params), "pruned": (small, sliced)},
-            batch_size=config.benchmark.batch_size,
-            seq_length=config.benchmark.seq_length,
-            repeats=config.benchmark.repeats,
-        )
+
+def _save(run, name, params, config, spec, tokenizer, about):
+    """Saves a model with what the run says of it, and its card."""
+    task, data = run.task, dataclasses.asdict(run.config.data)
+    if run.config.data.task == tasks.OWN:
+        data["labels"] = task.labels  # which may have been read off the rows
+    data["buckets"] = run.buckets  # likewise
+    about = {"task": task.name, "labels": list(task.labels), "data": data} | about
+    if base := setup.base_model(run.config):
+        about["base_model"] = base
+    saved_model.save_model(
+        run.workdir / name,
+        params,
+        config,
+        spec,
+        tokenizer=tokenizer,
+        about=about,
+        readme=model_card.text(config, about, {}),
     )
-    result = {
-        "task": config.data.task,
-        "metric": metric,
-        "seed": config.seed,
-        "teacher": {"score": teacher_score, "scores": teacher_scores},
-        "pruned": {
-            "score": metrics_lib.main_score(scores),
-            "score_before_finetune": before,
-            "scores": scores,
-        },
-        "sparsity": removed,
-        "target_sparsity": config.prune.target_sparsity,
-        "params": {
-            "encoder": {
-                "dense": cost.num_params({}, model.config),
-                "pruned": cost.num_params({}, small.config),
-            },
-            "total": {"dense": _size(params), "pruned": _size(sliced)},
-        },
-        "dense": model.config.widths(),
-        "kept": small.config.widths(),
-        "masked_vs_sliced_max_abs_diff": float(difference),
-        **measured,
-        "seconds": seconds,
-        "versions": _versions(),
-    }
-    if not distributed.on_process_zero((workdir / "pruned").exists):
-        about |= {"dense": dataclasses.asdict(model.config), "sparsity": removed}
-        saved_model.save_model(
-            workdir / "pruned",
-            sliced,
-            small.config,
-            spec,
-            tokenizer=tokenizer,
-            about=(described := about | {"report": result}),
-            readme=model_card.text(small.config, described, {}),
-        )
-    return distributed.on_process_zero(lambda: _write(run, result))
-
-
-def _write(run, result):
-    """Pictures, pages and the report, which is last."""
-    config, workdir = run.config, run.workdir
-    # Where the run was killed just after it had saved, the figures of then stay.
-    *_, saved = saved_model.read_about(workdir / "pruned")
-    result = saved.get("report", result)
-    metrics, settings = log_lib.read_metrics(run.log.path), config_lib.to_json(config)
-    figures.plot_sparsity(metrics, workdir / "sparsity.png")
-    figures.plot_structure(result, workdir / "structure.png")
-    text = pages.markdown(result, metrics, settings)
-    files.write_atomically(workdir / "report.md", text)
-    text = pages.run_page(result, metrics, settings)
-    files.write_atomically(workdir / "report.html", text)
-    # Last: its presence says that the run is complete.
-    files.write_json(workdir / "report.json", result)
-    return result
-
-
-def _size(params):
-    return sum(x.size for x in jax.tree.leaves(params))
-
-
-def _versions():
-    packages = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    return {
-        "cofi-jax": cofi_jax.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }

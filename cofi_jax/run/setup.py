@@ -1,26 +1,87 @@
-"""What a run starts from, checked before anything is written."""
+"""The inputs of a run, all of which are checked before anything is written."""
 
 import dataclasses
 import math
 import pathlib
 import re
 import sys
-from typing import Any
+import zlib
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from cofi_jax import distributed
 from cofi_jax.checkpoints import huggingface, saved_model
-from cofi_jax.checkpoints.huggingface import check_tokenizer
-from cofi_jax.config import Config
+from cofi_jax.checkpoints.load import load_hugging_face
+from cofi_jax.config import Config, flatten
 from cofi_jax.data import batches, sources, tasks, toy
 from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, hard_concrete
-from cofi_jax.run import stages
 from cofi_jax.training import teacher as teacher_lib
+
+# A run may go on with other values of these, which change how it works, not its result.
+HOW_NOT_WHAT = ("tensorboard", "distill.cache")
+
+
+class Inputs(NamedTuple):
+    """What a run starts from.
+
+    Attributes:
+      task: the task.
+      examples: the rows of each split, "train" first.
+      model: the dense module.
+      params: its parameters; those of the teacher with `teacher.path`, else to train.
+      tokenizer: the Hugging Face tokenizer.
+    """
+
+    task: Task
+    examples: dict[str, batches.Examples]
+    model: Encoder
+    params: dict
+    tokenizer: Any
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Reads rows and model, and checks whether they fit the config.
+
+    Raises:
+      UserError: for what is not there, is damaged, or does not fit.
+    """
+    check_batch_sizes(config)
+    task = tasks.find(config.data)
+    splits = ("train", *task.validation)
+    task, columns = sources.load(task, splits)
+    model, params, tokenizer = load_teacher(config, task)
+    _check_model(config, task, model.config, tokenizer)
+    examples = {
+        split: task.tokenise(columns.pop(split), tokenizer, training=split == "train")
+        for split in splits
+    }
+    _check_rows(config, examples["train"])
+    teacher_lib.check_teacher_cache(config, model.config, examples["train"])
+    return Inputs(task, examples, model, params, tokenizer)
+
+
+def digest(config: Config, inputs: Inputs) -> int:
+    """A digest of what decides a run's result: settings, rows and loaded parameters.
+
+    Parameters that are drawn at random are left out. They follow from the seed, but
+    differ in their last bits between kinds of devices, and a run may change its device.
+    """
+    params = inputs.params if config.teacher.path or config.model.path else {}
+    if not config.teacher.path:
+        drawn = ("pooler", "classifier")
+        params = {name: part for name, part in params.items() if name not in drawn}
+    rows = [
+        (np.concatenate(part.input_ids), part.lengths, part.labels)
+        for part in inputs.examples.values()
+    ]
+    settings = {k: v for k, v in flatten(config).items() if k not in HOW_NOT_WHAT}
+    return zlib.crc32(f"{settings} {distributed.digest((params, rows))}".encode())
 
 
 def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
@@ -68,32 +129,26 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
 
 def _load_trained(config, task):
     path, order = config.teacher.path, config.teacher.labels
+    pruned = reject("teacher.path", path, "is a pruned model; give a dense one")
     if saved_model.is_model(path):
         if order:
             legal = "is for Hugging Face folders; a saved model knows its own"
             raise reject("teacher.labels", order, legal)
         model, params, spec = saved_model.load_model(path, field="teacher.path")
         if spec is not None:
-            raise reject("teacher.path", path, "is a pruned model; give a dense one")
+            raise pruned
         sizes = dataclasses.replace(
             model.config, dropout=config.model.dropout, dtype=config.model.dtype
         )
         tokenizer = saved_model.load_tokenizer(path)
         params = _in_order(params, saved_model.read_about(path)[2], task, path)
     else:
-        folder = huggingface.resolve(path, "teacher.path")
-        sizes, params = huggingface.load_classifier(
-            folder,
-            field="teacher.path",
-            problem=task.problem.name,
-            labels=task.labels,
-            label_order=order,
-            model=config.model,
+        found = load_hugging_face(
+            path, task, field="teacher.path", labels=order, model=config.model
         )
-        dense = {sizes.hidden_size // sizes.head_size}
-        if {*sizes.heads} != dense or len({*sizes.intermediate}) > 1:
-            raise reject("teacher.path", path, "is a pruned model; give a dense one")
-        tokenizer = huggingface.load_tokenizer(folder, "teacher.path")
+        sizes, params, tokenizer = found.model.config, found.params, found.tokenizer
+        if sizes.widths() != found.dense.widths():
+            raise pruned
     found = sizes.problem, sizes.num_labels
     if found != (task.problem.name, task.num_outputs):
         legal = f"is made for {found[0]} with {found[1]} outputs, task "
@@ -124,7 +179,7 @@ def _in_order(params, about, task, path):
     return params | {"classifier": classifier}
 
 
-def check_model(
+def _check_model(
     config: Config, task: Task, sizes: EncoderConfig, tokenizer: Any
 ) -> None:
     """Raises UserError where lengths, vocabulary or target do not fit the model."""
@@ -137,59 +192,42 @@ def check_model(
             raise reject(field, value, legal)
     field = "teacher.path" if config.teacher.path else "model.path"
     path = config.teacher.path or config.model.path
-    check_tokenizer(tokenizer, sizes, field=field, path=path)
+    huggingface.check_tokenizer(tokenizer, sizes, field=field, path=path)
     highest = constraint.max_sparsity(sizes, config.prune.kinds)
     if config.prune.target_sparsity > highest:
         raise reject(
             "prune.target_sparsity",
             config.prune.target_sparsity,
-            f"gates of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
+            f"masks of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
         )
 
 
-def check_rows(config: Config, train: batches.Examples) -> None:
-    """Raises UserError where rows are too few; warns where gates cannot close."""
+def _check_rows(config: Config, train: batches.Examples) -> None:
+    """Raises UserError where rows are too few; warns where masks cannot close."""
     if not len(train):
         legal = "holds no training question whose answer is in its context"
         raise reject("data.path", config.data.path, legal)
-    for field in ("teacher", "prune", "finetune"):
+    for field in ("teacher", "finetune", "prune"):
         rows = getattr(config, field).train_rows
-        batches.first_rows(train, rows, field=f"{field}.train_rows")
+        rows = batches.first_rows(train, rows, field=f"{field}.train_rows")
     prune = config.prune
-    rows = batches.first_rows(train, prune.train_rows, field="prune.train_rows")
-    epochs = prune.epochs - prune.prepruning_epochs
-    steps = epochs * stages.steps_per_epoch(rows, prune)
+    steps = batches.steps_per_epoch(len(rows), prune.batch_size)
+    steps *= prune.epochs - prune.prepruning_epochs
     if prune.mask_schedule == "linear":  # which covers half the way
         steps /= 2
-    if prune.mask_learning_rate * steps < hard_concrete.CLOSING_DISTANCE:
-        enough = hard_concrete.CLOSING_DISTANCE / steps
+    enough = hard_concrete.CLOSING_DISTANCE / steps
+    if prune.mask_learning_rate < enough:
         unit = 10.0 ** (math.floor(math.log10(enough)) - 1)
         enough = math.ceil(enough / unit) * unit  # two digits, never too few
         print(
             f"warning: prune.mask_learning_rate={prune.mask_learning_rate}: too low "
-            f"for gates to close in the schedule's steps; {enough:.2g} or more would "
+            f"for masks to close in the schedule's steps; {enough:.2g} or more would "
             "do",
             file=sys.stderr,
         )
 
 
-def load_inputs(config):
-    """Task, rows by split, and what the run starts from."""
-    task = tasks.find(config.data)
-    splits = ("train", *task.validation)
-    task, columns = sources.load(task, splits)
-    teacher, params, tokenizer = load_teacher(config, task)
-    check_model(config, task, teacher.config, tokenizer)
-    examples = {
-        split: task.tokenise(columns.pop(split), tokenizer, training=split == "train")
-        for split in splits
-    }
-    check_rows(config, examples["train"])
-    teacher_lib.check_teacher_cache(config, teacher.config, examples["train"])
-    return task, examples, teacher, params, tokenizer
-
-
-def check_sizes(config: Config) -> None:
+def check_batch_sizes(config: Config) -> None:
     """Raises UserError unless every batch can be dealt out evenly."""
     count = jax.device_count()
     for field in ("teacher", "prune", "finetune"):

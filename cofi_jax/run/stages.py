@@ -8,6 +8,7 @@ import functools
 import io
 import pathlib
 import sys
+import zlib
 from typing import Any, NamedTuple
 
 import jax
@@ -19,67 +20,80 @@ from cofi_jax import distributed, files
 from cofi_jax.checkpoints import state as state_lib
 from cofi_jax.data import batches, tasks
 from cofi_jax.data.metrics import main_score
-from cofi_jax.evaluation import predict as predict_lib
+from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder
-from cofi_jax.pruning import constraint, cost, masks, transforms
+from cofi_jax.pruning import constraint, cost, transforms
+from cofi_jax.pruning import masks as masks_lib
+from cofi_jax.pruning.masks import Masks
+from cofi_jax.run import artefacts
+from cofi_jax.training import log as log_lib
 from cofi_jax.training import loop, objectives, step
 from cofi_jax.training.objectives import whole_params
 from cofi_jax.training.teacher import TeacherCache
 
+# The final masks may miss the target by this much, see `constraint.final_masks`.
+_TOLERANCE = 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What all stages share: the settings, the rows, and where to write."""
+    """What all stages share.
+
+    Attributes:
+      config: the settings.
+      workdir: the folder of the run.
+      task: the task.
+      train: the training rows that the stages choose from.
+      validation: the rows of each validation split; the first one decides.
+      log: the run's log.
+      inputs: a digest of the config, of the rows and of the model that was loaded.
+    """
 
     config: config_lib.Config
     workdir: pathlib.Path
     task: tasks.Task
     train: batches.Examples
-    validation: dict[str, batches.Examples]  # by split; the first one decides
-    log: Any  # report.MetricsLog
+    validation: dict[str, batches.Examples]
+    log: log_lib.MetricsLog | distributed.NullLog
+    inputs: int = 0
 
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
-        """Padded lengths."""
+        """The padded lengths."""
         return batches.bucket_lengths(self.task, self.train.lengths)
 
-    def examples(self, field: str) -> batches.Examples:
-        """The training rows of the stage that the config calls `field`."""
-        rows = getattr(self.config, field).train_rows
-        return batches.first_rows(self.train, rows, field=f"{field}.train_rows")
+    def made_from(self, *trees: Any) -> int:
+        """A digest of the run's inputs and of arrays, see `artefacts`."""
+        return zlib.crc32(f"{self.inputs} {distributed.digest(trees)}".encode())
 
-    def scores(
-        self, predict, params: dict, gates: masks.Masks | None = None
-    ) -> dict[str, dict[str, float]]:
+    def scores(self, model: Encoder, params: dict) -> dict[str, dict[str, float]]:
         """Each of the task's metrics, by validation split."""
         return {
-            split: self.task.scores(
-                self._logits(predict, params, gates, examples), examples
-            )
-            for split, examples in self.validation.items()
+            split: self.task.scores(self._logits(model, params, {}, rows), rows)
+            for split, rows in self.validation.items()
         }
 
-    def score(self, predict, params: dict, gates: masks.Masks | None = None) -> float:
+    def score(self, model: Encoder, params: dict, masks: Masks | None = None) -> float:
         """The metric that decides, on the split that decides."""
-        examples = next(iter(self.validation.values()))
-        logits = self._logits(predict, params, gates, examples)
-        return main_score(self.task.scores(logits, examples))
+        rows = next(iter(self.validation.values()))
+        return main_score(
+            self.task.scores(self._logits(model, params, masks, rows), rows)
+        )
 
     def exact_logits(
-        self, model: Encoder, params: dict, gates: masks.Masks | None = None
+        self, model: Encoder, params: dict, masks: Masks | None = None
     ) -> np.ndarray:
-        """Logits on the first validation split in full float32."""
+        """The logits (N, ...) on the split that decides, in full float32."""
         exact = Encoder(dataclasses.replace(model.config, dtype="float32"))
-        examples = next(iter(self.validation.values()))
+        rows = next(iter(self.validation.values()))
         with jax.default_matmul_precision("highest"):
-            predict = predict_lib.make_predict(exact)
-            return self._logits(predict, params, gates, examples)
+            return self._logits(exact, params, masks, rows)
 
-    def _logits(self, predict, params, gates, examples):
-        return predict_lib.predict_all(
-            predict,
-            *distributed.replicate((params, gates or {})),
-            examples,
+    def _logits(self, model, params, masks, rows):
+        return predict.predict_all(
+            predict.make_predict(model),
+            *distributed.replicate((params, masks or {})),
+            rows,
             batch_size=self.config.eval_batch_size,
             buckets=self.buckets,
             put=distributed.shard,
@@ -90,65 +104,102 @@ class Run:
         stage: str,
         model: Encoder,
         params: dict,
-        loss: objectives.Objective,
+        objective: objectives.Objective,
         *,
-        settings: Any,
-        epochs: int,
-        examples: batches.Examples,
-        rates: dict[str, step.Rate],
-        context: dict | None = None,
-        teacher_cache: TeacherCache | None = None,
+        teacher: TeacherCache | None = None,
+        rates: dict[str, step.Rate] | None = None,
+        context: dict[str, Any] | None = None,
         **trainable: Any,
     ) -> tuple[step.TrainState, float]:
-        """Runs one stage, or what is left of it: the last state, and its seconds."""
-        config = self.config
+        """Runs a stage, or what is left of it.
+
+        Args:
+          stage: its name.
+          model: the module.
+          params: the parameters that the stage starts from.
+          objective: what it minimises.
+          teacher: what it imitates, or None.
+          rates: the learning rates of what is not a weight, see `step.create_state`.
+          context: what the objective reads beside parameters and batch.
+          **trainable: what is trained beside the parameters, see `step.create_state`.
+
+        Returns:
+          The last state, and the seconds that the stage took.
+        """
+        config, settings = self.config, self._settings(stage)
+        rows, steps = self._rows(stage), self.steps(stage)
+        # The decay of pre-pruning is that of the whole pruning, which is cut short: it
+        # starts afresh, from the full rate, when the masks begin to move.
+        scheduled = self.steps(stage, settings.epochs) if stage != "prune" else steps
+        warmup_steps = config.teacher.warmup_steps if stage == "teacher" else 0
+        rate = step.learning_rate(
+            settings.learning_rate, settings.schedule, scheduled, warmup_steps
+        )
         state = step.create_state(
             params,
             seed=config.seed,
             stage=stage,
-            rates=rates,
+            rates={"weights": rate} | (rates or {}),
             freeze_embeddings=settings.freeze_embeddings,
             **trainable,
         )
-        predict = predict_lib.make_predict(model)
-        least = config.prune.target_sparsity - config.prune.sparsity_epsilon
-
-        def evaluate(trainable, frozen):
-            params = whole_params(trainable, frozen)
-            if "log_alpha" not in trainable:
-                return loop.Evaluation(self.score(predict, params))
-            gates = masks.evaluation_masks(distributed.local(trainable["log_alpha"]))
-            removed = cost.exact_sparsity(gates, model.config)
-            score = self.score(predict, params, gates)
-            return loop.Evaluation(score, removed >= least, {"sparsity": removed})
-
-        with state_lib.Checkpoints(self.workdir / "checkpoints" / stage) as saved:
+        # A teacher's start follows from the run's inputs. Its parameters are not
+        # compared: those drawn at random differ between kinds of devices.
+        made_from = self.made_from(*(() if stage == "teacher" else (params,)))
+        folder = self.workdir / "checkpoints" / stage
+        with state_lib.Checkpoints(folder, made_from) as saved:
             stage_loop = loop.Loop(
                 stage=stage,
-                step=step.make_step(loss, settings.micro_batches),
+                step=step.make_step(objective, settings.micro_batches),
                 context=distributed.replicate(context or {}),
                 batches=functools.partial(
                     batches.stream,
-                    examples,
+                    rows,
                     batch_size=settings.batch_size,
                     buckets=self.buckets,
                     seed=config.seed,
                     stage=stage,
                 ),
-                total_steps=epochs * steps_per_epoch(examples, settings),
-                evaluate=evaluate,
+                total_steps=steps,
+                evaluate=functools.partial(self._evaluate, model),
                 checkpoints=saved,
                 log=self.log,
                 every=loop.Every(
                     config.log_every, config.eval_every, config.checkpoint_every
                 ),
-                teacher_outputs=teacher_cache
-                and teacher_cache.of(examples, self.buckets, settings.batch_size),
+                teacher_outputs=teacher
+                and teacher.of(rows, self.buckets, settings.batch_size),
                 # The start of pruning is dense, and pre-pruning returns its last state.
                 start_counts=stage in ("teacher", "finetune"),
             )
             state, seconds = loop.fit(distributed.replicate(state), stage_loop)
         return distributed.local(state), seconds
+
+    def steps(self, stage: str, epochs: int | None = None) -> int:
+        """The optimizer steps in all of a stage's epochs, or in so many."""
+        settings, before = self._settings(stage), self.config.prune.prepruning_epochs
+        if epochs is None:
+            left = {"prepruning": before, "prune": self.config.prune.epochs - before}
+            epochs = left.get(stage, settings.epochs)
+        rows = settings.train_rows or len(self.train)
+        return epochs * batches.steps_per_epoch(rows, settings.batch_size)
+
+    def _settings(self, stage) -> config_lib.Stage:
+        return getattr(self.config, "prune" if stage == "prepruning" else stage)
+
+    def _rows(self, stage) -> batches.Examples:
+        rows = self._settings(stage).train_rows
+        return batches.first_rows(self.train, rows, field=f"{stage}.train_rows")
+
+    def _evaluate(self, model, trainable, frozen) -> loop.Evaluation:
+        prune, params = self.config.prune, whole_params(trainable, frozen)
+        if "log_alpha" not in trainable:
+            return loop.Evaluation(self.score(model, params))
+        masks = masks_lib.evaluation_masks(distributed.local(trainable["log_alpha"]))
+        removed = cost.exact_sparsity(masks, model.config)
+        met = removed >= prune.target_sparsity - prune.sparsity_epsilon
+        score = self.score(model, params, masks)
+        return loop.Evaluation(score, met, {"sparsity": removed})
 
 
 class Student(NamedTuple):
@@ -158,90 +209,60 @@ class Student(NamedTuple):
     projection: jax.Array  # (D', D)
 
 
-def steps_per_epoch(examples: batches.Examples, settings: Any) -> int:
-    """Optimizer steps in one pass over `examples`."""
-    return batches.steps_per_epoch(len(examples), settings.batch_size)
-
-
 def train_teacher(run: Run, model: Encoder, params: dict) -> tuple[dict, float]:
     """Learns the task from its labels: the best parameters, and the seconds taken."""
-    settings, examples = run.config.teacher, run.examples("teacher")
-    steps = settings.epochs * steps_per_epoch(examples, settings)
-    rate = step.learning_rate(
-        settings.learning_rate, settings.schedule, steps, settings.warmup_steps
-    )
-    state, seconds = run.fit(
-        "teacher",
-        model,
-        params,
-        objectives.task_objective(model),
-        settings=settings,
-        epochs=settings.epochs,
-        examples=examples,
-        rates={"weights": rate},
-    )
+    objective = objectives.task_objective(model)
+    state, seconds = run.fit("teacher", model, params, objective)
     return whole_params(state.best, state.frozen), seconds
 
 
 def preprune(
-    run: Run, model: Encoder, teacher: dict, teacher_cache: TeacherCache | None
+    run: Run, model: Encoder, params: dict, teacher: TeacherCache | None
 ) -> tuple[Student, float]:
-    """Distillation before any gate moves, from a copy of the teacher."""
-    settings, examples = run.config.prune, run.examples("prune")
-    epochs = settings.prepruning_epochs
-    # The linear decay is that of the whole pruning, which is cut short here: it
-    # starts afresh, from the full rate, when the gates begin to move.
-    steps = settings.epochs * steps_per_epoch(examples, settings)
-    rate = step.learning_rate(settings.learning_rate, settings.schedule, steps)
+    """Distills before any mask moves, from a copy of the teacher's parameters.
+
+    Returns:
+      The student, and the seconds that the stage took.
+    """
+    objective = objectives.DistillationObjective(model, run.config.distill)
+    projection = jnp.eye(model.config.hidden_size)
     state, seconds = run.fit(
         "prepruning",
         model,
-        teacher,
-        objectives.DistillationObjective(model, run.config.distill),
-        settings=settings,
-        epochs=epochs,
-        examples=examples,
-        rates={"weights": rate},
-        teacher_cache=teacher_cache,
-        distill_projection=jnp.eye(model.config.hidden_size),
+        params,
+        objective,
+        teacher=teacher,
+        distill_projection=projection,
     )
     params = whole_params(state.trainable, state.frozen)
     return Student(params, state.trainable["distill_projection"]), seconds
 
 
 def learn_masks(
-    run: Run, model: Encoder, student: Student, teacher_cache: TeacherCache | None
-) -> tuple[Student, masks.Masks, float]:
-    """Pruning: the dense student, masks that meet the target, and the seconds taken."""
-    settings, examples = run.config.prune, run.examples("prune")
-    epochs = settings.epochs - settings.prepruning_epochs
-    per_epoch = steps_per_epoch(examples, settings)
-
-    def rate(peak, schedule):
-        return step.learning_rate(peak, schedule, epochs * per_epoch)
-
+    run: Run, model: Encoder, student: Student, teacher: TeacherCache | None
+) -> tuple[Student, Masks, float]:
+    """Prunes: the dense student, masks that meet the target, and the seconds taken."""
+    settings, steps = run.config.prune, run.steps("prune")
+    rates = {
+        "masks": (settings.mask_learning_rate, settings.mask_schedule),
+        "multipliers": (
+            settings.multiplier_learning_rate,
+            settings.multiplier_schedule,
+        ),
+    }
     state, seconds = run.fit(
         "prune",
         model,
         student.params,
         objectives.PruningObjective(model, run.config.distill),
-        settings=settings,
-        epochs=epochs,
-        examples=examples,
-        rates={
-            "weights": rate(settings.learning_rate, settings.schedule),
-            "masks": rate(settings.mask_learning_rate, settings.mask_schedule),
-            "multipliers": rate(
-                settings.multiplier_learning_rate, settings.multiplier_schedule
-            ),
-        },
+        teacher=teacher,
+        rates={k: step.learning_rate(*rate, steps) for k, rate in rates.items()},
         context={
             "target_sparsity": np.float32(settings.target_sparsity),
-            "warmup_steps": np.int32(settings.warmup_epochs * per_epoch),
+            "warmup_steps": np.int32(run.steps("prune", settings.warmup_epochs)),
         },
-        teacher_cache=teacher_cache,
         distill_projection=student.projection,
-        log_alpha=masks.init_log_alpha(
+        log_alpha=masks_lib.init_log_alpha(
             model.config, jax.random.key(run.config.seed), settings.kinds
         ),
         multipliers={"linear": 0.0, "quadratic": 0.0},
@@ -252,51 +273,53 @@ def learn_masks(
         least = settings.target_sparsity - settings.sparsity_epsilon
         print(
             f"warning: prune: no evaluation found a sparsity of {least:.4g} or more; "
-            "the last gates are shifted to the target. More epochs or higher rates "
+            "the last masks are shifted to the target. More epochs or higher rates "
             "of masks and multipliers would do",
             file=sys.stderr,
         )
-    path = run.workdir / "masks.npz"
+    masks = _final_masks(run, model, trainable["log_alpha"])
+    params = whole_params(trainable, state.frozen)
+    return Student(params, trainable["distill_projection"]), masks, seconds
 
-    def settle():
-        if path.exists():  # what a device likes, the next one may not
-            return
-        transform = (
-            transforms.round_to_device(config=model.config)
-            if settings.round_widths
-            else transforms.chain()
-        )
+
+def _final_masks(run, model, log_alpha) -> Masks:
+    """The content of `masks.npz`.
+
+    They are always read from the file: the widths that they are rounded to depend on
+    the kind of device, and a run may go on on another kind.
+    """
+    settings, path = run.config.prune, run.workdir / "masks.npz"
+
+    def make():
+        transform = transforms.chain()
+        if settings.round_widths:
+            transform = transforms.round_to_device(config=model.config)
+        target = settings.target_sparsity
+        found = constraint.final_masks(log_alpha, model.config, target, transform)
+        removed = cost.exact_sparsity(found, model.config)
+        if not removed >= target - _TOLERANCE:
+            raise RuntimeError(f"masks of sparsity {removed:.4f} miss target {target}")
         file = io.BytesIO()
-        found = constraint.final_masks(
-            trainable["log_alpha"], model.config, settings.target_sparsity, transform
-        )
         np.savez(file, **found)
         files.write_atomically(path, file.getvalue())
 
-    distributed.on_process_zero(settle)
+    artefacts.settle(
+        path, run.made_from(log_alpha), lambda: distributed.on_process_zero(make)
+    )
     with np.load(path) as file:
-        gates = {kind: jnp.asarray(file[kind]) for kind in trainable["log_alpha"]}
-    params = whole_params(trainable, state.frozen)
-    return Student(params, trainable["distill_projection"]), gates, seconds
+        return {kind: jnp.asarray(file[kind]) for kind in log_alpha}
 
 
 def finetune(
-    run: Run, model: Encoder, student: Student, teacher_cache: TeacherCache | None
+    run: Run, model: Encoder, student: Student, teacher: TeacherCache | None
 ) -> tuple[dict, float]:
-    """Distillation into the sliced `model`: its best parameters, the seconds taken."""
-    settings, examples = run.config.finetune, run.examples("finetune")
-    steps = settings.epochs * steps_per_epoch(examples, settings)
-    rate = step.learning_rate(settings.learning_rate, settings.schedule, steps)
+    """Distills into the sliced `model`: its best parameters, and the seconds taken."""
     state, seconds = run.fit(
         "finetune",
         model,
         student.params,
         objectives.DistillationObjective(model, run.config.distill),
-        settings=settings,
-        epochs=settings.epochs,
-        examples=examples,
-        rates={"weights": rate},
-        teacher_cache=teacher_cache,
+        teacher=teacher,
         distill_projection=student.projection,
     )
     return whole_params(state.best, state.frozen), seconds

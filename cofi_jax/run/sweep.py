@@ -10,9 +10,7 @@ and `compare.html` in the end. A sweep that was killed goes on where it was if t
 command is given again.
 """
 
-import argparse
 import dataclasses
-import logging
 import pathlib
 import platform
 import statistics
@@ -23,11 +21,12 @@ from typing import Any
 
 import jax
 
+from cofi_jax import commands, files
 from cofi_jax import config as config_lib
-from cofi_jax import files
 from cofi_jax.config import Config
 from cofi_jax.data import tasks
 from cofi_jax.errors import UserError, reject
+from cofi_jax.evaluation import predict
 from cofi_jax.report import pages, paper
 from cofi_jax.report.tables import Table, escape
 from cofi_jax.run import cli
@@ -76,21 +75,22 @@ def run(
         raise reject("--workdir", str(workdir), legal) from error
     # The finished ones first: they only hand over their reports.
     order = sorted(members, key=lambda m: not (m.workdir / "report.json").exists())
-    if not jax.config.jax_compilation_cache_dir:  # members of one shape compile once
-        folder = workdir / f"compiled-{platform.node()}"
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     outcomes: dict[pathlib.Path, dict[str, Any] | str] = {}
-    for number, member in enumerate(order, start=1):
-        print(f"[{number}/{len(order)}] {member.workdir}", flush=True)
-        try:
-            outcomes[member.workdir] = run_lib.run(member.config, member.workdir)
-        except Exception as error:  # those that come after may well do
-            outcomes[member.workdir] = _line(error)
-            print(f"error: {member.workdir.name}: {_line(error)}", file=sys.stderr)
-        jax.clear_caches()  # of programs that are of no more use
-        content = summary(members, outcomes)
-        files.write_atomically(workdir / "table.md", markdown(content))
-        files.write_json(workdir / "sweep.json", content)
+    # Members of one shape compile once.
+    with run_lib.compiled_in(workdir / f"compiled-{platform.node()}"):
+        for number, member in enumerate(order, start=1):
+            print(f"[{number}/{len(order)}] {member.workdir}", flush=True)
+            try:
+                outcomes[member.workdir] = run_lib.run(member.config, member.workdir)
+            except Exception as error:  # Those that come after may well succeed.
+                outcomes[member.workdir] = _line(error)
+                print(f"error: {member.workdir.name}: {_line(error)}", file=sys.stderr)
+            # The programs of one member are of no use to the next.
+            predict.make_predict.cache_clear()
+            jax.clear_caches()
+            content = summary(members, outcomes)
+            files.write_atomically(workdir / "table.md", markdown(content))
+            files.write_json(workdir / "sweep.json", content)
     finished = [
         (member.name, outcomes[member.workdir])
         for member in members
@@ -223,28 +223,20 @@ def _cells(row):
     }
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; usage: {_USAGE}")
-
-
 def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
     """The members, all of them legal, and the workdir that a command line asks for.
 
     Raises:
       UserError: for flags, files and fields that do not exist or do not fit.
     """
-    parser = _Parser(usage=_USAGE, description=__doc__, allow_abbrev=False)
+    parser = commands.Parser(usage=_USAGE, description=__doc__)
     parser.add_argument("--config", action="append", required=True)
     parser.add_argument("--seeds", default=str(Config().seed))
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    known, overrides = parser.parse_known_args(argv[1:])
-    for override in overrides:
-        name = override.lstrip("-").partition("=")[0]
-        if override.startswith("-") and not name.startswith("config."):
-            raise UserError(f"{override!r}: unknown argument; usage: {_USAGE}")
-        if name == "config.seed":
-            raise reject("--config.seed", override, "the seeds are --seeds 1,2,3")
+    known, rest = parser.parse_known_args(argv[1:])
+    for field, value in cli.overrides(rest, _USAGE):
+        if field == "seed":
+            raise reject("--config.seed", value, "the seeds are --seeds 1,2,3")
     seeds = known.seeds.split(",")
     whole = all(seed.isdecimal() and seed.isascii() for seed in seeds)
     if not whole or len(set(map(int, seeds))) < len(seeds):
@@ -256,7 +248,7 @@ def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
             name = cli.name_of(file)
             folder = known.workdir / f"{name}-seed{seed}"
             flags = [f"--config={file}", f"--workdir={folder}"]
-            flags += [f"--config.seed={seed}", *overrides]
+            flags += [f"--config.seed={seed}", *rest]
             config, *_ = cli.parse([argv[0], *flags])
             config_lib.validate(config)
             tasks.find(config.data)
@@ -269,15 +261,10 @@ def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
     return members, known.workdir
 
 
+@commands.program
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    # Beneath a damaged file the storage library prints hundreds of lines there.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    try:
-        members, workdir = parse(argv)
-        content, written = run(members, workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    members, workdir = parse(argv)
+    content, written = run(members, workdir)
     print(f"\n{markdown(content)}\nWritten to {workdir}: {', '.join(written)}")
     return 2 if any(row["failed"] for row in content["rows"]) else 0

@@ -15,16 +15,20 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`, without one that is cut off at the end.
 
     Raises:
-      ValueError: where a line before the last is not JSON.
+      UserError: where a line before the last is damaged.
     """
     lines = pathlib.Path(path).read_bytes().splitlines()
     metrics = []
     for number, line in enumerate(lines, start=1):
         try:
-            metrics.append(json.loads(line))
-        except ValueError as error:
+            found = json.loads(line)
+            if not (isinstance(found["stage"], str) and isinstance(found["step"], int)):
+                raise ValueError("neither a stage nor a step")
+            metrics.append(found)
+        except (KeyError, TypeError, ValueError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not JSON") from error
+                legal = f"line {number} is damaged; without it the run goes on"
+                raise reject("metrics", str(path), legal) from error
     return metrics
 
 

@@ -1,0 +1,69 @@
+"""What a run leaves in its folder, made anew wherever it came from something else.
+
+`made_from.json` names for each artefact what it was made from, and its own bytes:
+
+    {"masks.npz": {"made_from": 1234, "bytes": 5678}, "teacher": ..., "pruned": ...}
+
+So neither what is left of a stage that was learned anew, nor a file that was damaged or
+exchanged, decides what a run ends with. Checkpoints name their own start.
+"""
+
+import json
+import pathlib
+import zlib
+from collections.abc import Callable
+
+from cofi_jax import distributed, files
+from cofi_jax.checkpoints import saved_model
+
+_NAME = "made_from.json"
+
+
+def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> None:
+    """Makes the artefact at `path`, unless it is there whole and made from the same.
+
+    All processes call this at the same time.
+
+    Args:
+      path: the file, or the folder of a saved model; an old one is removed.
+      made_from: a digest of all that `make` depends on.
+      make: writes the artefact, all at once; called in all processes.
+    """
+    if distributed.on_process_zero(lambda: _is_settled(path, made_from)):
+        return
+    distributed.on_process_zero(lambda: files.remove(path))
+    make()
+
+    def record():
+        entry = {"made_from": made_from, "bytes": _bytes(path)}
+        known = _read(path.parent) | {path.name: entry}
+        files.write_json(path.parent / _NAME, known)
+
+    distributed.on_process_zero(record)
+
+
+def _is_settled(path, made_from):
+    if not path.exists():
+        return False
+    entry = {"made_from": made_from, "bytes": _bytes(path)}
+    return _read(path.parent).get(path.name) == entry
+
+
+def _read(workdir):
+    try:
+        return dict(json.loads((workdir / _NAME).read_text()))
+    except (OSError, TypeError, ValueError):  # All is made anew.
+        return {}
+
+
+def _bytes(path):
+    """The CRC-32 of a file, or of all that `save_model` wrote but for the card."""
+    # What was exported later may stand beside it.
+    parts = [path / name for name in saved_model.FILES] if path.is_dir() else [path]
+    found = 0
+    for part in parts:
+        for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
+            if file.is_file():
+                found = zlib.crc32(str(file.relative_to(path)).encode(), found)
+                found = zlib.crc32(file.read_bytes(), found)
+    return found
