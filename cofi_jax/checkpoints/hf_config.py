@@ -1,5 +1,6 @@
 """The config.json of a Hugging Face folder, to our sizes and back."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from cofi_jax.config import Model
@@ -67,7 +68,7 @@ def from_fields(
     layers, family = size("num_hidden_layers"), fields["model_type"]
     # RoBERTa's rows up to that of the padding token are never those of a token.
     offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
-    return EncoderConfig(
+    config = EncoderConfig(
         vocab_size=size("vocab_size"),
         hidden_size=hidden,
         heads=(heads,) * layers,
@@ -81,11 +82,15 @@ def from_fields(
         dropout=model.dropout,
         dtype=model.dtype,
         problem=problem,
-        head=head,
         activation=fields.get("hidden_act", "gelu"),
         model_type=family,
         position_offset=offset,
     )
+    # A head that follows from the problem is not named, so that equal models have equal
+    # sizes, however they were described.
+    if config.reads_every_token != (head == "every"):
+        config = dataclasses.replace(config, head=head)
+    return config
 
 
 def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
