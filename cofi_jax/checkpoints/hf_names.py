@@ -181,7 +181,8 @@ def to_hugging_face(
         raise reject("params", "...", legal)
     _, prefix = FAMILIES[config.model_type]
     params = jax.tree.map(np.asarray, params)
-    return to_torch(params, config, prefix), fields
+    tensors = to_torch(params, config, prefix)
+    return {name: np.ascontiguousarray(x) for name, x in tensors.items()}, fields
 
 
 def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderConfig:

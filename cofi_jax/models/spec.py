@@ -58,8 +58,8 @@ class Block(NamedTuple):
         They are (L,) for the outer kind and (L, W) for the inner one, where W is the
         width of the widest layer.
         """
-        sizes = np.asarray(self.sizes(config))
-        units = np.arange(sizes.max()) < sizes[:, None]
+        sizes = np.asarray(self.sizes(config), int)
+        units = np.arange(sizes.max(initial=0)) < sizes[:, None]
         return {self.outer: sizes > 0, self.inner: units}
 
 

@@ -48,7 +48,7 @@ def mask_shapes(
     for block in blocks(config):
         sizes = block.sizes(config)
         shapes[block.outer] = (len(sizes),)
-        shapes[block.inner] = (len(sizes), max(sizes))
+        shapes[block.inner] = (len(sizes), max(sizes, default=0))
     return {kind: shapes[kind] for kind in KINDS if kind in kinds}
 
 
