@@ -112,7 +112,7 @@ def sizes(task, vocab_size):
         max_positions=24,
         dropout=0.0,
         problem=problem.name,
-        head=problem.head,
+        head="every" if problem.head == "every" else "",
     )
 
 
