@@ -9,59 +9,48 @@ from collections.abc import Callable
 
 import numpy as np
 
-
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The share of rows whose prediction is the label, in [0, 1]."""
-    from sklearn.metrics import accuracy_score
-
-    return float(accuracy_score(labels, np.argmax(logits, axis=-1)))
+Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
-def f1(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The F1 of class 1 of two, in [0, 1]; 0 where no row has or is given class 1."""
-    from sklearn.metrics import f1_score
+def _of_classes(name: str, **options) -> Metric:
+    """A metric of scikit-learn, which is only imported where it is used."""
 
-    return float(f1_score(labels, np.argmax(logits, axis=-1), zero_division=0))
+    def metric(logits, labels):
+        import sklearn.metrics
 
+        rule = getattr(sklearn.metrics, name)
+        with warnings.catch_warnings():  # It warns where there is a single class.
+            warnings.simplefilter("ignore")
+            return float(rule(labels, np.argmax(logits, axis=-1), **options))
 
-def matthews(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Matthews' correlation coefficient in [-1, 1]; 0 for a constant prediction."""
-    from sklearn.metrics import matthews_corrcoef
-
-    with warnings.catch_warnings():  # It warns where there is a single class.
-        warnings.simplefilter("ignore")
-        return float(matthews_corrcoef(labels, np.argmax(logits, axis=-1)))
+    return metric
 
 
-def pearson(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Pearson's correlation with the labels in [-1, 1]; 0 where it is not defined."""
-    from scipy.stats import pearsonr
+def _of_values(name: str) -> Metric:
+    """A correlation of SciPy; 0 where it is not defined, as of constant predictions."""
 
-    return _correlation(pearsonr, logits, labels)
+    def metric(logits, labels):
+        import scipy.stats
 
+        if len(labels) < 2:
+            return 0.0
+        rule = getattr(scipy.stats, name)
+        with warnings.catch_warnings():  # It warns that a constant one's result is nan.
+            warnings.simplefilter("ignore")
+            result = rule(np.float64(logits[:, 0]), np.float64(labels))
+        return float(np.nan_to_num(result.statistic))
 
-def spearman(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Spearman's rank correlation in [-1, 1]; 0 where it is not defined."""
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, logits, labels)
-
-
-def _correlation(rule: Callable, logits: np.ndarray, labels: np.ndarray) -> float:
-    if len(labels) < 2:
-        return 0.0
-    with warnings.catch_warnings():  # It warns that a constant one's result is nan.
-        warnings.simplefilter("ignore")
-        result = rule(np.float64(logits[:, 0]), np.float64(labels))
-    return float(np.nan_to_num(result.statistic))
+    return metric
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
+METRICS: dict[str, Metric] = {
+    "accuracy": _of_classes("accuracy_score"),  # in [0, 1]
+    # Of class 1 of two, in [0, 1]; 0 where no row has or is given class 1.
+    "f1": _of_classes("f1_score", zero_division=0),
+    # In [-1, 1]; 0 for a constant prediction.
+    "matthews": _of_classes("matthews_corrcoef"),
+    "pearson": _of_values("pearsonr"),  # in [-1, 1], as the next
+    "spearman": _of_values("spearmanr"),
 }
 
 

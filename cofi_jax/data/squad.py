@@ -11,12 +11,14 @@ import collections
 import dataclasses
 import re
 import string
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cofi_jax import errors
+from cofi_jax.data.batches import Examples
 
 LONGEST_QUESTION = 64  # tokens, as in BERT's own recipe for SQuAD
 
@@ -35,16 +37,6 @@ class Questions:
     offsets: list[np.ndarray]  # N (T_n, 2) int32 arrays: the offsets of each token
 
 
-class Windows(NamedTuple):
-    """N tokenised windows that are not padded; a question's own stand together."""
-
-    input_ids: list[np.ndarray]  # N int32 arrays, of T_n tokens each
-    token_type_ids: list[np.ndarray]  # N int32 arrays of the same lengths
-    labels: np.ndarray  # (N, 2) int32: first and last token of the answer, or 0 and 0
-    questions: Questions
-    skipped: int  # the number of rows that were left out
-
-
 def windows(
     rows: Mapping[str, Any],
     tokenizer: Any,
@@ -52,7 +44,7 @@ def windows(
     max_length: int,
     stride: int = 128,
     training: bool,
-) -> Windows:
+) -> Examples:
     """Tokenises questions and contexts, and finds the answers' tokens.
 
     The windows are those of Hugging Face's recipe (the question first, stripped on its
@@ -70,8 +62,11 @@ def windows(
       max_length: tokens of a window at most, special ones included.
       stride: tokens of the context that a window repeats from the one before it; at
         most half of those it has room for.
-      training: leave out, and count as skipped, a row without an answer or whose first
-        one is not at its place in the context. Else each row is a question.
+      training: leave out, with a warning, a row without an answer or whose first one is
+        not at its place in the context. Else each row is a question.
+
+    Returns:
+      N windows, those of a question together, whose labels are (N, 2) int32.
 
     Raises:
       UserError: the tokenizer is not a fast one; no token of a context would fit.
@@ -97,7 +92,8 @@ def windows(
         always = tokens.part != 1
         always[np.flatnonzero(tokens.part == 0)[longest_question:]] = False
         room = max_length - always.sum()
-        for first in _first_tokens(len(context), room, stride):
+        step = room - min(stride, room // 2)
+        for first in range(0, max(len(context) - room, 0) + step, step):
             here = always.copy()
             here[context[first : first + room]] = True
             label = [0, 0]
@@ -109,6 +105,9 @@ def windows(
             of_row.append(len(kept))
             offsets.append(tokens.offsets[here])
         kept.append(row)
+    if skipped := len(contexts) - len(kept):
+        warning = "questions skipped: their answer is not in their context"
+        print(f"warning: {skipped} {warning}", file=sys.stderr)
     questions = Questions(
         [contexts[row] for row in kept],
         [list(golds[row]["text"]) for row in kept],
@@ -116,7 +115,7 @@ def windows(
         offsets,
     )
     labels = np.array(labels, np.int32).reshape(-1, 2)
-    return Windows(ids, types, labels, questions, len(contexts) - len(kept))
+    return Examples(ids, types, labels, tokenizer.pad_token_id, questions)
 
 
 class _Tokens(NamedTuple):
@@ -160,12 +159,6 @@ def _characters(context: str, gold: Mapping[str, Sequence]) -> tuple[int, int]:
     return start, start + len(text.strip())
 
 
-def _first_tokens(tokens: int, room: int, stride: int) -> range:
-    """The tokens at which a context's windows begin; the last one reaches its end."""
-    step = room - min(stride, room // 2)
-    return range(0, max(tokens - room, 0) + step, step)
-
-
 def best_answers(
     logits: np.ndarray, questions: Questions, *, n_best: int = 20, max_tokens: int = 30
 ) -> list[str]:
@@ -185,27 +178,22 @@ def best_answers(
     Returns:
       Q texts, cut from the contexts; "" where there is no such pair.
     """
-    asked = len(questions.contexts)
-    best, texts = np.full(asked, -np.inf), [""] * asked
-    for first in range(0, len(logits), 1024):  # windows at a time: memory
-        chunk = np.array(logits[first : first + 1024], np.float64)
-        offsets = questions.offsets[first : first + 1024]
-        for scores, characters in zip(chunk, offsets, strict=True):
-            scores[len(characters) :] = -np.inf
-            scores[: len(characters)][characters[:, 0] < 0] = -np.inf
-        tokens = np.argsort(-chunk, axis=1, kind="stable")[:, :n_best]  # (B, n, 2)
-        top = np.take_along_axis(chunk, tokens, axis=1)
-        sums = top[:, :, None, 0] + top[:, None, :, 1]  # (B, n, n): start, end
-        length = tokens[:, None, :, 1] - tokens[:, :, None, 0] + 1
+    best = np.full(len(questions.contexts), -np.inf)
+    texts = [""] * len(best)
+    for row, scores, characters in zip(
+        questions.of_row, logits, questions.offsets, strict=True
+    ):
+        scores = np.array(scores[: len(characters)], np.float64)
+        scores[characters[:, 0] < 0] = -np.inf
+        starts, ends = np.argsort(-scores, axis=0, kind="stable")[:n_best].T
+        sums = scores[starts, 0][:, None] + scores[ends, 1]
+        length = ends - starts[:, None] + 1
         sums[(length < 1) | (length > max_tokens)] = -np.inf
-        for i, characters in enumerate(offsets):
-            question = questions.of_row[first + i]
-            start, end = np.unravel_index(np.argmax(sums[i]), sums[i].shape)
-            if sums[i, start, end] > best[question]:
-                best[question] = sums[i, start, end]
-                begin = characters[tokens[i, start, 0], 0]
-                stop = characters[tokens[i, end, 1], 1]
-                texts[question] = questions.contexts[question][begin:stop]
+        start, end = np.unravel_index(np.argmax(sums), sums.shape)
+        if sums[start, end] > best[row]:
+            best[row] = sums[start, end]
+            begin, stop = characters[starts[start], 0], characters[ends[end], 1]
+            texts[row] = questions.contexts[row][begin:stop]
     return texts
 
 

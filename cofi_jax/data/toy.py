@@ -80,27 +80,10 @@ def demo_rows(split: str) -> dict[str, list]:
     return {"sentence": list(sentences), "label": list(labels)}
 
 
-def demo_tokenizer() -> "transformers.PreTrainedTokenizerFast":
-    """A word-level `transformers.PreTrainedTokenizerFast` in the style of BERT."""
-    import tokenizers
+def demo_tokenizer() -> "transformers.BertTokenizer":
+    """A tokenizer in the style of BERT that knows whole words only."""
     import transformers
-    from tokenizers import models, normalizers, pre_tokenizers, processors
 
     groups = (SPECIAL, OTHER, NEGATIONS, VERBS, ADVERBS, NOUNS, PRAISE, BLAME)
     ids = {word: i for i, word in enumerate(sum(map(list, groups), []))}
-    backend = tokenizers.Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    return transformers.BertTokenizer(vocab=ids, mask_token=None)

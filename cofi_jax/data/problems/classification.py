@@ -1,9 +1,6 @@
 """One of several classes for each row."""
 
-import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,34 +13,7 @@ _MOST_CLASSES = 1000  # more are numbers to be predicted, or a mistake
 
 
 class Classification(Problem):
-    """A row has one class, the one with the largest of its C logits."""
-
-    name = "classification"
-    own_metrics = ("accuracy", "matthews", "f1")
-    names_classes = True
-    problem_type = "single_label_classification"
-
-    def num_outputs(self, labels):
-        return len(labels)
-
-    def class_names(self, cells, column):
-        return LabelEncoder.from_cells(cells, column).names
-
-    def encode(self, cells, labels, *, numbered):
-        return LabelEncoder(tuple(labels), numbered).encode(cells)
-
-    def decode(self, logits, examples, labels):
-        scores = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
-        best = scores.argmax(-1)
-        return [
-            {"label": labels[k], "score": float(row[k])}
-            for k, row in zip(best, scores, strict=True)
-        ]
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelEncoder:
-    """Turns the cells of a label column into class numbers.
+    """A row has one class, the one with the largest of its C logits.
 
     The names of the classes may be numbers themselves, and so may the cells:
 
@@ -55,21 +25,21 @@ class LabelEncoder:
         given: 1, 2             1, 2, 2           a name
         read off rows, as 3, 7  7, 3, 3           a name
 
-    With `numbered` the names were given, so their order is somebody's choice. A cell is
-    compared as a text, and 1.0 as 1: pandas makes floats of integers where another cell
-    is empty.
+    The order of names that were given is somebody's choice, so it numbers them. A cell
+    is compared as a text, and 1.0 as 1: pandas makes floats of integers where another
+    cell is empty.
     """
 
-    names: tuple[str, ...]
-    numbered: bool = False
+    name = "classification"
+    own_metrics = ("accuracy", "matthews", "f1")
+    names_classes = True
+    problem_type = "single_label_classification"
 
-    @classmethod
-    def from_cells(cls, cells: Sequence[Any], column: str) -> "LabelEncoder":
-        """The encoder for the classes that stand in the cells, in sorted order.
+    def num_outputs(self, labels):
+        return len(labels)
 
-        Raises:
-          UserError: where the cells look like values instead of classes.
-        """
+    def class_names(self, cells, column):
+        """The classes in sorted order, unless the cells look like values instead."""
         found = {_text(cell): cell for cell in cells if cell is not None}
         whole = all(re.fullmatch(_WHOLE, name) for name in found)
         names = sorted(found, key=int if whole else None)
@@ -80,22 +50,16 @@ class LabelEncoder:
             legal = f"has {len(names)} different values ({some}, ...); must be 2 to "
             legal += f"{_MOST_CLASSES} classes, or set data.problem=regression"
             raise reject("data.label_column", column, legal)
-        return cls(tuple(names))
+        return tuple(names)
 
-    def encode(self, cells: Sequence[Any]) -> np.ndarray:
-        """(N,) int32 class numbers of N cells.
-
-        Raises:
-          WrongLabel: for the first cell that is no class.
-        """
+    def encode(self, cells, labels, *, numbered):
+        """(N,) int32 class numbers."""
         texts = [_text(cell) for cell in cells]
-        numbers = {name: number for number, name in enumerate(self.names)}
-        legal = f"must be among {', '.join(self.names)}"
+        numbers = {name: number for number, name in enumerate(labels)}
+        legal = f"must be among {', '.join(labels)}"
         # Names that are numbers themselves leave no doubt.
-        if self.numbered and not any(re.fullmatch(_WHOLE, n) for n in self.names):
-            legal = (
-                f"must be an integer among {dict(enumerate(self.names))}, or one of "
-            )
+        if numbered and not any(re.fullmatch(_WHOLE, name) for name in labels):
+            legal = f"must be an integer among {dict(enumerate(labels))}, or one of "
             legal += "these names (hub test splits hold only -1)"
             if not any(text in numbers for text in texts):
                 numbers = {str(number): number for number in numbers.values()}
@@ -104,6 +68,14 @@ class LabelEncoder:
                 raise WrongLabel(row, legal)
         return np.array([numbers[text] for text in texts], np.int32)
 
+    def decode(self, logits, examples, labels):
+        scores = np.asarray(jax.nn.softmax(logits.astype(np.float32)))
+        best = scores.argmax(-1)
+        return [
+            {"label": labels[k], "score": float(row[k])}
+            for k, row in zip(best, scores, strict=True)
+        ]
+
 
 def _text(cell) -> str:
     return re.sub(rf"^({_WHOLE})\.0$", r"\1", str(cell))
@@ -111,6 +83,7 @@ def _text(cell) -> str:
 
 def _is_number(text) -> bool:
     try:
-        return bool(float(text) + 1)
+        float(text)
     except ValueError:
         return False
+    return True
