@@ -64,7 +64,9 @@ def _number(name: str) -> int | None:
 
 
 @functools.cache
-def _sharding(*spec) -> NamedSharding:
+def _sharding(*spec) -> NamedSharding | None:
+    if jax.device_count() == 1:
+        return None
     shape = (jax.device_count(),)
     mesh = jax.make_mesh(shape, ("data",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec(*spec))
@@ -72,13 +74,11 @@ def _sharding(*spec) -> NamedSharding:
 
 def replicated() -> NamedSharding | None:
     """The sharding of what `replicate` returns; None with one device."""
-    return _sharding() if jax.device_count() > 1 else None
+    return _sharding()
 
 
 def shard(batch: Any) -> Any:
     """Puts arrays on the devices, each of which gets some rows of the first axis."""
-    if jax.device_count() == 1:
-        return jax.device_put(batch)
     sharding = _sharding("data")
     if not _several():
         return jax.device_put(batch, sharding)
@@ -93,8 +93,6 @@ def replicate(tree: Any) -> Any:
     Raises:
       RuntimeError: where the processes hold different values.
     """
-    if jax.device_count() == 1:
-        return jax.device_put(tree)
     sharding = _sharding()
     if not _several():
         return jax.device_put(tree, sharding)
@@ -124,14 +122,11 @@ def local(tree: Any) -> Any:
 
 def fetch(arrays: Any) -> Any:
     """The arrays as NumPy's, whole in every process, however they were sharded."""
-    if _several():
-        arrays = jax.tree.map(lambda x: _gather()(x) if _is_global(x) else x, arrays)
-    return jax.device_get(arrays)
 
+    def whole(x):
+        return multihost_utils.process_allgather(x, tiled=True) if _is_global(x) else x
 
-@functools.cache
-def _gather():
-    return jax.jit(lambda x: x, out_shardings=_sharding())
+    return jax.device_get(jax.tree.map(whole, arrays))
 
 
 def is_first() -> bool:
@@ -149,18 +144,11 @@ def on_process_zero(function: Callable[[], Any]) -> Any:
     The others wait, so that what it writes is there for them. The result can be
     written as JSON; a UserError is raised in all processes.
     """
-    if not _several():
-        return function()
-    outcome = {}
-    if is_first():
-        try:
-            outcome["value"] = function()
-        except UserError as error:
-            outcome["error"] = str(error)
-    outcome = json.loads(_broadcast(json.dumps(outcome), 0))
-    if "error" in outcome:
-        raise UserError(outcome["error"])
-    return outcome["value"]
+    value = None
+    with raise_together():
+        if is_first():
+            value = function()
+    return json.loads(_broadcast(json.dumps(value), 0)) if _several() else value
 
 
 @contextlib.contextmanager

@@ -8,5 +8,8 @@ class UserError(ValueError):
 
 
 def reject(field: str, value: Any, legal: str) -> UserError:
-    """The one shape of every complaint: the field, its value, what is legal."""
-    return UserError(f"{field}={value!r}: {legal}")
+    """The one shape of every complaint: the field, its value, what is legal.
+
+    What is legal may quote the message of another error, whose lines become one.
+    """
+    return UserError(f"{field}={value!r}: {' '.join(legal.split())}")

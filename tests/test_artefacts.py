@@ -367,7 +367,7 @@ def test_two_runs_in_one_process_keep_what_each_compiled(config, tmp_path, monke
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         for seed in (57, 58):
-            settings = cli.load(str(config))
+            settings = cli.load(str(config), {})
             settings.seed = seed
             run.run(settings, tmp_path / str(seed))
             assert jax.config.jax_compilation_cache_dir is None

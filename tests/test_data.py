@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cofi_jax import config, errors
-from cofi_jax.data import batches, squad, tasks, toy
+from cofi_jax.data import batches, tasks, toy
 
 SENTENCES = ["the film was good", "the plot was never really dull", "unheard of"]
 
@@ -155,15 +155,10 @@ def test_questions_without_an_answer_are_left_out_of_training(tokenizer, capsys)
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_questions_pass_through_as_windows(tokenizer, training):
+def test_contexts_that_are_too_long_become_windows(tokenizer, training):
     examples = windows(tokenizer, max_length=12, training=training)
-    found = squad.windows(ASKED, tokenizer, max_length=12, training=training)
-    assert len(examples) == len(found.labels) > len(examples.questions.contexts)
+    assert len(examples) == len(examples.labels) > len(examples.questions.contexts)
     assert examples.lengths.max() == 12
-    np.testing.assert_equal(examples.input_ids, found.input_ids)
-    np.testing.assert_equal(examples.token_type_ids, found.token_type_ids)
-    np.testing.assert_array_equal(examples.labels, found.labels)
-    np.testing.assert_equal(vars(examples.questions), vars(found.questions))
 
 
 # Choosing and planning

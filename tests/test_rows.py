@@ -319,6 +319,7 @@ def test_a_missing_class(tmp_path):
     "labels",
     [
         [0.5, 1.0, 2.0],
+        [-1.0, 0.5],
         [1.0, float("nan"), 2.0],
         [1.0, float("inf")],
         range(1001),
@@ -326,7 +327,7 @@ def test_a_missing_class(tmp_path):
         ["one"] * 3,
         [None, None],
     ],
-    ids=["floats", "nan", "inf", "1001 numbers", "1001 texts", "one", "none"],
+    ids=["floats", "-1", "nan", "inf", "1001 numbers", "1001 texts", "one", "none"],
 )
 def test_labels_that_are_no_classes(tmp_path, labels):
     message = complaint(own(write_labels(tmp_path, "train", *labels)))

@@ -155,7 +155,15 @@ def disk_bytes(loaded: Loaded) -> int:
 
 
 def sizes(loaded: Loaded, seq_lengths: Sequence[int]) -> dict[str, Any]:
-    """Parameters, sparsity, bytes, multiply-adds and widths of a model."""
+    """What `evaluate` says of a model's size.
+
+    Returns:
+      `params`         `encoder` and `total`
+      `sparsity`       the fraction of the dense encoder's parameters removed
+      `bytes`          of the parameters' files
+      `multiply_adds`  of one sequence, by length
+      `kept`           `hidden` width, `heads` and `intermediate` widths by layer
+    """
     config = loaded.model.config
     encoder = cost.num_params({}, config)
     return {

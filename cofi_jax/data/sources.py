@@ -1,10 +1,11 @@
 """Rows of a task, read from the hub or from files; every row is checked."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,12 +38,12 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     Raises:
       UserError: a source is missing or cannot be read, or its rows are not the task's.
     """
-    parts = {split: [_checked(task, _read_split(task, split))] for split in splits}
+    parts = {split: [_read_split(task, split)] for split in splits}
     if task.extra_file and "train" in splits:
-        file = pathlib.Path(task.extra_file).expanduser()
         field = "data.extra_file", task.extra_file
-        part = _Part(field, file, _read_file(field, task, file))
-        parts["train"].append(_checked(task, part))
+        parts["train"].append(_read_file(field, task, pathlib.Path(task.extra_file)))
+    for part in itertools.chain(*parts.values()):
+        _check(task, part)
     # The order of names that were read off the rows is nobody's choice.
     numbered = bool(task.labels)
     if task.problem.names_classes and not task.labels:
@@ -65,8 +66,7 @@ def _read_split(task: Task, split: str) -> _Part:
     if task.name == "demo":
         return _Part(field, split, pyarrow.table(toy.demo_rows(split)))
     if pathlib.Path(task.path or "?").expanduser().is_dir():
-        file = _find_file(task, split)
-        return _Part(field, file, _read_file(field, task, file))
+        return _read_file(field, task, _find_file(task, split))
     return _Part(field, split, _load_from_hub(task, split))
 
 
@@ -84,40 +84,43 @@ def _find_file(task: Task, split: str) -> pathlib.Path:
     raise errors.reject("data.path", task.path, legal)
 
 
-def _read_file(
-    field: tuple[str, str], task: Task, file: pathlib.Path
-) -> "pyarrow.Table":
+def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
+    if file.suffix.removeprefix(".") not in FORMATS:
+        raise errors.reject(*field, f"must be a file of one of the formats {FORMATS}")
+    file = file.expanduser()
+    try:
+        return _Part(field, file, _read_table(task, file))
+    except Exception as error:  # Each parser has its own ways to refuse a file.
+        problem = f"cannot read {file} ({type(error).__name__}: {error})"
+        raise errors.reject(*field, problem) from error
+
+
+def _read_table(task: Task, file: pathlib.Path) -> "pyarrow.Table":
     import pyarrow
     from pyarrow import csv, parquet
 
-    if file.suffix.removeprefix(".") not in FORMATS:
-        raise _bad(field, f"must be a file of one of the formats {FORMATS}")
-    try:
-        if file.suffix == ".parquet":
-            return parquet.read_table(file, partitioning=None)  # a=b/ adds no column
-        if file.suffix in (".csv", ".tsv"):
-            parse = csv.ParseOptions(newlines_in_values=True)
-            if file.suffix == ".tsv":
-                parse = csv.ParseOptions(delimiter="\t", quote_char=False)
-            # An empty cell is missing; the word NA, or a number, is text.
-            texts = [*task.columns]
-            if task.problem.names_classes:
-                texts.append(task.label_column)
-            convert = csv.ConvertOptions(
-                column_types=dict.fromkeys(texts, pyarrow.string()),
-                null_values=[""],
-                strings_can_be_null=True,
-                quoted_strings_can_be_null=False,
-            )
-            return csv.read_csv(file, parse_options=parse, convert_options=convert)
-        # Not pyarrow's reader, which turns texts that look like dates into dates.
-        text = file.read_text(encoding="utf-8-sig").strip()
-        if not text.startswith("["):  # one object a line
-            text = "[" + ",".join(filter(str.strip, text.split("\n"))) + "]"
-        return pyarrow.Table.from_pylist(json.loads(text))
-    except Exception as error:  # Each parser has its own ways to refuse a file.
-        problem = f"cannot read {file} ({type(error).__name__}: {error})"
-        raise _bad(field, problem) from error
+    if file.suffix == ".parquet":
+        return parquet.read_table(file, partitioning=None)  # a=b/ adds no column
+    if file.suffix in (".csv", ".tsv"):
+        parse = csv.ParseOptions(newlines_in_values=True)
+        if file.suffix == ".tsv":
+            parse = csv.ParseOptions(delimiter="\t", quote_char=False)
+        # An empty cell is missing; the word NA, or a number, is text.
+        texts = [*task.columns]
+        if task.problem.names_classes:
+            texts.append(task.label_column)
+        convert = csv.ConvertOptions(
+            column_types=dict.fromkeys(texts, pyarrow.string()),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        )
+        return csv.read_csv(file, parse_options=parse, convert_options=convert)
+    # Not pyarrow's reader, which turns texts that look like dates into dates.
+    text = file.read_text(encoding="utf-8-sig").strip()
+    if not text.startswith("["):  # one object a line
+        text = "[" + ",".join(filter(str.strip, text.split("\n"))) + "]"
+    return pyarrow.Table.from_pylist(json.loads(text))
 
 
 def _load_from_hub(task: Task, split: str) -> "pyarrow.Table":
@@ -129,7 +132,7 @@ def _load_from_hub(task: Task, split: str) -> "pyarrow.Table":
     path = task.path or task.hub
     hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
     if not hub_name or pathlib.Path(path).exists():
-        raise _bad(field, f"is neither a folder nor a hub name; {instead}")
+        raise errors.reject(*field, f"is neither a folder nor a hub name; {instead}")
     datasets.disable_progress_bars()
     try:
         subset = task.name if path == task.hub == GLUE else None
@@ -141,28 +144,31 @@ def _load_from_hub(task: Task, split: str) -> "pyarrow.Table":
     except Exception as error:  # no network, no such name, no such split, a bad cache
         problem = f"no such folder, and the hub's {path} gave no {split} rows of "
         problem += f"{task.name} ({type(error).__name__}: {error}); {instead}"
-        raise _bad(field, problem) from error
+        raise errors.reject(*field, problem) from error
 
 
-def _checked(task: Task, part: _Part) -> _Part:
-    """The part, unless a column is missing or a text is none: a UserError."""
-    field, source, table = part
+def _check(task: Task, part: _Part) -> None:
+    """Raises UserError where a column is missing or a text is none."""
+    if problem := next(_problems(task, part.table), None):
+        raise errors.reject(*part.field, f"{part.source}{problem}")
+
+
+def _problems(task: Task, table: "pyarrow.Table") -> Iterator[str]:
     if not len(table):
-        raise _bad(field, f"{source} has no rows; at least 1 is needed")
+        yield " has no rows; at least 1 is needed"
     for column in (*task.columns, task.label_column):
         if column not in table.column_names:
             there = ", ".join(table.column_names)
-            raise _bad(field, f"{source} needs a column {column!r}; it has {there}")
+            yield f" needs a column {column!r}; it has {there}"
         if table.column_names.count(column) > 1:
-            raise _bad(field, f"{source} has several columns {column!r}; must be one")
+            yield f" has several columns {column!r}; must be one"
     for column in task.columns:
         texts = table.column(column)
         if texts.null_count:
-            where = f"{source}, row {np.argmax(texts.is_null())} (the first is 0)"
-            raise _bad(field, f"{where} has no text in {column!r}")
+            row = np.argmax(texts.is_null())
+            yield f", row {row} (the first is 0) has no text in {column!r}"
         if str(texts.type) not in ("string", "large_string"):
-            raise _bad(field, f"{source}: {column!r} is {texts.type}, must be text")
-    return part
+            yield f": {column!r} is {texts.type}, must be text"
 
 
 def _with_labels(task: Task, parts: list[_Part]) -> Task:
@@ -193,9 +199,4 @@ def _encode(task: Task, part: _Part, numbered: bool) -> np.ndarray:
     except WrongLabel as error:
         row = f"{part.source}, row {error.row} (the first is 0)"
         cell = f"{task.label_column}={cells[error.row]!r}"
-        raise _bad(part.field, f"{row} has {cell}; {error}") from error
-
-
-def _bad(field: tuple[str, str], problem: str) -> errors.UserError:
-    one_line = " ".join(problem.split())  # Other people's errors may have several.
-    return errors.reject(*field, one_line)
+        raise errors.reject(*part.field, f"{row} has {cell}; {error}") from error

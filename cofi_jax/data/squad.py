@@ -13,12 +13,15 @@ import re
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cofi_jax import errors
 from cofi_jax.data.batches import Examples
+
+if TYPE_CHECKING:
+    import tokenizers
 
 LONGEST_QUESTION = 64  # tokens, as in BERT's own recipe for SQuAD
 
@@ -83,14 +86,17 @@ def windows(
     ids, types, labels, of_row, offsets = [], [], [], [], []
     kept = []  # rows
     for row, tokens in enumerate(_tokenise(tokenizer, asked, contexts)):
+        # The part is 0 for the question, 1 for the context, and nan for neither.
+        part = np.array(tokens.sequence_ids, np.float32)
+        places = np.array(tokens.offsets, np.int32).reshape(-1, 2)
+        places[part != 1] = -1
         start, stop = _characters(contexts[row], golds[row])
-        begins, ends = tokens.offsets.T
-        answer = np.flatnonzero((begins < stop) & (ends > start))
+        answer = np.flatnonzero((places[:, 0] < stop) & (places[:, 1] > start))
         if training and not len(answer):
             continue
-        context = np.flatnonzero(tokens.part == 1)
-        always = tokens.part != 1
-        always[np.flatnonzero(tokens.part == 0)[longest_question:]] = False
+        context = np.flatnonzero(part == 1)
+        always = part != 1
+        always[np.flatnonzero(part == 0)[longest_question:]] = False
         room = max_length - always.sum()
         step = room - min(stride, room // 2)
         for first in range(0, max(len(context) - room, 0) + step, step):
@@ -99,11 +105,11 @@ def windows(
             label = [0, 0]
             if len(answer) and here[answer].all():
                 label = [here[:i].sum() for i in answer[[0, -1]]]
-            ids.append(tokens.ids[here])
-            types.append(tokens.types[here])
+            ids.append(np.array(tokens.ids, np.int32)[here])
+            types.append(np.array(tokens.type_ids, np.int32)[here])
             labels.append(label)
             of_row.append(len(kept))
-            offsets.append(tokens.offsets[here])
+            offsets.append(places[here])
         kept.append(row)
     if skipped := len(contexts) - len(kept):
         warning = "questions skipped: their answer is not in their context"
@@ -118,34 +124,19 @@ def windows(
     return Examples(ids, types, labels, tokenizer.pad_token_id, questions)
 
 
-class _Tokens(NamedTuple):
-    """A question and its context, not cut."""
-
-    ids: np.ndarray  # (T,) int32
-    types: np.ndarray  # (T,) int32
-    offsets: np.ndarray  # (T, 2) int32, as in Questions
-    part: np.ndarray  # (T,) 0 for the question, 1 for the context, nan for neither
-
-
 def _tokenise(
     tokenizer: Any, questions: list[str], contexts: list[str]
-) -> Iterator[_Tokens]:
+) -> Iterator["tokenizers.Encoding"]:
+    """Each question with its context, not cut."""
     for first in range(0, len(contexts), 1000):  # not all at once: lists are large
-        encoded = tokenizer(
+        yield from tokenizer(
             [question.lstrip() for question in questions[first : first + 1000]],
             contexts[first : first + 1000],
             truncation=False,
             padding=False,
-            return_token_type_ids=True,
             return_offsets_mapping=True,
             verbose=False,  # longer than the model's longest: cut later
-        )
-        for i, ids in enumerate(encoded["input_ids"]):
-            part = np.array(encoded.sequence_ids(i), np.float32)
-            types = np.array(encoded["token_type_ids"][i], np.int32)
-            offsets = np.array(encoded["offset_mapping"][i], np.int32).reshape(-1, 2)
-            offsets[part != 1] = -1
-            yield _Tokens(np.array(ids, np.int32), types, offsets, part)
+        ).encodings
 
 
 def _characters(context: str, gold: Mapping[str, Sequence]) -> tuple[int, int]:

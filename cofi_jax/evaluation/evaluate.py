@@ -66,7 +66,15 @@ def scored(loaded: Loaded, columns: dict[str, Any]) -> Scored:
 
 
 def compared(scored: Scored, first: Scored) -> dict[str, Any]:
-    """What `eval.evaluate` says of a model's scores, beside those of the first."""
+    """What `evaluate` says of a model's scores, beside those of the first.
+
+    Returns:
+      `score`              the metric that decides, on the split that decides
+      `scores`             {split: {metric: value}}, as the three that follow
+      `standard_errors`    of the scores, over the examples, by bootstrap
+      `differences`        of the scores to those of the first model (its own: 0)
+      `difference_errors`  standard errors of these, both on the same examples
+    """
 
     def each(rule):
         return {
@@ -128,29 +136,10 @@ def evaluate(
       dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given.
 
     Returns:
-      `task`, its `metric` that decides, `data` (where the rows came from) and
-      `examples` (their number by split; of SQuAD, questions);
-
-      `models`, of each
-        `model`, `name`    the path, and its end, short and unique
-        `score`            the metric that decides, on the split that decides
-        `scores`           {split: {metric: value}}, as the three that follow
-        `standard_errors`  of the scores, over the examples, by bootstrap
-        `differences`      of the scores to those of the first model (its own: 0)
-        `difference_errors` standard errors of these, both on the same examples
-        `params`           `encoder` and `total`
-        `sparsity`         the fraction of the dense encoder's parameters removed
-        `bytes`            of the parameters' files
-        `multiply_adds`    of one sequence, by length
-        `kept`             `hidden` width, `heads` and `intermediate` widths by layer
-
-      `grid`, for each batch size, length and model
-        `batch_size`, `seq_length`, `model` (its name)
-        `latency_ms`, `latency_p95_ms`  median and 95th percentile of a pass
-        `examples_per_second`           at the median
-        `speedup`, `speedup_spread`     over the first model: median over the turns,
-                                        5th and 95th percentile
-
+      `task`, its `metric` that decides, `data` (where the rows came from), `examples`
+      (their number by split; of SQuAD, questions), and the `grid` of `latency.grid`;
+      `models`, of each its path (`model`), the short and unique end of that (`name`),
+      and what `compared` and `load.sizes` say;
       `benchmark`: `device`, `dtype`, `matmul_precision`, `repeats`.
 
     Raises:
@@ -158,41 +147,42 @@ def evaluate(
     """
     paths = [str(path) for path in paths]
     loaded = load.load(paths, task=task, labels=labels, dtype=dtype)
-    first = loaded[0].task
+    rows_of = loaded[0].task
     if data_path:
-        first = dataclasses.replace(first, path=data_path)
+        rows_of = dataclasses.replace(rows_of, path=data_path)
+    batch_sizes, seq_lengths = _timed_sizes(loaded, batch_sizes, seq_lengths)
+    _, columns = sources.load(rows_of, rows_of.validation)
+    scores = [scored(one, columns) for one in loaded]
+    models = dict(zip(names(paths), loaded, strict=True))
+    timed = {name: (one.model, one.params) for name, one in models.items()}
+    return {
+        "task": rows_of.name,
+        "metric": rows_of.metrics[0],
+        "data": rows_of.path or rows_of.hub or rows_of.name,
+        "examples": scores[0].examples,
+        "models": [
+            {"model": one.path, "name": name}
+            | compared(its_scores, scores[0])
+            | load.sizes(one, seq_lengths)
+            for (name, one), its_scores in zip(models.items(), scores, strict=True)
+        ],
+        "grid": latency.grid(
+            timed, batch_sizes=batch_sizes, seq_lengths=seq_lengths, repeats=repeats
+        ),
+        "benchmark": latency.conditions(timed) | {"repeats": repeats},
+    }
+
+
+def _timed_sizes(loaded, batch_sizes, seq_lengths):
+    """The sizes of the timed passes, which every model must have the positions for."""
     shortest = min(loaded, key=lambda one: one.model.config.longest)
     longest = shortest.model.config.longest
-    batch_size, seq_length = usual_sizes(first.problem, longest)
+    batch_size, seq_length = usual_sizes(loaded[0].task.problem, longest)
     batch_sizes, seq_lengths = batch_sizes or [batch_size], seq_lengths or [seq_length]
     if max(seq_lengths) > longest:
         legal = f"must be at most {longest}, the positions of {shortest.path}"
         raise reject("seq_length", max(seq_lengths), legal)
-    _, columns = sources.load(first, first.validation)
-
-    short_names = names(paths)
-    models = {
-        name: (one.model, one.params)
-        for name, one in zip(short_names, loaded, strict=True)
-    }
-    found_scores = [scored(one, columns) for one in loaded]
-    grid = latency.grid(
-        models, batch_sizes=batch_sizes, seq_lengths=seq_lengths, repeats=repeats
-    )
-    return {
-        "task": first.name,
-        "metric": first.metrics[0],
-        "data": first.path or first.hub or first.name,
-        "examples": found_scores[0].examples,
-        "models": [
-            {"model": one.path, "name": name}
-            | compared(found, found_scores[0])
-            | load.sizes(one, seq_lengths)
-            for one, name, found in zip(loaded, short_names, found_scores, strict=True)
-        ],
-        "grid": grid,
-        "benchmark": latency.conditions(models) | {"repeats": repeats},
-    }
+    return batch_sizes, seq_lengths
 
 
 def usual_sizes(problem: Problem, longest: int) -> tuple[int, int]:

@@ -28,6 +28,14 @@ def grid(
       batch_sizes: the values of B.
       seq_lengths: the values of T.
       repeats: the turns of each model.
+
+    Returns:
+      For each batch size, length and model
+        `batch_size`, `seq_length`, `model` (its name)
+        `latency_ms`, `latency_p95_ms`  median and 95th percentile of a pass
+        `examples_per_second`           at the median
+        `speedup`, `speedup_spread`     over the first model: median over the turns,
+                                        5th and 95th percentile
     """
     found = []
     for batch_size, seq_length in itertools.product(batch_sizes, seq_lengths):

@@ -29,24 +29,21 @@ def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> None
       made_from: a digest of all that `make` depends on.
       make: writes the artefact, all at once; called in all processes.
     """
-    if distributed.on_process_zero(lambda: _is_settled(path, made_from)):
-        return
-    distributed.on_process_zero(lambda: files.remove(path))
-    make()
+
+    def entry():
+        return {path.name: {"made_from": made_from, "bytes": _bytes(path)}}
+
+    def settled():
+        known = _read(path.parent)
+        return path.exists() and known == known | entry()
 
     def record():
-        entry = {"made_from": made_from, "bytes": _bytes(path)}
-        known = _read(path.parent) | {path.name: entry}
-        files.write_json(path.parent / _NAME, known)
+        files.write_json(path.parent / _NAME, _read(path.parent) | entry())
 
-    distributed.on_process_zero(record)
-
-
-def _is_settled(path, made_from):
-    if not path.exists():
-        return False
-    entry = {"made_from": made_from, "bytes": _bytes(path)}
-    return _read(path.parent).get(path.name) == entry
+    if not distributed.on_process_zero(settled):
+        distributed.on_process_zero(lambda: files.remove(path))
+        make()
+        distributed.on_process_zero(record)
 
 
 def _read(workdir):
@@ -61,9 +58,8 @@ def _bytes(path):
     # What was exported later may stand beside it.
     parts = [path / name for name in saved_model.FILES] if path.is_dir() else [path]
     found = 0
-    for part in parts:
-        for file in sorted(part.rglob("*")) if part.is_dir() else [part]:
-            if file.is_file():
-                found = zlib.crc32(str(file.relative_to(path)).encode(), found)
-                found = zlib.crc32(file.read_bytes(), found)
+    for file in (f for part in parts for f in (part, *sorted(part.rglob("*")))):
+        if file.is_file():
+            found = zlib.crc32(str(file.relative_to(path)).encode(), found)
+            found = zlib.crc32(file.read_bytes(), found)
     return found

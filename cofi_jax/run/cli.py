@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import runpy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cofi_jax import commands
@@ -41,19 +41,17 @@ def parse(argv: list[str]) -> tuple[Config, pathlib.Path, bool]:
     values = dict(overrides(rest, _USAGE))
     if known.config is None:
         raise reject("--config", None, f"{_LEGAL_CONFIG}; usage: {_USAGE}")
-    config = load(known.config)
-    for field, value in values.items():
-        *sections, name = field.split(".")
-        setattr(functools.reduce(getattr, sections, config), name, value)
+    config = load(known.config, values)
     workdir = known.workdir or f"runs/{name_of(known.config)}"
     return config, pathlib.Path(workdir), known.distributed
 
 
-def load(path: str) -> Config:
+def load(path: str, values: Mapping[str, Any]) -> Config:
     """The config that the `get_config` of a file returns.
 
     Args:
       path: the file; what follows a colon is the argument of `get_config`.
+      values: those that fields get instead of their own, as `{"model.dropout": 0.2}`.
 
     Raises:
       UserError: for a file that is not there, that fails, or returns something else.
@@ -64,11 +62,13 @@ def load(path: str) -> Config:
     except UserError as error:
         raise reject("--config", path, str(error)) from error
     except Exception as error:  # The user's own file can raise anything.
-        text = " ".join(str(error).split())
-        legal = f"{type(error).__name__}: {text}; {_LEGAL_CONFIG}"
+        legal = f"{type(error).__name__}: {error}; {_LEGAL_CONFIG}"
         raise reject("--config", path, legal) from error
     if not isinstance(config, Config):
         raise reject("--config", path, _LEGAL_CONFIG)
+    for field, value in values.items():
+        *sections, name = field.split(".")
+        setattr(functools.reduce(getattr, sections, config), name, value)
     return config
 
 

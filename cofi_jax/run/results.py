@@ -1,5 +1,6 @@
 """The report of a run: the content of `report.json`, and all that is drawn from it."""
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping
@@ -48,13 +49,9 @@ def collect(
     config, scores = run.config, run.scores(*models["pruned"])
     sizes = {name: model.config for name, (model, _) in models.items()}
     # On one device, while the other processes rest.
+    how = dataclasses.asdict(config.benchmark)
     measured = distributed.on_process_zero(
-        lambda: latency.inference(
-            dict(models),
-            batch_size=config.benchmark.batch_size,
-            seq_length=config.benchmark.seq_length,
-            repeats=config.benchmark.repeats,
-        )
+        lambda: latency.inference(dict(models), **how)
     )
     return {
         "task": config.data.task,
@@ -94,8 +91,6 @@ def write(run: Run, report: dict[str, Any]) -> None:
     metrics = read_metrics(workdir / "metrics.jsonl")
     figures.plot_sparsity(metrics, workdir / "sparsity.png")
     figures.plot_structure(report, workdir / "structure.png")
-    text = pages.markdown(report, metrics, settings)
-    files.write_atomically(workdir / "report.md", text)
-    text = pages.run_page(report, metrics, settings)
-    files.write_atomically(workdir / "report.html", text)
+    for name, page in (("report.md", pages.markdown), ("report.html", pages.run_page)):
+        files.write_atomically(workdir / name, page(report, metrics, settings))
     files.write_json(workdir / "report.json", report)

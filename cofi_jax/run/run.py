@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import pathlib
 import platform
 import time
@@ -24,6 +23,7 @@ from cofi_jax.errors import reject
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost, slicing
 from cofi_jax.report import model_card
+from cofi_jax.report.tables import read_report
 from cofi_jax.run import artefacts, results, setup, stages
 from cofi_jax.training import log as log_lib
 from cofi_jax.training.teacher import TeacherCache
@@ -62,8 +62,8 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             folder = workdir / "tensorboard"
             mirror = log_lib.Events(folder) if config.tensorboard else None
             log = log_lib.MetricsLog(workdir / "metrics.jsonl", mirror)
-        train, validation = inputs.examples["train"], dict(inputs.examples)
-        del validation["train"]
+        validation = dict(inputs.examples)
+        train = validation.pop("train")
         shared = stages.Run(
             config, workdir, inputs.task, train, validation, log, digest
         )
@@ -127,7 +127,7 @@ def _finished(config, workdir) -> dict[str, Any] | None:
     """The report of a run that is complete: that of the pruned model beside it."""
     check_workdir(config, workdir)
     try:
-        report = json.loads((workdir / "report.json").read_text())
+        report = read_report(workdir / "report.json", "workdir")
         saved = saved_model.read_about(workdir / "pruned")[2]["report"]
     except (OSError, ValueError, KeyError):  # not there, or damaged
         return None

@@ -112,17 +112,13 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
         legal = "must name an encoder; only the demo task brings its own tokenizer"
         raise reject("model.path", "", legal)
     tokenizer = toy.demo_tokenizer()
-    model = config.model
+    settings = dataclasses.asdict(config.model)
+    del settings["path"]
     sizes = EncoderConfig.dense(
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
+        **settings,
         vocab_size=len(tokenizer),
         num_labels=task.num_outputs,
         max_positions=task.max_length,
-        dropout=model.dropout,
-        dtype=model.dtype,
     )
     return Encoder(sizes), init_params(sizes, key), tokenizer
 

@@ -10,7 +10,9 @@ and `compare.html` in the end. A sweep that was killed goes on where it was if t
 command is given again.
 """
 
+import collections
 import dataclasses
+import itertools
 import pathlib
 import platform
 import statistics
@@ -79,12 +81,12 @@ def run(
     # Members of one shape compile once.
     with run_lib.compiled_in(workdir / f"compiled-{platform.node()}"):
         for number, member in enumerate(order, start=1):
-            print(f"[{number}/{len(order)}] {member.workdir}", flush=True)
+            print(f"[{number}/{len(order)}] {member.workdir}", file=sys.stderr)
             try:
                 outcomes[member.workdir] = run_lib.run(member.config, member.workdir)
             except Exception as error:  # Those that come after may well succeed.
-                outcomes[member.workdir] = _line(error)
-                print(f"error: {member.workdir.name}: {_line(error)}", file=sys.stderr)
+                outcomes[member.workdir] = line = _line(error)
+                print(f"error: {member.workdir.name}: {line}", file=sys.stderr)
             # The programs of one member are of no use to the next.
             predict.make_predict.cache_clear()
             jax.clear_caches()
@@ -122,29 +124,27 @@ def summary(
       outcomes: by workdir, the `report.json` of each finished member and the message
         of each failed one.
     """
-    by_name: dict[str, list[Member]] = {}
-    for member in members:
-        by_name.setdefault(member.name, []).append(member)
     rows, states = [], []
-    for name, group in by_name.items():
-        found = [outcomes.get(member.workdir) for member in group]
-        for member, outcome in zip(group, found, strict=True):
-            state = {"workdir": member.workdir.name, "state": "finished"}
-            if outcome is None:
-                state["state"] = "waiting"
-            elif isinstance(outcome, str):
-                state |= {"state": "failed", "error": outcome}
-            states.append({"config": name, "seed": member.config.seed} | state)
-        reports = [outcome for outcome in found if isinstance(outcome, dict)]
-        failed = sum(isinstance(outcome, str) for outcome in found)
+    for name, group in itertools.groupby(members, key=lambda member: member.name):
+        reports, counts = [], collections.Counter()
+        for member in group:
+            outcome, state = outcomes.get(member.workdir), {"state": "waiting"}
+            if isinstance(outcome, dict):
+                state["state"] = "finished"
+                reports.append(outcome)
+            elif outcome is not None:
+                state = {"state": "failed", "error": outcome}
+            counts[state["state"]] += 1
+            where = {"seed": member.config.seed, "workdir": member.workdir.name}
+            states.append({"config": name} | where | state)
         rows.append(
             {
                 "config": name,
-                "seeds": len(reports),
-                "failed": failed,
-                "waiting": len(group) - len(reports) - failed,
+                "seeds": counts["finished"],
+                "failed": counts["failed"],
+                "waiting": counts["waiting"],
                 **_statistics(reports),
-                "paper": paper.figures(group[0].config),
+                "paper": paper.figures(member.config),
             }
         )
     return {"rows": rows, "members": states}
@@ -234,30 +234,26 @@ def parse(argv: list[str]) -> tuple[list[Member], pathlib.Path]:
     parser.add_argument("--seeds", default=str(Config().seed))
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     known, rest = parser.parse_known_args(argv[1:])
-    for field, value in cli.overrides(rest, _USAGE):
-        if field == "seed":
-            raise reject("--config.seed", value, "the seeds are --seeds 1,2,3")
+    values = dict(cli.overrides(rest, _USAGE))
+    if "seed" in values:
+        legal = "the seeds are --seeds 1,2,3"
+        raise reject("--config.seed", values["seed"], legal)
     seeds = known.seeds.split(",")
     whole = all(seed.isdecimal() and seed.isascii() for seed in seeds)
     if not whole or len(set(map(int, seeds))) < len(seeds):
         legal = "must be whole numbers with commas between them, none twice"
         raise reject("--seeds", known.seeds, legal)
     members = []
-    for file in known.config:
-        for seed in seeds:
-            name = cli.name_of(file)
-            folder = known.workdir / f"{name}-seed{seed}"
-            flags = [f"--config={file}", f"--workdir={folder}"]
-            flags += [f"--config.seed={seed}", *rest]
-            config, *_ = cli.parse([argv[0], *flags])
-            config_lib.validate(config)
-            tasks.find(config.data)
-            run_lib.check_workdir(config, folder)
-            members.append(Member(name, config, folder))
-    names = [cli.name_of(file) for file in known.config]
-    for name in names:
-        if names.count(name) > 1:
+    for file, seed in itertools.product(known.config, seeds):
+        config = cli.load(file, values | {"seed": int(seed)})
+        config_lib.validate(config)
+        tasks.find(config.data)
+        name = cli.name_of(file)
+        folder = known.workdir / f"{name}-seed{seed}"
+        run_lib.check_workdir(config, folder)
+        if any(folder == member.workdir for member in members):
             raise reject("--config", name, "two configs of this name share a folder")
+        members.append(Member(name, config, folder))
     return members, known.workdir
 
 
