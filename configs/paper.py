@@ -20,15 +20,8 @@ from cofi_jax.config import Config
 from cofi_jax.errors import reject
 
 LARGE = ("mnli", "qqp", "qnli", "sst2")
-
-
 SMALL = ("cola", "stsb", "mrpc", "rte", "wnli")
-
-
 TASKS = (*LARGE, *SMALL, "squad")
-
-
-SPARSITY = 0.95
 
 
 def _without(*kinds):
@@ -38,16 +31,8 @@ def _without(*kinds):
     return change
 
 
-def _distill(**fields):
-    def change(config):
-        for name, value in fields.items():
-            setattr(config.distill, name, value)
-
-    return change
-
-
-def _roberta(config):
-    config.model.path = "roberta-base"
+def _fields(section, **values):
+    return lambda config: vars(getattr(config, section)).update(values)
 
 
 ABLATIONS: dict[str, Callable[[Config], None]] = {
@@ -56,16 +41,16 @@ ABLATIONS: dict[str, Callable[[Config], None]] = {
     "no_layers": _without("mha", "ffn"),
     "no_hidden_no_layers": _without("hidden", "mha", "ffn"),
     # Table 5, terms of the loss; alone, a term has weight 1.
-    "no_distillation": _distill(logits=0.0, layers=0.0),
-    "logits_only": _distill(logits=1.0, layers=0.0),
+    "no_distillation": _fields("distill", logits=0.0, layers=0.0),
+    "logits_only": _fields("distill", logits=1.0, layers=0.0),
     # Table 11, the student layer that a teacher layer is compared with.
-    "fixed": _distill(match="fixed", num_layers=12),  # every layer
-    "closest": _distill(match="closest"),
-    "ordered": _distill(match="ordered"),
+    "fixed": _fields("distill", match="fixed", num_layers=12),  # every layer
+    "closest": _fields("distill", match="closest"),
+    "ordered": _fields("distill", match="ordered"),
     # The authors' later advice: which teacher layers.
-    "random": _distill(taught="random"),
+    "random": _fields("distill", taught="random"),
     # Appendix, another encoder.
-    "roberta": _roberta,
+    "roberta": _fields("model", path="roberta-base"),
 }
 
 
@@ -84,7 +69,6 @@ def build(argument: str, recipe: Callable[[str], Config]) -> Config:
     if task not in TASKS:
         raise reject("task", task, f"must be one of {', '.join(TASKS)}")
     config = recipe(task)
-    config.prune.target_sparsity = SPARSITY
     if words and words[0] not in ABLATIONS:
         config.prune.target_sparsity = _sparsity(words.pop(0))
     for word in words:

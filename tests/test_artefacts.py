@@ -1,11 +1,16 @@
 """What a run finds in its folder decides only if it is what this run would make."""
 
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import cofi_jax as cofi
 import train
@@ -23,6 +28,7 @@ pytestmark = [
     ),
 ]
 
+ROOT = pathlib.Path(__file__).parents[1]
 TARGET = 0.5
 TINY = """
 from configs import demo
@@ -356,22 +362,76 @@ def test_no_checkpoint_can_be_read(config, begun, capsys):
     assert is_refusal(line, begun, "checkpoints/prune")
 
 
-def test_two_runs_in_one_process_keep_what_each_compiled(config, tmp_path, monkeypatch):
+def test_runs_in_one_process_keep_what_each_compiled(config, tmp_path, monkeypatch):
+    """And leave jax as they found it, with or without a cache of the user's own."""
+
     def stages(run, inputs):
         for length in range(1, 3):
             jax.jit(lambda x: x * 2 + 1)(np.ones((length, run.config.seed)))
         return {}
 
+    def programs(*folders):
+        return [sum(f.is_file() for f in folder.rglob("*")) for folder in folders]
+
     monkeypatch.setattr(run, "_stages", stages)
-    before = jax.config.jax_compilation_cache_dir
+    kept, own = jax.config.jax_compilation_cache_dir, tmp_path / "own"
     try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        for seed in (57, 58):
-            settings = cli.load(str(config), {})
-            settings.seed = seed
+        for seed, cache in ((57, None), (58, None), (59, str(own)), (60, None)):
+            compilation_cache.reset_cache()
+            jax.config.update("jax_compilation_cache_dir", cache)
+            settings = cli.load(str(config), {"seed": seed})
+            before = dict(jax.config.values)
             run.run(settings, tmp_path / str(seed))
-            assert jax.config.jax_compilation_cache_dir is None
+            assert dict(jax.config.values) == before
+            folders = [*tmp_path.glob(f"{seed}/compiled-*"), *([own] if cache else [])]
+            (found,) = programs(*folders)
+            assert found > 0
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-    for seed in ("57", "58"):
-        assert any(f.is_file() for f in (tmp_path / seed).glob("compiled-*/*"))
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", kept)
+
+
+NOISY = """
+import sys
+import warnings
+
+import absl.logging
+import transformers
+
+import train
+from cofi_jax.data import toy
+from cofi_jax.run import stages
+
+toy.SIZES.update(train=100, validation=20)
+finetune = stages.finetune
+
+
+def noisy(*arguments):
+    warnings.warn("of Python")
+    absl.logging.warning("of absl")
+    transformers.logging.get_logger("transformers").warning("of transformers")
+    return finetune(*arguments)
+
+
+stages.finetune = noisy
+sys.exit(train.main(["train.py", *sys.argv[1:]]))
+"""
+
+
+def test_stdout_holds_results_and_stderr_all_warnings(config, tmp_path):
+    flags = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
+    flags.append("--config.prune.mask_learning_rate=0.01")  # too low: a warning of ours
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY, *flags],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for source in ("of Python", "of absl", "of transformers", "prune.mask_learning"):
+        assert source in done.stderr and source not in done.stdout
+    starts = ("teacher: ", "sliced: ", "|", "Latency on ", "Written to ")
+    lines = list(filter(None, done.stdout.splitlines()))
+    assert all(line.startswith(starts) for line in lines)
+    assert {line[:1] for line in lines} == {"t", "s", "|", "L", "W"}

@@ -188,15 +188,14 @@ def _join(task: Task, parts: list[_Part], numbered: bool) -> Columns:
         name: [text for part in parts for text in part.table.column(name).to_pylist()]
         for name in task.columns
     }
-    labels = [_encode(task, part, numbered) for part in parts]
+    labels = []
+    for part in parts:
+        cells = part.table.column(task.label_column).to_pylist()
+        try:
+            labels.append(task.problem.encode(cells, task.labels, numbered=numbered))
+        except WrongLabel as error:
+            row = f"{part.source}, row {error.row} (the first is 0)"
+            cell = f"{task.label_column}={cells[error.row]!r}"
+            problem = f"{row} has {cell}; {error}"
+            raise errors.reject(*part.field, problem) from error
     return columns | {task.label_column: np.concatenate(labels)}
-
-
-def _encode(task: Task, part: _Part, numbered: bool) -> np.ndarray:
-    cells = part.table.column(task.label_column).to_pylist()
-    try:
-        return task.problem.encode(cells, task.labels, numbered=numbered)
-    except WrongLabel as error:
-        row = f"{part.source}, row {error.row} (the first is 0)"
-        cell = f"{task.label_column}={cells[error.row]!r}"
-        raise errors.reject(*part.field, f"{row} has {cell}; {error}") from error

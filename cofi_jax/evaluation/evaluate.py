@@ -18,7 +18,8 @@ import numpy as np
 from cofi_jax import files
 from cofi_jax.checkpoints import load
 from cofi_jax.checkpoints.load import Loaded
-from cofi_jax.data import metrics, sources
+from cofi_jax.data import sources
+from cofi_jax.data.metrics import main_score
 from cofi_jax.data.problems import Problem
 from cofi_jax.data.problems.base import Scorer
 from cofi_jax.errors import reject
@@ -75,26 +76,20 @@ def compared(scored: Scored, first: Scored) -> dict[str, Any]:
       `differences`        of the scores to those of the first model (its own: 0)
       `difference_errors`  standard errors of these, both on the same examples
     """
+    values, draws = scored.values, scored.draws
 
     def each(rule):
-        return {
-            split: {metric: float(rule(split, metric)) for metric in values}
-            for split, values in scored.values.items()
-        }
+        return {s: {m: float(rule(s, m)) for m in values[s]} for s in values}
 
-    def gap(part):
-        mine, other = getattr(scored, part), getattr(first, part)
-        return lambda split, metric: mine[split][metric] - other[split][metric]
-
-    def error(draws):
-        return lambda split, metric: np.std(draws(split, metric), ddof=1)
+    def error(found):
+        return np.std(found, ddof=1)
 
     return {
-        "score": metrics.main_score(scored.values),
-        "scores": scored.values,
-        "standard_errors": each(error(lambda s, m: scored.draws[s][m])),
-        "differences": each(gap("values")),
-        "difference_errors": each(error(gap("draws"))),
+        "score": main_score(values),
+        "scores": values,
+        "standard_errors": each(lambda s, m: error(draws[s][m])),
+        "differences": each(lambda s, m: values[s][m] - first.values[s][m]),
+        "difference_errors": each(lambda s, m: error(draws[s][m] - first.draws[s][m])),
     }
 
 
