@@ -94,14 +94,7 @@ def windows(
         answer = np.flatnonzero((places[:, 0] < stop) & (places[:, 1] > start))
         if training and not len(answer):
             continue
-        context = np.flatnonzero(part == 1)
-        always = part != 1
-        always[np.flatnonzero(part == 0)[longest_question:]] = False
-        room = max_length - always.sum()
-        step = room - min(stride, room // 2)
-        for first in range(0, max(len(context) - room, 0) + step, step):
-            here = always.copy()
-            here[context[first : first + room]] = True
+        for here in _cut(part, max_length, longest_question, stride):
             label = [0, 0]
             if len(answer) and here[answer].all():
                 label = [here[:i].sum() for i in answer[[0, -1]]]
@@ -137,6 +130,20 @@ def _tokenise(
             return_offsets_mapping=True,
             verbose=False,  # longer than the model's longest: cut later
         ).encodings
+
+
+def _cut(
+    part: np.ndarray, max_length: int, longest_question: int, stride: int
+) -> Iterator[np.ndarray]:
+    """For each window which of the T tokens it holds, (T,) bool."""
+    always, context = part != 1, np.flatnonzero(part == 1)
+    always[np.flatnonzero(part == 0)[longest_question:]] = False
+    room = max_length - always.sum()
+    step = room - min(stride, room // 2)
+    for first in range(0, max(len(context) - room, 0) + step, step):
+        here = always.copy()
+        here[context[first : first + room]] = True
+        yield here
 
 
 def _characters(context: str, gold: Mapping[str, Sequence]) -> tuple[int, int]:
