@@ -66,27 +66,23 @@ def scored(loaded: Loaded, columns: dict[str, Any]) -> Scored:
 
 
 def compared(scored: Scored, first: Scored) -> dict[str, Any]:
-    """What `eval.evaluate` says of a model's scores, beside those of the first."""
+    """What `evaluate` says of a model's scores, beside those of the first."""
 
-    def each(rule):
-        return {
-            split: {metric: float(rule(split, metric)) for metric in values}
-            for split, values in scored.values.items()
-        }
+    def gaps(mine, other):
+        return {metric: mine[metric] - other[metric] for metric in mine}
 
-    def gap(part):
-        mine, other = getattr(scored, part), getattr(first, part)
-        return lambda split, metric: mine[split][metric] - other[split][metric]
+    def errors(draws):
+        return {name: float(np.std(each, ddof=1)) for name, each in draws.items()}
 
-    def error(draws):
-        return lambda split, metric: np.std(draws(split, metric), ddof=1)
-
+    values, draws = scored.values, scored.draws
     return {
-        "score": metrics.main_score(scored.values),
-        "scores": scored.values,
-        "standard_errors": each(error(lambda s, m: scored.draws[s][m])),
-        "differences": each(gap("values")),
-        "difference_errors": each(error(gap("draws"))),
+        "score": metrics.main_score(values),
+        "scores": values,
+        "standard_errors": {split: errors(draws[split]) for split in values},
+        "differences": {s: gaps(values[s], first.values[s]) for s in values},
+        "difference_errors": {
+            split: errors(gaps(draws[split], first.draws[split])) for split in values
+        },
     }
 
 
