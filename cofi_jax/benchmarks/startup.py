@@ -20,8 +20,11 @@ from cofi_jax.errors import UserError, reject
 from cofi_jax.evaluation import timing
 
 _ROOT = pathlib.Path(__file__).parents[2]
-# The demo's teacher learns for one step only.
-_DEMO = ("demo.py", "--config.teacher.train_rows=64", "--config.teacher.epochs=1")
+_DEMO = (  # Its teacher learns for one step only.
+    f"--config={_ROOT}/configs/demo.py",
+    "--config.teacher.train_rows=64",
+    "--config.teacher.epochs=1",
+)
 _EVENTS = {  # of jax.monitoring
     "/jax/core/compile/jaxpr_trace_duration": "trace",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
@@ -60,7 +63,7 @@ def measure(
     if not (_ROOT / "train.py").is_file():
         legal = "must be a checkout, with the train.py that is started"
         raise reject("startup", str(_ROOT), legal)
-    flags = flags or [f"--config={_ROOT}/configs/{_DEMO[0]}", *_DEMO[1:]]
+    flags = flags or _DEMO
     colds, warms = [], []
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(repeats):
