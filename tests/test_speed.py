@@ -24,13 +24,15 @@ from cofi_jax.benchmarks import (
     workload,
 )
 from cofi_jax.benchmarks import step as step_lib
+from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import Distill
-from cofi_jax.data import batches
+from cofi_jax.data import batches, toy
 from cofi_jax.errors import UserError
 from cofi_jax.evaluation import timing
-from cofi_jax.models.bert import Encoder
+from cofi_jax.models.bert import Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.pruning import constraint, cost
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning import constraint, cost, masks, slicing
 from cofi_jax.training import objectives
 from cofi_jax.training import teacher as teacher_lib
 
@@ -339,6 +341,59 @@ def test_step_writes_all_its_figures(turns, tmp_path, capsys):
     if "pytorch" in pytorch["step"]:
         ratio = plain["of_peak"] / pytorch["of_peak"]
         assert ratio == pytest.approx(len(names) / 3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sliced", "hugging face"])
+def test_rows_and_models_of_folders(kind, tmp_path, monkeypatch):
+    """Beside what a folder holds stands a random model; its tokenizer reads rows."""
+    tokenizer = toy.demo_tokenizer()
+    dense = dataclasses.replace(base(2, 12, 3, 20), vocab_size=len(tokenizer))
+    small = dataclasses.replace(dense, heads=(1, 0), intermediate=(0, 7))
+    saved = small if kind == "sliced" else dense
+    params = random_params(saved, seed=0)
+    if kind == "hugging face":
+        folder = tmp_path / "model"
+        huggingface.save_hugging_face(folder, params, saved, tokenizer=tokenizer)
+    else:
+        spec = None
+        if kind == "sliced":
+            gates = {k: np.ones(s) for k, s in masks.mask_shapes(dense, KINDS).items()}
+            gates["head"][0, 1:] = gates["mha"][1] = gates["ffn"][0] = 0
+            gates["intermediate"][1, 7:] = 0
+            full = random_params(dense, seed=0)
+            params, spec = slicing.prune(full, gates, dense)
+        data = {"task": "sst2", "path": str(tmp_path)}
+        about = {"data": data, "dense": dataclasses.asdict(dense)}
+        saved_model.save_model(
+            tmp_path / "model", params, saved, spec, tokenizer=tokenizer, about=about
+        )
+    lines = [f"{sentence}\t{label}\n" for sentence, label in toy.generate(24, 0)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(lines))
+    seen = []
+
+    def ours(*given):
+        seen.extend(given)
+        raise UserError("enough")
+
+    monkeypatch.setattr(step_lib, "ours", ours)
+    how = ["--batch_size=4", "--batches=3", f"--data={tmp_path}"]
+    assert run("step", f"--model={tmp_path / 'model'}", *how) == 2
+    subject, work = seen
+    assert subject.dense.widths() == dense.widths()
+    like = small if kind == "sliced" else workload.like_the_paper(dense)
+    assert subject.sliced.widths() == like.widths()
+    for config, given in (
+        (subject.dense, subject.dense_params),
+        (subject.sliced, subject.sliced_params),
+    ):
+        shapes = jax.tree.map(np.shape, abstract_params(config))
+        assert jax.tree.map(np.shape, given) == shapes
+    kept = subject.sliced_params if kind == "sliced" else subject.dense_params
+    jax.tree.map(np.testing.assert_array_equal, kept["layer_0"], params["layer_0"])
+    assert len(work.examples) == 12 and len(work.padded) == 3
+    texts = [sentence for sentence, _ in toy.generate(24, 0)]
+    known = set(map(tuple, tokenizer(texts)["input_ids"]))
+    assert all(tuple(row.tolist()) in known for row in work.examples.input_ids)
 
 
 def test_inference_writes_a_row_for_each_runtime(turns, tmp_path):

@@ -24,7 +24,7 @@ class Subject(NamedTuple):
     sliced: EncoderConfig
     dense_params: dict
     sliced_params: dict
-    tokenizer: Any = None  # with a path
+    tokenizer: Any = None  # or None
 
 
 def load(
@@ -36,7 +36,7 @@ def load(
     hidden: int,
     heads: int,
     intermediate: int,
-    task: tasks.Task = tasks.TASKS["sst2"],
+    task: tasks.Task | None = None,
 ) -> Subject:
     """Loads the models that a command line asks for.
 
@@ -50,7 +50,8 @@ def load(
       hidden: its hidden size.
       heads: its heads in a layer, which divide the hidden size.
       intermediate: its feed-forward units in a layer.
-      task: the task whose head a Hugging Face encoder gets.
+      task: the task whose head a Hugging Face encoder gets, with its tokenizer; None
+        for a head of two classes, without one.
 
     Raises:
       UserError: for sizes that do not fit, a path without a model, or one without that
@@ -78,11 +79,12 @@ def load(
             dense, params = found.dense, None
     else:
         folder = huggingface.resolve(path, "model")
-        head = {"num_labels": task.num_outputs, "problem": task.problem.name}
+        of = task or tasks.TASKS["sst2"]
+        head = {"num_labels": of.num_outputs, "problem": of.problem.name}
         dense, params = huggingface.load_encoder(
             folder, field="model", **head, model=Model(), key=key
         )
-        tokenizer = huggingface.load_tokenizer(folder, "model")
+        tokenizer = huggingface.load_tokenizer(folder, "model") if task else None
     if longest > dense.longest:
         legal = f"must be at most {dense.longest}, the model's positions"
         raise reject("seq_length", longest, legal)
