@@ -1,5 +1,6 @@
 """`python -m cofi_jax.benchmarks`: what is run and counted; none asserts a speed."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -23,13 +24,15 @@ from cofi_jax.benchmarks import (
     workload,
 )
 from cofi_jax.benchmarks import step as step_lib
+from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import Distill
-from cofi_jax.data import batches
+from cofi_jax.data import batches, toy
 from cofi_jax.errors import UserError
 from cofi_jax.evaluation import timing
-from cofi_jax.models.bert import Encoder
+from cofi_jax.models.bert import Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.pruning import constraint, cost
+from cofi_jax.models.spec import KINDS
+from cofi_jax.pruning import constraint, cost, masks, slicing
 from cofi_jax.training import objectives
 from cofi_jax.training import teacher as teacher_lib
 
@@ -41,17 +44,28 @@ SIZES = ["--layers=2", "--hidden=12", "--heads=3", "--intermediate=20"]
 
 @pytest.fixture(scope="module")
 def dense():
-    config = workload.dense(
-        layers=4, hidden=12, heads=3, intermediate=20, vocab_size=31, longest=8
+    return EncoderConfig.dense(
+        num_layers=4,
+        num_heads=3,
+        hidden_size=12,
+        intermediate_size=20,
+        vocab_size=31,
+        num_labels=2,
+        max_positions=8,
+        dropout=0.0,
     )
-    return dataclasses.replace(config, dropout=0.0)
 
 
 @pytest.fixture(scope="module")
 def subject(dense):
     small = workload.like_the_paper(dense)
     params = random_params(dense, seed=0), random_params(small, seed=1)
-    return workload.Subject(dense, small, *params, None)
+    return workload.Subject(dense, small, *params)
+
+
+def random_batch(count, length):
+    rows = workload.random_rows(count, length, 31)
+    return step_lib.Work(rows, [length]).batches()[0]
 
 
 def products(function, *args):
@@ -78,18 +92,14 @@ def taught(subject, batch):
     return batch | {"teacher_outputs": teach(subject.dense_params, batch)}, counted
 
 
-@pytest.mark.parametrize("kind", ["masked", "late masked", "plain", "finetune"])
+@pytest.mark.parametrize("kind", step_lib.KINDS)
 def test_a_steps_operations_are_those_of_its_products(subject, kind):
-    rows = workload.random_rows(3, 5, 31)
-    batch = step_lib.batches(rows, [(5, np.arange(3))])[0]
-    batch, by_the_teacher = taught(subject, batch)
-    step, state, context = step_lib.prepared(subject, Distill(), kind)
+    batch, by_the_teacher = taught(subject, random_batch(3, 5))
+    step, state, context = step_lib.prepared(subject, kind)
     student = subject.sliced if kind == "finetune" else subject.dense
     how = {"masked": "masked" in kind}
-    counted = roofline.step_flops(student, subject.dense, [5] * 3, Distill(), **how)
-    alone = roofline.step_flops(
-        student, subject.dense, [5] * 3, Distill(), **how, taught=True
-    )
+    counted = roofline.step_flops(student, subject.dense, [5] * 3, **how)
+    alone = roofline.step_flops(student, subject.dense, [5] * 3, **how, taught=True)
     assert counted - alone == by_the_teacher
     if "masked" in kind:  # what the sparsity itself is summed up with
 
@@ -106,16 +116,15 @@ def test_operations_of_a_student_without_attention_in_its_first_layer(subject):
     sizes = dataclasses.replace(subject.sliced, heads=(0, 0, 2, 0))
     params = random_params(sizes, seed=2)
     other = subject._replace(sliced=sizes, sliced_params=params)
-    batch = step_lib.batches(workload.random_rows(2, 7, 31), [(7, np.arange(2))])[0]
-    batch, by_the_teacher = taught(other, batch)
-    step, state, context = step_lib.prepared(other, Distill(), "finetune")
-    counted = roofline.step_flops(sizes, subject.dense, [7, 7], Distill())
+    batch, by_the_teacher = taught(other, random_batch(2, 7))
+    step, state, context = step_lib.prepared(other, "finetune")
+    counted = roofline.step_flops(sizes, subject.dense, [7, 7])
     assert counted == products(step, state, context, batch) + by_the_teacher
 
 
 def test_operations_are_summed_over_the_rows_own_lengths(dense):
     def count(*lengths):
-        return roofline.step_flops(dense, dense, lengths, Distill())
+        return roofline.step_flops(dense, dense, lengths)
 
     assert count(3, 5, 5) == count(3) + 2 * count(5)
 
@@ -143,9 +152,16 @@ def test_the_roofline_is_the_slower_of_work_and_traffic(dense):
         assert found == max(work, moved / slow)
 
 
-def base(**widths):
-    sizes = dict(layers=12, hidden=768, heads=12, intermediate=3072)
-    return workload.dense(**sizes | widths, vocab_size=30522, longest=512)
+def base(layers=12, hidden=768, heads=12, intermediate=3072):
+    return EncoderConfig.dense(
+        num_layers=layers,
+        num_heads=heads,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        vocab_size=30522,
+        num_labels=2,
+        max_positions=512,
+    )
 
 
 def test_a_model_like_the_papers():
@@ -171,33 +187,29 @@ def test_rounded_widths_are_multiples_or_the_dense_ones():
     sliced = dataclasses.replace(
         workload.like_the_paper(base()), intermediate=(0, 1, 64, 65) + (3070,) * 8
     )
-    found = workload.rounded(sliced, base(intermediate=3071), 64)
+    found = inference.round_widths(sliced, base(intermediate=3071))
     assert found.hidden_size == 760 and found.heads == sliced.heads
     assert found.intermediate == (0, 64, 64, 128) + (3071,) * 8
 
 
 def test_sampled_batches_come_as_often_as_in_an_epoch():
-    lengths = np.repeat([3, 9, 30], [400, 200, 40])
-    plan = batches.epoch_plan(
-        lengths, batch_size=8, buckets=(4, 16, 32), stage="", seed=0, epoch=0
-    )
-    found = workload.sampled_plan(plan, 16, batch_size=8)
-    often = {length: sum(n == length for n, _ in found) for length in (4, 16, 32)}
-    assert often == {4: 10, 16: 5, 32: 1}
-    rows = np.concatenate([rows for _, rows in found])
-    assert len(set(rows)) == len(rows) == 16 * 8
-    assert len(workload.sampled_plan(plan, 80, batch_size=8)) == 80
+    examples = rows_of_lengths(*np.repeat([3, 9, 30], [400, 200, 40]))
+    found = step_lib.sampled(examples, (4, 16, 32), 16, 8)
+    assert collections.Counter(found.padded) == {4: 10, 16: 5, 32: 1}
+    assert len({row.tobytes() for row in found.examples.input_ids}) > 100  # of 128
+    for batch, length in zip(found.batches(), found.padded, strict=True):
+        assert batch["input_ids"].shape == (8, length)
     with pytest.raises(UserError, match="batches=81: must be at most 80"):
-        workload.sampled_plan(plan, 81, batch_size=8)
+        step_lib.sampled(examples, (4, 16, 32), 81, 8)
 
 
 def test_random_batches_hold_the_same_rows_and_are_as_long_as_their_longest():
-    lengths = np.random.default_rng(0).integers(1, 99, 64)
-    plan = [(99, rows) for rows in np.arange(2, 34).reshape(4, 8)]
-    found = workload.at_random(plan, lengths)
-    assert sorted(np.concatenate([rows for _, rows in found])) == list(range(2, 34))
-    assert all(length == lengths[rows].max() for length, rows in found)
-    assert all(len(rows) == 8 for _, rows in found)
+    examples = rows_of_lengths(*np.random.default_rng(0).integers(1, 99, 32))
+    found = step_lib.at_random(step_lib.Work(examples, [99] * 4))
+    assert sorted(found.examples.lengths) == sorted(examples.lengths)
+    assert list(found.examples.lengths) != list(examples.lengths)
+    for rows, length in zip(found.rows(), found.padded, strict=True):
+        assert len(rows) == 8 and length == found.examples.lengths[rows].max()
 
 
 @pytest.mark.parametrize("weights", [(0.1, 0.9), (1.0, 0.0), (0.0, 1.0)])
@@ -254,35 +266,17 @@ def rows_of_lengths(*lengths):
     return batches.Examples(ids, types, np.zeros(len(ids), np.int32))
 
 
-def turns(*milliseconds):
-    return timing.Timing(tuple((time,) for time in milliseconds))
+@pytest.fixture
+def turns(monkeypatch):
+    """Has the n-th of all calls that are timed take n ms, then 2 n, then 4 n."""
 
+    def side_by_side(calls, **how):
+        return {
+            name: timing.Timing(((n,), (2 * n,), (4 * n,)))
+            for n, name in enumerate(calls, 1)
+        }
 
-def test_figures_of_a_step():
-    found = step_lib.described(
-        turns(200, 100, 400),
-        turns(100, 100, 100),
-        examples=8,
-        tokens=30,
-        padded=40,
-        flops=6_000,
-        rate=60_000.0,
-    )
-    assert found["turn_ms"] == 200 and found["examples_per_second"] == 40
-    assert found["spread"] == [20, 80]
-    assert found["masked_is_faster"] == 2
-    assert found["padding"] == 0.25
-    assert found["useful_flops_per_second"] == pytest.approx(30_000)
-    assert found["utilisation"] == pytest.approx(0.5)
-
-
-def test_figures_of_a_pass():
-    found = inference.described(
-        turns(2, 4, 6), turns(8, 8, 6), turns(1, 1, 2), 32, roofline_ms=0.5
-    )
-    assert found["latency_ms"] == 4 and found["times_the_roofline"] == 8
-    assert found["examples_per_second"] == 8_000
-    assert found["speedup"] == 2 and found["ours_is_faster"] == 3
+    monkeypatch.setattr(timing, "side_by_side", side_by_side)
 
 
 def test_spans_within_others_count_once():
@@ -292,67 +286,117 @@ def test_spans_within_others_count_once():
     assert startup.outermost([]) == 0
 
 
-def test_starts_are_compared_turn_by_turn():
-    def start(whole, trace, read):
-        return {"whole": whole, "trace": trace, "read": read}
-
-    starts = {
-        "cold": [start(9.0, 1.0, 0.0), start(40.0, 2.0, 0.0), start(10.0, 1.0, 0.0)],
-        "warm": [start(3.0, 1.0, 2.0), start(10.0, 6.0, 4.0), start(2.0, 1.0, 1.0)],
-    }
-    found = startup.summary(starts)
-    assert found["seconds"]["cold"] == {"whole": 10, "trace": 1, "read": 0}
-    assert found["seconds"]["warm"] == {"whole": 3, "trace": 1, "read": 2}
-    assert found["warm_is_faster"] == 4
-    assert "4.00x" in startup.table(found)
+def test_starts_are_compared_turn_by_turn(monkeypatch):
+    starts = iter([(9, 1), (3, 2), (40, 2), (10, 4), (10, 1), (2, 1)])
+    found = ({"whole": whole, "trace": trace} for whole, trace in starts)
+    monkeypatch.setattr(startup, "_start", lambda flags, workdir: next(found))
+    about, (whole, trace) = startup.measure((), repeats=3)
+    assert about["warm_is_faster"][0] == 4
+    assert (whole["cold"][0], whole["warm"][0]) == (10, 3)
+    assert (trace["cold"][0], trace["warm"][0]) == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["masked", "plain"])
 def test_a_step_holds_its_state_the_teacher_and_the_batch(subject, kind):
-    batch = step_lib.batches(workload.random_rows(3, 5, 31), [(5, np.arange(3))])[0]
-    found = memory.ours(subject, kind, batch)
-    state = step_lib.prepared(subject, Distill(), kind)[1]
+    batch = random_batch(3, 5)
+    before, highest = memory.stated(subject, kind, batch)
+    state = step_lib.prepared(subject, kind)[1]
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((state, subject.dense_params)))
     # Few bytes are the batch, the teacher's outputs and what the step reads besides.
     outputs, _ = taught(subject, batch)
     few = sum(leaf.nbytes for leaf in jax.tree.leaves(outputs))
-    assert held < found["before_bytes"] <= held + few + 100
+    assert held < before <= held + few + 100
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(subject.dense_params))
     trained -= sum(
         leaf.nbytes for leaf in jax.tree.leaves(subject.dense_params["embeddings"])
     )
     # A gradient of all that is trained lives at some moment.
-    assert found["peak_bytes"] - found["before_bytes"] > trained / 2
-
-
-@pytest.fixture
-def small_rates(monkeypatch):
-    monkeypatch.setattr(roofline, "_SIDE", {"cpu": 16})
-    monkeypatch.setattr(roofline, "_NUMBERS", {"cpu": 64})
+    assert highest - before > trained / 2
 
 
 def run(*arguments):
     return benchmarks.main(["benchmark", *arguments])
 
 
-def test_step_writes_all_its_figures(small_rates, tmp_path, capsys):
+def test_step_writes_all_its_figures(turns, tmp_path, capsys):
     file = tmp_path / "step.json"
     how = ["--batches=2", "--batch_size=3", "--seq_length=4", "--repeats=1"]
     assert run("step", *SIZES, *how, f"--json={file}") == 0
     result, text = json.loads(file.read_text()), capsys.readouterr().out
-    assert result["command"] == "step" and result["device"] in text
-    assert result["batches"] == {"4": 2} and result["examples"] == 6
+    assert result["device"] in text and "dtype: float32" in text
+    assert result["batches_by_length"] == {"4": 2} and result["examples"] == 6
+    assert result["sliced"]["hidden"] == 12 and result["dense"]["sparsity"] == 0
     names = ["masked", "late masked", "plain", "finetune"]
     names += ["masked, kept teacher outputs", "finetune, kept teacher outputs"]
     if not baselines.missing("torch"):
         names += ["pytorch, random batches", "pytorch, our batches"]
-    assert list(result["steps"]) == names
+    assert [row["step"] for row in result["rows"]] == names
     assert all(name in text for name in names)
-    assert result["masked_over_plain"] > 0
-    assert result["sliced"]["hidden"] == 12 and result["dense"]["sparsity"] == 0
+    for n, row in enumerate(result["rows"], 1):
+        assert row["examples_per_second"] == [6e3 / n / x for x in (2, 4, 1)]
+        assert row["masked_is_faster"] == [n, n, n]
+        assert row["padding"] == 0
+    # The slowest of the plain distillations does as much as the fastest, in more time.
+    plain, pytorch = result["rows"][2], result["rows"][-1]
+    if "pytorch" in pytorch["step"]:
+        ratio = plain["of_peak"] / pytorch["of_peak"]
+        assert ratio == pytest.approx(len(names) / 3)
 
 
-def test_inference_writes_a_row_for_each_runtime(small_rates, tmp_path):
+@pytest.mark.parametrize("kind", ["dense", "sliced", "hugging face"])
+def test_rows_and_models_of_folders(kind, tmp_path, monkeypatch):
+    """Beside what a folder holds stands a random model; its tokenizer reads rows."""
+    tokenizer = toy.demo_tokenizer()
+    dense = dataclasses.replace(base(2, 12, 3, 20), vocab_size=len(tokenizer))
+    small = dataclasses.replace(dense, heads=(1, 0), intermediate=(0, 7))
+    saved = small if kind == "sliced" else dense
+    params = random_params(saved, seed=0)
+    if kind == "hugging face":
+        folder = tmp_path / "model"
+        huggingface.save_hugging_face(folder, params, saved, tokenizer=tokenizer)
+    else:
+        spec = None
+        if kind == "sliced":
+            gates = {k: np.ones(s) for k, s in masks.mask_shapes(dense, KINDS).items()}
+            gates["head"][0, 1:] = gates["mha"][1] = gates["ffn"][0] = 0
+            gates["intermediate"][1, 7:] = 0
+            full = random_params(dense, seed=0)
+            params, spec = slicing.prune(full, gates, dense)
+        data = {"task": "sst2", "path": str(tmp_path)}
+        about = {"data": data, "dense": dataclasses.asdict(dense)}
+        saved_model.save_model(
+            tmp_path / "model", params, saved, spec, tokenizer=tokenizer, about=about
+        )
+    lines = [f"{sentence}\t{label}\n" for sentence, label in toy.generate(24, 0)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(lines))
+    seen = []
+
+    def ours(*given):
+        seen.extend(given)
+        raise UserError("enough")
+
+    monkeypatch.setattr(step_lib, "ours", ours)
+    how = ["--batch_size=4", "--batches=3", f"--data={tmp_path}"]
+    assert run("step", f"--model={tmp_path / 'model'}", *how) == 2
+    subject, work = seen
+    assert subject.dense.widths() == dense.widths()
+    like = small if kind == "sliced" else workload.like_the_paper(dense)
+    assert subject.sliced.widths() == like.widths()
+    for config, given in (
+        (subject.dense, subject.dense_params),
+        (subject.sliced, subject.sliced_params),
+    ):
+        shapes = jax.tree.map(np.shape, abstract_params(config))
+        assert jax.tree.map(np.shape, given) == shapes
+    kept = subject.sliced_params if kind == "sliced" else subject.dense_params
+    jax.tree.map(np.testing.assert_array_equal, kept["layer_0"], params["layer_0"])
+    assert len(work.examples) == 12 and len(work.padded) == 3
+    texts = [sentence for sentence, _ in toy.generate(24, 0)]
+    known = set(map(tuple, tokenizer(texts)["input_ids"]))
+    assert all(tuple(row.tolist()) in known for row in work.examples.input_ids)
+
+
+def test_inference_writes_a_row_for_each_runtime(turns, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")
     file = tmp_path / "inference.json"
@@ -363,14 +407,18 @@ def test_inference_writes_a_row_for_each_runtime(small_rates, tmp_path):
     runtimes = ("cofi_jax", "pytorch", "onnxruntime")
     rows = [
         tuple(row[k] for k in ("batch_size", "seq_length", "model", "runtime"))
-        for row in result["grid"]
+        for row in result["rows"]
     ]
     assert rows == [(b, 4, m, r) for b in (1, 2) for m in models for r in runtimes]
     assert len(result["differences"]) == 6  # of all from ours
     assert max(result["differences"].values()) < 1e-3
-    for row in result["grid"]:
-        least, took = row["roofline_ms"], row["latency_ms"]
-        assert row["times_the_roofline"] == pytest.approx(took / least)
+    for n, row in enumerate(result["rows"]):
+        n = n % 9 + 1
+        model, runtime = divmod(n - 1, 3)
+        assert row["latency_ms"] == [2 * n, n, 4 * n]
+        assert row["times_the_roofline"] == pytest.approx(2 * n / row["roofline_ms"])
+        assert row["speedup"][0] == pytest.approx((runtime + 1) / n)
+        assert row["ours_is_faster"][0] == pytest.approx(n / (3 * model + 1))
 
 
 def test_a_runtime_that_computes_something_else_is_found_out():
@@ -378,10 +426,10 @@ def test_a_runtime_that_computes_something_else_is_found_out():
         ("dense", "cofi_jax"): lambda: np.zeros((1, 2)),
         ("dense", "pytorch"): lambda: np.full((1, 2), 0.01),
     }
-    found = inference._differences(calls, "bfloat16")
+    found = inference.compare(calls, "bfloat16")
     assert found == {"dense, pytorch": pytest.approx(0.01)}
     with pytest.raises(RuntimeError, match="pytorch differs from ours by 0.0"):
-        inference._differences(calls, "float32")
+        inference.compare(calls, "float32")
 
 
 @pytest.mark.parametrize(
@@ -390,15 +438,20 @@ def test_a_runtime_that_computes_something_else_is_found_out():
         (["step", "--model=./nowhere"], "model='./nowhere': no such folder"),
         (["step", "--seq_length=600", "--model={bert}"], "seq_length=600: must be at"),
         (["step", "--batch_size=0"], "--batch_size: '0': must be a whole number"),
-        (["step", "--dtype=float16"], "dtype='float16': must be one of float32"),
-        (["step", "--torch_dtype=half"], "torch_dtype='half': must be one of"),
-        (["step", "--task=sst3", "--data=."], "data.task='sst3': must be one of"),
-        (["step", "--data=."], "vocab=''"),
+        (
+            ["step", "--dtype=float16"],
+            "--dtype: invalid choice: 'float16'",
+        ),
+        (
+            ["step", "--task=sst3", "--data=.", "--model={bert}"],
+            "data.task='sst3': must be one of",
+        ),
+        (["step", "--data=."], "model='': must be given with data"),
         (["step", "--hidden=10", "--heads=3"], "hidden=10: must be a multiple"),
         (["inference", "--batch_size=1,x"], "'x': must be a whole number above 0"),
         (["inference", "--seq_length=9999", "--model={bert}"], "seq_length=9999"),
-        (["startup", "--model={bert}"], "needs --data"),
-        (["memory", "--vocab=./nowhere"], "vocab='./nowhere': no such folder"),
+        (["startup", "--config=x.py"], "unrecognized arguments: --config=x.py"),
+        (["startup", "--", "--config=./nowhere.py"], 'train.py said "error: config='),
         (["sing"], "invalid choice: 'sing'"),
         ([], "required: command"),
     ],
@@ -427,9 +480,8 @@ def test_pytorch_is_missed_only_where_it_is_asked_for(monkeypatch, capsys, dense
 
     monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     assert baselines.unfit(dense) == "torch not installed"
-    for flag in ("--torch_dtype=bfloat16", "--torch_compile"):
-        assert run("step", *SIZES, flag) == 2
-        assert "needs PyTorch: pip install torch" in capsys.readouterr().err
+    assert run("step", *SIZES, "--torch_compile") == 2
+    assert "needs PyTorch: pip install torch" in capsys.readouterr().err
 
 
 def test_lack_of_memory_is_said_whoever_lacks_it():
@@ -454,28 +506,30 @@ def test_memory_of_each_kind(tmp_path):
     pytest.importorskip("torch")
     file = tmp_path / "memory.json"
     assert run("memory", *SIZES, "--batch_size=2", "--repeats=1", f"--json={file}") == 0
-    found = json.loads(file.read_text())["steps"]
-    assert list(found) == ["masked", "plain", "pytorch"]
-    for each in found.values():
-        assert 0 < each["before_bytes"] <= each["peak_bytes"]
+    found = json.loads(file.read_text())["rows"]
+    assert [each["step"] for each in found] == ["masked", "plain", "pytorch"]
+    for each in found:
+        assert 0 < each["before"] <= each["highest"]
 
 
 @pytest.mark.slow
-def test_startup_of_the_demo(tmp_path):
+def test_startup_of_the_demo(tmp_path, capsys):
+    assert run("startup", "--", "--config=./nowhere.py") == 2
+    assert "train.py said" in capsys.readouterr().err
     file = tmp_path / "startup.json"
-    assert run("startup", *SIZES, "--repeats=1", f"--json={file}") == 0
-    starts = json.loads(file.read_text())["starts"]
-    for kind in ("cold", "warm"):
-        (seconds,) = starts[kind]
+    assert run("startup", "--repeats=1", f"--json={file}") == 0
+    rows = json.loads(file.read_text())["rows"]
+    cold, warm = (
+        {row["seconds"]: row[kind][0] for row in rows} for kind in ("cold", "warm")
+    )
+    for seconds in (cold, warm):
         assert 0 < seconds["trace"] + seconds["lower"] < seconds["whole"]
-    (cold,), (warm,) = starts.values()
     compiled = "compile or read the cache"
     assert cold["read the cache"] < warm["read the cache"] < warm[compiled]
     assert warm["whole"] < cold["whole"]
 
 
 def test_positions_of_a_random_model_suffice():
-    found = workload.dense(
-        layers=1, hidden=2, heads=1, intermediate=1, vocab_size=3, longest=700
-    )
-    assert isinstance(found, EncoderConfig) and found.longest == 700
+    sizes = {"layers": 1, "hidden": 2, "heads": 1, "intermediate": 1}
+    found = workload.load("", dtype="float32", longest=700, **sizes)
+    assert found.dense.longest == 700

@@ -16,12 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints import huggingface
-from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
 from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
-from cofi_jax.errors import reject
 from cofi_jax.evaluation import timing
 from cofi_jax.export import to_onnx, to_transformers
 from cofi_jax.export.formats import INPUTS
@@ -34,12 +31,6 @@ _MAX_GRADIENT_NORM = 1.0
 def missing(*packages: str) -> str:
     """Returns which of these packages are not installed, with commas between; or ""."""
     return ", ".join(p for p in packages if importlib.util.find_spec(p) is None)
-
-
-def require(field: str, value: Any) -> None:
-    """Raises UserError where PyTorch is asked for by `field` and is not installed."""
-    if missing("torch"):
-        raise reject(field, value, "needs PyTorch: pip install torch")
 
 
 def no_pytorch() -> str:
@@ -77,7 +68,6 @@ def pytorch_step(
     config: EncoderConfig,
     distill: Distill,
     *,
-    dtype: str = "float32",
     compiled: bool = False,
 ) -> Callable[[dict], tuple[Any, Any]]:
     """Makes a distillation step in PyTorch, with its own copy of the parameters.
@@ -86,9 +76,9 @@ def pytorch_step(
       student: the parameters of a dense classifier, whose embeddings are frozen.
       teacher: those of its teacher, of the same sizes.
       projection: (D, D), from the student's hidden states to the teacher's.
-      config: the sizes of both, and the dropout of the student.
+      config: the sizes of both, the dropout of the student, and the dtype of the matrix
+        products: bfloat16 for automatic mixed precision.
       distill: what is imitated; layers are matched to the closest, evenly spaced ones.
-      dtype: bfloat16 for automatic mixed precision.
       compiled: whether student and teacher go through torch.compile.
 
     Returns:
@@ -111,7 +101,7 @@ def pytorch_step(
             torch.compile, (teacher_model, student_model)
         )
     taught = losses.taught_layers(len(config.heads), distill.num_layers)
-    mixed = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
+    mixed = torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     def distance(t, s, mask):  # (B, T, D), (B, T, D), (B, T)
         return ((t - s).square().mean(-1) * mask).sum() / mask.sum()
@@ -179,20 +169,8 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def prepare() -> None:
-    """Imports what a step imports."""
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
-
-def allocated() -> tuple[int, int]:
-    """Returns the bytes of the GPU that PyTorch has in use, and had at most."""
-    import torch
-
-    return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-
-
 def _bert(params, config):
+    """Returns transformers' own classifier with our parameters, of a dense model."""
     import torch
     import transformers
 
@@ -202,15 +180,6 @@ def _bert(params, config):
     model = transformers.BertForSequenceClassification(sizes)
     model.load_state_dict({k: torch.tensor(v) for k, v in arrays.items()})
     return model
-
-
-def is_dense(config: EncoderConfig) -> bool:
-    """Returns whether transformers has a model of these sizes."""
-    try:
-        to_fields(config)
-    except UnsupportedCheckpoint:
-        return False
-    return True
 
 
 def pytorch_pass(
@@ -225,15 +194,14 @@ def pytorch_pass(
     import transformers
 
     device = _set_up()
-    transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name, "model")
-        if is_dense(config):
-            huggingface.save_hugging_face(folder, params, config)
-        else:
-            folder.mkdir()
-            to_transformers.write(folder, params, config, ())
-        model = to_transformers.load_torch(folder, config.dtype).to(device)
+    if len({*config.heads}) == len({*config.intermediate}) == 1:
+        model = _bert(params, config).to(getattr(torch, config.dtype))
+    else:
+        transformers.utils.logging.disable_progress_bar()
+        with tempfile.TemporaryDirectory() as folder:
+            to_transformers.write(pathlib.Path(folder), params, config, ())
+            model = to_transformers.load_torch(pathlib.Path(folder), config.dtype)
+    model = model.to(device).eval()
     if compiled:
         model = torch.compile(model)
 

@@ -5,6 +5,7 @@ logits as far as the dtype goes. Beside their times stands the least time that a
 could take, `roofline.pass_seconds`, at the rates measured in the same run.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,10 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from cofi_jax.benchmarks import baselines, roofline, text, workload
-from cofi_jax.benchmarks.workload import Subject
+from cofi_jax.benchmarks import baselines, roofline, workload
 from cofi_jax.evaluation import latency, timing
-from cofi_jax.evaluation.timing import Timing
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import transforms
@@ -28,89 +27,90 @@ Calls = dict[tuple[str, str], Callable[[], Any]]  # by model and runtime
 
 
 def measure(
-    subject: Subject,
-    *,
-    batch_sizes: Sequence[int],
-    seq_lengths: Sequence[int],
+    model: str,
+    dtype: str,
+    batch_size: Sequence[int],
+    seq_length: Sequence[int],
     repeats: int,
     torch_compile: bool,
-) -> dict[str, Any]:
+    **sizes: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Times passes in turn, at each batch size and length.
 
     Args:
-      subject: the models; the sliced one is also tried with its widths rounded up.
-      batch_sizes: the values of B.
-      seq_lengths: the values of T.
+      model: see `workload.load`; its sliced model is also tried as `rounded`.
+      dtype: of parameters and matrix products.
+      batch_size: the values of B.
+      seq_length: the values of T.
       repeats: the turns of each, of one pass or as many as 50 ms hold.
       torch_compile: whether PyTorch also runs compiled.
+      **sizes: of a random model.
 
     Returns:
-      `models` (their widths), `rates` of the device, `differences` of logits from
-      ours, `left_out`, with the reason, and `grid`, for each size, model and runtime
-        `batch_size`, `seq_length`, `model`, `runtime`
-        `latency_ms`, `latency_spread_ms`  median; 5th and 95th percentile
-        `examples_per_second`              at the median
-        `speedup`, `speedup_spread`        over the dense model in the same runtime
-        `ours_is_faster`, `ours_is_faster_spread`  a ratio, with the same model
+      The conditions, with the `differences` of logits from ours, and for each size,
+      model and runtime a row with
+        `latency_ms`
         `roofline_ms`, `times_the_roofline`
+        `speedup`         over the dense model in the same runtime
+        `ours_is_faster`  than this runtime with the same model, as a ratio
 
     Raises:
       UserError: where the memory does not suffice.
       RuntimeError: where a runtime gives other logits.
     """
-    models = variants(subject)
+    subject = workload.load(model, dtype=dtype, longest=max(seq_length), **sizes)
+    models = {
+        "dense": (subject.dense_params, subject.dense),
+        "sliced": (subject.sliced_params, subject.sliced),
+    }
+    rounded = round_widths(subject.sliced, subject.dense)
+    if rounded != subject.sliced:
+        models["rounded"] = init_params(rounded, jax.random.key(3)), rounded
     runtimes, left_out = _runtimes(subject.dense, torch_compile)
     passes = {
-        (model, runtime): make(params, config)
-        for model, (config, params) in models.items()
-        for runtime, make in runtimes.items()
+        (name, runtime): make(*each)
+        for name, each in models.items()
+        for runtime, (make, _) in runtimes.items()
     }
-    rates = roofline.rates(subject.dense.dtype)
-    grid, differences = [], {}
-    for batch_size, seq_length in itertools.product(batch_sizes, seq_lengths):
-        cell = {"batch_size": batch_size, "seq_length": seq_length}
-        batch = latency.random_batch(subject.dense.vocab_size, **cell)
-        fed = dict.fromkeys(runtimes, jax.device_get(batch)) | {_OURS: batch}
-        for name in runtimes:
-            if name.startswith("pytorch"):
-                fed[name] = baselines.tensors(fed[name])
+    rates = roofline.rates(dtype)
+    rows, differences = [], {}
+    for cell in itertools.product(batch_size, seq_length):
+        of_size = dict(zip(("batch_size", "seq_length"), cell, strict=True))
+        batch = latency.random_batch(subject.dense.vocab_size, **of_size)
+        fed = {runtime: feed(batch) for runtime, (_, feed) in runtimes.items()}
         calls = {key: functools.partial(f, fed[key[1]]) for key, f in passes.items()}
-        with timing.memory_suffices(**cell):
-            differences = differences or _differences(calls, subject.dense.dtype)
+        with timing.memory_suffices(*cell):
+            differences = differences or compare(calls, dtype)
             timings = timing.side_by_side(calls, repeats=repeats, warmup=1, rest_ms=100)
-        for (model, runtime), each in timings.items():
-            least = 1e3 * roofline.pass_seconds(models[model][0], **cell, rates=rates)
-            names = {"model": model, "runtime": runtime}
-            dense, same = timings["dense", runtime], timings[model, _OURS]
-            grid.append(cell | names | described(each, dense, same, batch_size, least))
-    return {
-        "models": {
-            name: workload.described(config, subject.dense)
-            for name, (config, _) in models.items()
-        },
-        "rates": rates,
-        "repeats": repeats,
-        "differences": differences,
-        "grid": grid,
-        "left_out": left_out,
+        for (name, runtime), each in timings.items():
+            config = models[name][1]
+            least = 1e3 * roofline.pass_seconds(config, **of_size, rates=rates)
+            figures = {
+                "latency_ms": each.spread_ms,
+                "roofline_ms": least,
+                "times_the_roofline": each.median_ms / least,
+                "speedup": timing.speedup(timings["dense", runtime], each),
+                "ours_is_faster": timing.speedup(each, timings[name, _OURS]),
+            }
+            rows.append(of_size | {"model": name, "runtime": runtime} | figures)
+    described = {
+        name: workload.described(config, subject.dense)
+        for name, (_, config) in models.items()
     }
+    others = {"rates": rates, "differences": differences, "left_out": left_out}
+    return described | others, rows
 
 
-def variants(subject: Subject) -> dict[str, tuple[EncoderConfig, dict]]:
-    """Returns the sizes and float32 parameters of `dense`, `sliced` and `rounded`.
+def round_widths(sliced: EncoderConfig, dense: EncoderConfig) -> EncoderConfig:
+    """Returns `sliced` with feed-forward widths raised to multiples.
 
-    `rounded` has the widths of `sliced` raised to the multiples that are fast on a GPU,
-    see `transforms.round_to_device`; it is missing where they are multiples already.
+    They are those that are fast on a GPU, see `transforms.round_to_device`, and at most
+    those of `dense`. An absent block stays absent.
     """
     multiple = transforms.WIDTHS["gpu"]["intermediate"]
-    config = workload.rounded(subject.sliced, subject.dense, multiple)
-    found = {
-        "dense": (subject.dense, subject.dense_params),
-        "sliced": (subject.sliced, subject.sliced_params),
-    }
-    if config != subject.sliced:
-        found["rounded"] = config, init_params(config, jax.random.key(3))
-    return found
+    pairs = zip(sliced.intermediate, dense.intermediate, strict=True)
+    raised = tuple(min(-(-w // multiple) * multiple, full) for w, full in pairs)
+    return dataclasses.replace(sliced, intermediate=raised)
 
 
 def _ours(params, config):
@@ -119,7 +119,10 @@ def _ours(params, config):
 
 
 def _runtimes(dense, torch_compile):
-    """Returns what makes a pass of (config, params), by name, and who is left out."""
+    """Returns by name what makes a pass and what prepares its batch; who is left out.
+
+    Those that are left out have a reason.
+    """
     tokens = "its head reads every token" if dense.reads_every_token else ""
     gone = baselines.missing("onnx", "onnxruntime")
     onnx = f"{gone} not installed" if gone else tokens
@@ -128,19 +131,23 @@ def _runtimes(dense, torch_compile):
     pytorch = baselines.no_pytorch() or tokens
     compiled = functools.partial(baselines.pytorch_pass, compiled=True)
     offers = {
-        _OURS: (_ours, ""),
-        "pytorch": (baselines.pytorch_pass, pytorch),
-        "pytorch compiled": (compiled, pytorch),
-        "onnxruntime": (baselines.onnx_pass, onnx),
+        _OURS: (_ours, lambda batch: batch, ""),
+        "pytorch": (baselines.pytorch_pass, baselines.tensors, pytorch),
+        "pytorch compiled": (compiled, baselines.tensors, pytorch),
+        "onnxruntime": (baselines.onnx_pass, jax.device_get, onnx),
     }
     if not torch_compile:
         del offers["pytorch compiled"]
-    found = {name: make for name, (make, reason) in offers.items() if not reason}
-    return found, {name: reason for name, (_, reason) in offers.items() if reason}
+    reasons = {name: reason for name, (*_, reason) in offers.items() if reason}
+    return {n: each[:2] for n, each in offers.items() if n not in reasons}, reasons
 
 
-def _differences(calls: Calls, dtype: str) -> dict[str, float]:
-    """Returns the largest difference of logits from ours, by `model, runtime`."""
+def compare(calls: Calls, dtype: str) -> dict[str, float]:
+    """Returns the largest difference of logits from ours, by `model, runtime`.
+
+    Raises:
+      RuntimeError: where it is too large, in float32.
+    """
     logits = {key: baselines.to_numpy(call()) for key, call in calls.items()}
     found = {}
     for (model, runtime), values in logits.items():
@@ -152,58 +159,3 @@ def _differences(calls: Calls, dtype: str) -> dict[str, float]:
         if runtime != _OURS:
             found[f"{model}, {runtime}"] = worst
     return found
-
-
-def described(
-    each: Timing, dense: Timing, ours: Timing, batch_size: int, roofline_ms: float
-) -> dict[str, Any]:
-    """Returns the figures of one model in one runtime for `measure`.
-
-    Args:
-      each: its turns.
-      dense: those of the dense model in the same runtime.
-      ours: those of the same model in ours.
-      batch_size: sequences in a batch (B).
-      roofline_ms: the least time of a pass.
-    """
-    ahead, ahead_spread = timing.speedup(each, ours)
-    return latency.figures(each, dense, batch_size) | {
-        "latency_spread_ms": [each.percentile_ms(5), each.percentile_ms(95)],
-        "ours_is_faster": ahead,
-        "ours_is_faster_spread": list(ahead_spread),
-        "roofline_ms": roofline_ms,
-        "times_the_roofline": each.median_ms / roofline_ms,
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Returns the result of `measure` as text for people."""
-    rates = result["rates"]
-    lines = [
-        f"matrix rate {rates['flops_per_second'] / 1e9:.0f} GFLOP/s, "
-        f"bandwidth {rates['bytes_per_second'] / 1e9:.1f} GB/s",
-    ]
-    for name, sizes in result["models"].items():
-        heads, units = (" ".join(map(str, sizes[k])) for k in ("heads", "intermediate"))
-        lines.append(
-            f"{name}: hidden {sizes['hidden']}, heads {heads}, units {units}; "
-            f"sparsity {sizes['sparsity']:.1%}"
-        )
-    head = ("batch", "model", "runtime", "ms", "5 % to 95 %", "roofline", "times it")
-    rows = [(*head, "speedup", "ours")]
-    for cell in result["grid"]:
-        times = text.times(cell["ours_is_faster"], cell["ours_is_faster_spread"])
-        rows.append(
-            (
-                f"{cell['batch_size']}x{cell['seq_length']}",
-                cell["model"],
-                cell["runtime"],
-                f"{cell['latency_ms']:.2f}",
-                "{:.2f} to {:.2f}".format(*cell["latency_spread_ms"]),
-                f"{cell['roofline_ms']:.2f}",
-                f"{cell['times_the_roofline']:.1f}",
-                f"{cell['speedup']:.2f}",
-                "" if cell["runtime"] == _OURS else f"{times} as fast",
-            )
-        )
-    return "\n".join([*lines, "", text.aligned(rows)])

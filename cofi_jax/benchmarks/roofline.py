@@ -44,24 +44,16 @@ def rates(dtype: str) -> dict[str, float]:
         x = add(x, y)
         return x
 
-    found = timing.side_by_side(
-        {
-            "product": functools.partial(jax.jit(jnp.matmul), left, right),
-            "stream": stream,
-        },
-        repeats=_CALLS,
-        turn_ms=0,
-    )
-    seconds = {
-        "product": found["product"].by_turn.min() / 1e3,
-        "stream": found["stream"].median_ms
-        / 1e3,  # A cache may speed up the best call.
-    }
+    product = functools.partial(jax.jit(jnp.matmul), left, right)
+    calls = {"product": product, "stream": stream}
+    found = timing.side_by_side(calls, repeats=_CALLS, turn_ms=0)
+    # A cache may speed up the best call of the stream.
+    fastest, usual = found["product"].by_turn.min(), found["stream"].median_ms
     return {
-        "flops_per_second": 2 * side**3 / seconds["product"],
-        "bytes_per_second": 3 * 4 * numbers / seconds["stream"],
+        "flops_per_second": float(2e3 * side**3 / fastest),
+        "bytes_per_second": 3 * numbers * x.itemsize / usual * 1e3,
         "matrix_side": side,
-        "streamed_bytes": 3 * 4 * numbers,
+        "streamed_bytes": 3 * numbers * x.itemsize,
     }
 
 
@@ -102,12 +94,11 @@ def step_flops(
     student: EncoderConfig,
     teacher: EncoderConfig,
     lengths: Iterable[int],
-    distill: Distill,
     *,
     masked: bool = False,
     taught: bool = False,
 ) -> int:
-    """Returns the operations of a distillation step, two for each multiply-add.
+    """Returns the operations of a step with `Distill()`, two for each multiply-add.
 
     With m(T) multiply-adds of a forward pass of T tokens, D' and D the widths of
     student and teacher, they are the sum over the rows of
@@ -125,7 +116,6 @@ def step_flops(
       student: the sizes of the model that is trained.
       teacher: the sizes of the model that it imitates.
       lengths: the tokens of each row without padding, which counts the useful work.
-      distill: the layers that are taught.
       masked: whether there are masks of the hidden dimensions.
       taught: whether the teacher's outputs were kept, so that m_teacher falls away.
     """
@@ -133,13 +123,13 @@ def step_flops(
     inner = [3 * heads * student.head_size or units for heads, units in blocks]
     first = 0 if masked else next(filter(None, inner), 0)
     compared = sum(width > 0 for width in inner)
-    compared += 3 * len(losses.taught_layers(len(teacher.heads), distill.num_layers))
+    layers = losses.taught_layers(len(teacher.heads), Distill().num_layers)
+    compared += 3 * len(layers)
     total = 0
     for length, count in collections.Counter(map(int, lengths)).items():
         one = 3 * cost.multiply_adds(student, length)
         one += 0 if taught else cost.multiply_adds(teacher, length)
         one -= length * student.hidden_size * first
-        if distill.layers:
-            one += compared * length * student.hidden_size * teacher.hidden_size
+        one += compared * length * student.hidden_size * teacher.hidden_size
         total += count * one
     return 2 * total

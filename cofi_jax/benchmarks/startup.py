@@ -11,18 +11,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cofi_jax.benchmarks import text
-from cofi_jax.benchmarks.workload import Subject
-from cofi_jax.checkpoints import saved_model
-from cofi_jax.data.tasks import Task
 from cofi_jax.errors import UserError, reject
 from cofi_jax.evaluation import timing
 
 _ROOT = pathlib.Path(__file__).parents[2]
+_DEMO = (  # Its teacher learns for one step only.
+    f"--config={_ROOT}/configs/demo.py",
+    "--config.teacher.train_rows=64",
+    "--config.teacher.epochs=1",
+)
 _EVENTS = {  # of jax.monitoring
     "/jax/core/compile/jaxpr_trace_duration": "trace",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lower",
@@ -42,19 +44,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def measure(
-    subject: Subject, task: Task, *, batch_size: int, repeats: int
-) -> dict[str, Any]:
+    flags: Sequence[str], repeats: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Starts `train.py` cold and warm in turn.
 
     Args:
-      subject: the dense model is the teacher; its tokenizer is needed, too.
-      task: where the rows come from; the task demo needs no path.
-      batch_size: the rows of the first step.
+      flags: those of `train.py` but for the workdir; () for the demo. The pruning has
+        no epochs beforehand, and every step is logged.
       repeats: the starts of each kind.
 
     Returns:
-      `starts`: by kind (cold, warm), the seconds of each start by name: those of the
-      `whole` and of what jax.monitoring reports. To that, what `summary` makes of it.
+      How many times as fast the warm start is, turn by turn, and the seconds of the
+      `whole` start and of each part that jax.monitoring reports.
 
     Raises:
       UserError: where there is no `train.py`, or it ends before the first step.
@@ -62,33 +63,28 @@ def measure(
     if not (_ROOT / "train.py").is_file():
         legal = "must be a checkout, with the train.py that is started"
         raise reject("startup", str(_ROOT), legal)
-    recipe = "demo.py" if task.name == "demo" else f"paper.py:{task.name},0.95"
-    about = {"task": task.name, "labels": list(task.labels)}
-    about["data"] = {"task": task.name, "path": task.path}
-    starts = {"cold": [], "warm": []}
-    with tempfile.TemporaryDirectory() as name:
-        teacher = pathlib.Path(name, "teacher")
-        model = subject.dense_params, subject.dense
-        saved_model.save_model(
-            teacher, *model, tokenizer=subject.tokenizer, about=about
-        )
-        arguments = [
-            f"--config={_ROOT / 'configs' / recipe}",
-            f"--config.teacher.path={teacher}",
-            f"--config.data.path={task.path}",
-            f"--config.data.max_length={task.max_length}",
-            f"--config.model.dtype={subject.dense.dtype}",
-            f"--config.prune.batch_size={batch_size}",
-            "--config.prune.prepruning_epochs=0",
-            "--config.log_every=1",
-        ]
+    flags = flags or _DEMO
+    colds, warms = [], []
+    with tempfile.TemporaryDirectory() as folder:
         for turn in range(repeats):
-            for found in starts.values():
-                found.append(_start(arguments, pathlib.Path(name, f"run-{turn}")))
-    return {"starts": starts} | summary(starts)
+            for found in (colds, warms):
+                found.append(_start(flags, pathlib.Path(folder, f"run-{turn}")))
+    ratios = [c["whole"] / w["whole"] for c, w in zip(colds, warms, strict=True)]
+    return {"warm_is_faster": _spread(ratios)}, [
+        {
+            "seconds": part,
+            "cold": _spread([each[part] for each in colds]),
+            "warm": _spread([each[part] for each in warms]),
+        }
+        for part in colds[0]
+    ]
 
 
-def _start(arguments, workdir):
+def _spread(values):
+    return np.percentile(values, timing.SPREAD).tolist()
+
+
+def _start(flags, workdir):
     """Starts `train.py`; returns the seconds to its first step, whole and by part."""
     log, spans = workdir / "metrics.jsonl", workdir.with_suffix(".spans")
     log.unlink(missing_ok=True)  # The start before has logged such a step already.
@@ -97,10 +93,11 @@ def _start(arguments, workdir):
     path = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     command = [sys.executable, "-c", _PROGRAM, str(spans), str(_ROOT / "train.py")]
+    command += [*flags, f"--workdir={workdir}", "--config.log_every=1"]
     with tempfile.TemporaryFile("w+") as output:
         began = time.monotonic()
         process = subprocess.Popen(
-            [*command, *arguments, f"--workdir={workdir}"],
+            [*command, "--config.prune.prepruning_epochs=0"],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -132,32 +129,3 @@ def outermost(spans: list[tuple[float, float]]) -> float:
         if start >= reached:
             seconds, reached = seconds + end - start, end
     return seconds
-
-
-def summary(starts: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
-    """Compares cold starts with warm ones, each the seconds by name.
-
-    Returns:
-      `seconds`: the medians by kind and name; and `warm_is_faster`, how many times as
-      fast the whole warm start is, turn by turn, with `warm_is_faster_spread`.
-    """
-    whole = {k: tuple((1e3 * s["whole"],) for s in v) for k, v in starts.items()}
-    ratio, spread = timing.speedup(*(timing.Timing(turns) for turns in whole.values()))
-    seconds = {
-        kind: {name: float(np.median([s[name] for s in each])) for name in each[0]}
-        for kind, each in starts.items()
-    }
-    return {
-        "seconds": seconds,
-        "warm_is_faster": ratio,
-        "warm_is_faster_spread": list(spread),
-    }
-
-
-def table(result: dict[str, Any]) -> str:
-    """Returns the result of `measure` as text for people."""
-    cold, warm = result["seconds"].values()
-    rows = [(name, f"{cold[name]:.2f}", f"{warm[name]:.2f}") for name in cold]
-    ratio = text.times(result["warm_is_faster"], result["warm_is_faster_spread"])
-    table = text.aligned([("seconds", "cold", "warm"), *rows])
-    return f"{table}\n\nthe warm start is {ratio} as fast"

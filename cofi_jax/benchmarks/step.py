@@ -8,237 +8,269 @@ padded to its own longest row, as its users feed it.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cofi_jax.benchmarks import baselines, roofline, text, workload
-from cofi_jax.benchmarks.workload import Plan, Subject
-from cofi_jax.config import Distill
+from cofi_jax.benchmarks import baselines, roofline, workload
+from cofi_jax.benchmarks.workload import Subject
+from cofi_jax.config import Data, Distill
 from cofi_jax.data import batches as batches_lib
+from cofi_jax.data import sources, tasks
+from cofi_jax.data.batches import Examples
+from cofi_jax.errors import reject
 from cofi_jax.evaluation import timing
-from cofi_jax.evaluation.timing import Timing
 from cofi_jax.models.bert import Encoder
-from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import hard_concrete, masks
 from cofi_jax.training import objectives, teacher
 from cofi_jax.training import step as step_lib
 
-KEPT = "kept teacher outputs"
-_KINDS = ("masked", "late masked", "plain", "finetune")
+KINDS = ("masked", "late masked", "plain", "finetune")
 _KEPT_KINDS = ("masked", "finetune")  # These are timed with kept outputs, too.
 
-Batches = list[dict[str, np.ndarray]]
+
+class Work(NamedTuple):
+    """The batches of a turn."""
+
+    examples: Examples
+    padded: Sequence[int]  # the length of each batch; all have equally many examples
+
+    def rows(self) -> list[np.ndarray]:
+        """Returns the places of each batch's examples."""
+        return np.split(np.arange(len(self.examples)), len(self.padded))
+
+    def batches(self) -> list[dict[str, np.ndarray]]:
+        """Returns the padded batches, in the host's memory."""
+        return [
+            batches_lib.make_batch(
+                self.examples, rows, length=length, batch_size=len(rows)
+            )
+            for length, rows in zip(self.padded, self.rows(), strict=True)
+        ]
+
+
+class Timed(NamedTuple):
+    """A step to be timed."""
+
+    turn: Callable[[], Any]
+    work: Work
+    flops: int  # the operations of a turn on real tokens
 
 
 def measure(
-    subject: Subject,
-    examples: batches_lib.Examples,
-    plan: Plan,
-    *,
+    model: str,
+    dtype: str,
+    batch_size: int,
+    seq_length: int,
+    batches: int,
+    data: str,
+    task: str,
     repeats: int,
-    torch_dtype: str,
     torch_compile: bool,
-) -> dict[str, Any]:
+    **sizes: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Times the steps in turn.
 
     Args:
-      subject: the models.
-      examples: the rows.
-      plan: the batches to pass over, all of them full.
+      model: see `workload.load`.
+      dtype: of the matrix products.
+      batch_size: sequences in a batch.
+      seq_length: the tokens of random rows, or where those of `data` are cut.
+      batches: how many there are in a turn.
+      data: the rows, a folder or a name on the hub; "" for random ones.
+      task: the task of the data.
       repeats: the turns of each step.
-      torch_dtype: the dtype of PyTorch's matrix products.
       torch_compile: whether PyTorch also runs compiled.
+      **sizes: of a random model.
 
     Returns:
-      `batches` by padded length, `examples` and `tokens` (of a turn, without padding),
-      `rates` of the device, `steps`, the cost of masks as `masked_over_plain`, and
-      `left_out`, with the reason. Each step has
-        `turn_ms`                 the median of its turns
-        `examples_per_second`, `spread`  at the median; at the 95th and 5th percentile
-        `masked_is_faster`, `masked_is_faster_spread`  a ratio, turn by turn
-        `padding`                 the fraction of its tokens that is padding
-        `useful_flops_per_second`  without padding: `roofline.step_flops`
-        `utilisation`             that over the device's matrix rate
+      The conditions, and a row for each step with
+        `examples_per_second`
+        `padding`           the fraction of its tokens that is padding
+        `of_peak`           real tokens' `roofline.step_flops` over the matrix rate
+        `masked_is_faster`  than this step, as a ratio, turn by turn
+
+    Raises:
+      UserError: for what is not there, and where the memory does not suffice.
     """
-    distill = Distill()
-    lengths = examples.lengths
-    rows = np.concatenate([chosen for _, chosen in plan])
-    calls, left_out = ours(subject, examples, plan, distill), {}
-    plans = dict.fromkeys(calls, plan)
-    if reason := baselines.unfit(subject.dense):
-        left_out["pytorch"] = reason
+    load = functools.partial(workload.load, model, dtype=dtype, **sizes)
+    if data:
+        if not model:
+            raise reject("model", "", "must be given with data: it has the tokenizer")
+        found = tasks.find(Data(task, data, max_length=seq_length))
+        subject = load(longest=found.max_length, task=found)
+        found, columns = sources.load(found, ("train",))
+        examples = found.tokenise(columns["train"], subject.tokenizer, training=True)
+        buckets = batches_lib.bucket_lengths(found, examples.lengths)
+        work = sampled(examples, buckets, batches, batch_size)
     else:
-        fed = {"random batches": workload.at_random(plan, lengths), "our batches": plan}
-        for compiled in (False, True) if torch_compile else (False,):
-            step = pytorch(subject, distill, torch_dtype, compiled=compiled)
-            kind = "pytorch compiled" if compiled else "pytorch"
-            for how, fed_plan in fed.items():
-                found = [baselines.tensors(b) for b in batches(examples, fed_plan)]
-                name = f"{kind}, {how}"
-                calls[name] = functools.partial(_pytorch_turn, step, found)
-                plans[name] = fed_plan
-    rates = roofline.rates(subject.dense.dtype)
-    timings = timing.side_by_side(
-        calls, repeats=repeats, warmup=1, turn_ms=0, rest_ms=100
-    )
-
-    def work(name):
-        student = subject.sliced if "finetune" in name else subject.dense
-        if name == "late masked" and jax.default_backend() == "cpu":
-            student = without_absent(subject)  # A CPU skips absent blocks.
-        return roofline.step_flops(
-            student,
-            subject.dense,
-            lengths[rows],
-            distill,
-            masked="masked" in name,
-            taught=KEPT in name,
-        )
-
-    steps = {
-        name: described(
-            each,
-            timings["masked"],
-            examples=len(rows),
-            tokens=int(lengths[rows].sum()),
-            padded=sum(length * len(chosen) for length, chosen in plans[name]),
-            flops=work(name),
-            rate=rates["flops_per_second"],
-        )
-        for name, each in timings.items()
+        length = seq_length or 64
+        subject, count = load(longest=length), batches * batch_size
+        rows = workload.random_rows(count, length, subject.dense.vocab_size)
+        work = Work(rows, [length] * batches)
+    count, tokens = len(work.examples), int(work.examples.lengths.sum())
+    conditions = {
+        "batches_by_length": dict(collections.Counter(work.padded)),
+        "examples": count,
+        "tokens": tokens,
+        "dense": workload.described(subject.dense, subject.dense),
+        "sliced": workload.described(subject.sliced, subject.dense),
     }
-    ratio, spread = timing.speedup(timings["masked"], timings["plain"])
-    return {
-        "batches": dict(sorted(collections.Counter(n for n, _ in plan).items())),
-        "examples": len(rows),
-        "tokens": int(lengths[rows].sum()),
-        "repeats": repeats,
-        "rates": rates,
-        "steps": steps,
-        "masked_over_plain": ratio,
-        "masked_over_plain_spread": list(spread),
-        "left_out": left_out,
-    }
+    with timing.memory_suffices(batch_size, max(work.padded)):
+        steps = ours(subject, work)
+        if reason := baselines.unfit(subject.dense):
+            conditions["left_out"] = {"pytorch": reason}
+        else:
+            for compiled in (False, True) if torch_compile else (False,):
+                steps |= _pytorch_steps(subject, steps["plain"], compiled)
+        rates = roofline.rates(dtype)
+        calls = {name: each.turn for name, each in steps.items()}
+        timings = timing.side_by_side(
+            calls, repeats=repeats, warmup=1, turn_ms=0, rest_ms=100
+        )
+    table = []
+    for name, each in timings.items():
+        median, low, high = each.spread_ms
+        _, (_, padded), flops = steps[name]
+        figures = {
+            "examples_per_second": [1e3 * count / ms for ms in (median, high, low)],
+            "padding": 1 - tokens * len(padded) / (sum(padded) * count),
+            "of_peak": 1e3 * flops / median / rates["flops_per_second"],
+            "masked_is_faster": timing.speedup(each, timings["masked"]),
+        }
+        table.append({"step": name} | figures)
+    return conditions | {"rates": rates}, table
 
 
-def described(
-    each: Timing,
-    masked: Timing,
-    *,
-    examples: int,
-    tokens: int,
-    padded: int,
-    flops: int,
-    rate: float,
-) -> dict[str, Any]:
-    """Returns the figures of one step for `measure`.
+def sampled(
+    examples: Examples, buckets: Sequence[int], count: int, batch_size: int
+) -> Work:
+    """Takes `count` full batches of an epoch, each padded length in proportion.
 
-    Args:
-      each: the turns of the step.
-      masked: those of the masked step.
-      examples: the examples in a turn.
-      tokens: the tokens in a turn, without padding.
-      padded: the tokens in a turn, with padding.
-      flops: the operations of a turn.
-      rate: the device's operations per second.
+    Raises:
+      UserError: where there are fewer full batches.
     """
-    ratio, spread = timing.speedup(each, masked)
-    seconds = each.median_ms / 1e3
-    return {
-        "turn_ms": each.median_ms,
-        "examples_per_second": examples / seconds,
-        "spread": [1e3 * examples / each.percentile_ms(p) for p in (95, 5)],
-        "masked_is_faster": ratio,
-        "masked_is_faster_spread": list(spread),
-        "padding": 1 - tokens / padded,
-        "useful_flops_per_second": flops / seconds,
-        "utilisation": flops / seconds / rate,
-    }
+    how = {"batch_size": batch_size, "buckets": buckets}
+    plan = batches_lib.epoch_plan(examples.lengths, **how, seed=0, stage="", epoch=0)
+    full = [each for each in plan if len(each[1]) == batch_size]
+    if count > len(full):
+        legal = f"must be at most {len(full)}, the full batches of an epoch"
+        raise reject("batches", count, legal)
+    full.sort(key=lambda each: each[0])
+    places = np.linspace(0, len(full) - 1, count).round().astype(int)
+    padded, rows = zip(*(full[place] for place in places), strict=True)
+    return Work(examples.take(np.concatenate(rows)), padded)
 
 
-def batches(examples: batches_lib.Examples, plan: Plan) -> Batches:
-    """Returns the padded batches of a plan, in the host's memory."""
-    return [
-        batches_lib.make_batch(examples, rows, length=length, batch_size=len(rows))
-        for length, rows in plan
-    ]
+def at_random(work: Work) -> Work:
+    """Returns the same examples in random batches, each as long as its longest."""
+    order = np.random.default_rng(0).permutation(len(work.examples))
+    examples = work.examples.take(order)
+    longest = examples.lengths.reshape(len(work.padded), -1).max(1)
+    return Work(examples, longest.tolist())
 
 
-def ours(
-    subject: Subject, examples: batches_lib.Examples, plan: Plan, distill: Distill
-) -> dict[str, Callable[[], Any]]:
-    """Returns a turn of each of our own steps, by name."""
-    rows = np.unique(np.concatenate([chosen for _, chosen in plan]))
-    examples = examples.take(rows)  # Teacher outputs are kept of these alone.
-    plan = [(length, np.searchsorted(rows, chosen)) for length, chosen in plan]
-    fed, buckets = batches(examples, plan), sorted({length for length, _ in plan})
+def ours(subject: Subject, work: Work) -> dict[str, Timed]:
+    """Returns each of our own steps, by name."""
+    batches, buckets = work.batches(), sorted(set(work.padded))
 
-    def turn(kind, cache):
-        step, state, context = prepared(subject, distill, kind)
-        asked = dataclasses.replace(distill, cache=cache)
+    def timed(kind, cache="none"):
+        step, state, context = prepared(subject, kind)
         teaching = teacher.TeacherCache(
-            Encoder(subject.dense), subject.dense_params, asked
+            Encoder(subject.dense), subject.dense_params, Distill(cache=cache)
         )
-        teacher_outputs = teaching.of(examples, buckets, len(plan[0][1]))
+        teacher_outputs = teaching.of(work.examples, buckets, len(work.rows()[0]))
 
-        def call():
+        def turn():
             nonlocal state
-            for (_, rows), arrays in zip(plan, fed, strict=True):
+            for rows, arrays in zip(work.rows(), batches, strict=True):
                 batch = jax.device_put(arrays)
                 batch["teacher_outputs"] = teacher_outputs(rows, batch)
                 state, metrics = step(state, context, batch)
             return state.trainable, metrics
 
-        return call
+        student = subject.sliced if kind == "finetune" else subject.dense
+        if kind == "late masked" and jax.default_backend() == "cpu":
+            student = _without_absent(subject)  # A CPU skips absent blocks.
+        flops = roofline.step_flops(
+            student,
+            subject.dense,
+            work.examples.lengths,
+            masked="masked" in kind,
+            taught=cache != "none",
+        )
+        return Timed(turn, work, flops)
 
-    calls = {kind: turn(kind, "none") for kind in _KINDS}
-    return calls | {f"{kind}, {KEPT}": turn(kind, "host") for kind in _KEPT_KINDS}
+    kept = {f"{k}, kept teacher outputs": timed(k, "host") for k in _KEPT_KINDS}
+    return {kind: timed(kind) for kind in KINDS} | kept
 
 
-def without_absent(subject: Subject) -> EncoderConfig:
-    """Returns the dense sizes without the blocks that the sliced model lacks."""
+def _pytorch_steps(subject, plain, compiled):
+    """Returns PyTorch's steps, which do what our `plain` one does, by name."""
+    step = of_pytorch(subject, compiled=compiled)
+    name = "pytorch compiled" if compiled else "pytorch"
 
-    def kept(dense, sliced):
-        return tuple(d * (s > 0) for d, s in zip(dense, sliced, strict=True))
+    def turn(fed):
+        for batch in fed:
+            step(batch)
+        baselines.wait()
 
-    return dataclasses.replace(
-        subject.dense,
-        heads=kept(subject.dense.heads, subject.sliced.heads),
-        intermediate=kept(subject.dense.intermediate, subject.sliced.intermediate),
+    def timed(work):
+        fed = [baselines.tensors(batch) for batch in work.batches()]
+        return Timed(functools.partial(turn, fed), work, plain.flops)
+
+    return {
+        f"{name}, random batches": timed(at_random(plain.work)),
+        f"{name}, our batches": timed(plain.work),
+    }
+
+
+def of_pytorch(subject: Subject, *, compiled: bool = False) -> Callable[[dict], Any]:
+    """Returns `baselines.pytorch_step` of the dense model, its own teacher."""
+    params, config = subject.dense_params, subject.dense
+    identity = np.eye(config.hidden_size, dtype=np.float32)
+    return baselines.pytorch_step(
+        params, params, identity, config, Distill(), compiled=compiled
     )
 
 
-def prepared(
-    subject: Subject, distill: Distill, kind: str
-) -> tuple[Callable, step_lib.TrainState, dict]:
-    """Returns the jitted step, its first state and its context, as in a run.
+def _without_absent(subject):
+    """Returns the dense sizes without the blocks that the sliced model lacks."""
+    widths = {}
+    for kind in ("heads", "intermediate"):
+        dense, sliced = getattr(subject.dense, kind), getattr(subject.sliced, kind)
+        widths[kind] = tuple(d * (s > 0) for d, s in zip(dense, sliced, strict=True))
+    return dataclasses.replace(subject.dense, **widths)
 
-    In `late masked` the blocks that the sliced model lacks are closed, as they are
-    towards the end of pruning.
+
+def prepared(
+    subject: Subject, kind: str
+) -> tuple[Callable[..., Any], step_lib.TrainState, dict]:
+    """Returns the jitted step of a kind, its first state and its context, as in a run.
+
+    Args:
+      subject: the dense model is the teacher and, but for `finetune`, the student.
+      kind: `masked` has all masks open; in `late masked` the blocks that the sliced
+        model lacks are closed, as they are towards the end of pruning; `plain` has no
+        masks; `finetune` trains the sliced model.
     """
-    small = kind == "finetune"
     sizes, params = subject.dense, subject.dense_params
-    if small:
+    if kind == "finetune":
         sizes, params = subject.sliced, subject.sliced_params
-    trainable = {
-        "distill_projection": jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
-    }
+    projection = jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
+    trainable: dict[str, Any] = {"distill_projection": projection}
     imitate, context = objectives.DistillationObjective, {}
     if "masked" in kind:
         imitate = objectives.PruningObjective
         log_alpha = masks.init_log_alpha(subject.dense, jax.random.key(2))
         if kind == "late masked":
-            for name, widths in (
-                ("mha", subject.sliced.heads),
-                ("ffn", subject.sliced.intermediate),
-            ):
-                open_ = jnp.array(widths) > 0
-                low, high = hard_concrete.clamp(jnp.array([-jnp.inf, jnp.inf]))
-                log_alpha[name] = jnp.where(open_, high, low)
+            low, high = hard_concrete.clamp(jnp.array([-jnp.inf, jnp.inf]))
+            sliced = {"mha": subject.sliced.heads, "ffn": subject.sliced.intermediate}
+            for name, widths in sliced.items():
+                log_alpha[name] = jnp.where(jnp.array(widths) > 0, high, low)
         trainable["log_alpha"] = log_alpha
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
         context["target_sparsity"] = jnp.float32(0.95)
@@ -252,48 +284,4 @@ def prepared(
         freeze_embeddings=True,
         **trainable,
     )
-    return step_lib.make_step(imitate(Encoder(sizes), distill)), state, context
-
-
-def pytorch(
-    subject: Subject, distill: Distill, dtype: str, *, compiled: bool
-) -> Callable[[dict], Any]:
-    """Returns PyTorch's plain step on the dense model: `baselines.pytorch_step`."""
-    params, config = subject.dense_params, subject.dense
-    identity = np.eye(config.hidden_size, dtype=np.float32)
-    return baselines.pytorch_step(
-        params, params, identity, config, distill, dtype=dtype, compiled=compiled
-    )
-
-
-def _pytorch_turn(step, fed):
-    for batch in fed:
-        step(batch)
-    baselines.wait()
-
-
-def table(result: dict[str, Any]) -> str:
-    """Returns the result of `measure` as text for people."""
-    rows = [
-        ("", "examples/s", "5 % to 95 %", "padding", "GFLOP/s", "of peak", "masked")
-    ]
-    for name, each in result["steps"].items():
-        times = text.times(each["masked_is_faster"], each["masked_is_faster_spread"])
-        rows.append(
-            (
-                name,
-                f"{each['examples_per_second']:.1f}",
-                "{:.1f} to {:.1f}".format(*each["spread"]),
-                f"{each['padding']:.1%}",
-                f"{each['useful_flops_per_second'] / 1e9:.1f}",
-                f"{each['utilisation']:.1%}",
-                "" if name == "masked" else f"{times} as fast",
-            )
-        )
-    batches = ", ".join(f"{n} of {length}" for length, n in result["batches"].items())
-    cost = text.times(result["masked_over_plain"], result["masked_over_plain_spread"])
-    return (
-        f"{result['examples']} examples, {result['tokens']} tokens without padding; "
-        f"batches by padded length: {batches}\n\n{text.aligned(rows)}\n\n"
-        f"masks and Lagrangian: a step takes {cost} as long as without"
-    )
+    return step_lib.make_step(imitate(Encoder(sizes), Distill())), state, context

@@ -43,26 +43,17 @@ def grid(
         timings = passes(models, **cell, repeats=repeats)
         first = next(iter(timings.values()))
         for name, each in timings.items():
-            row = cell | {"model": name, "latency_p95_ms": each.percentile_ms(95)}
-            found.append(row | figures(each, first, batch_size))
+            ratio, *spread = timing.speedup(first, each)
+            figures = {
+                "model": name,
+                "latency_ms": each.median_ms,
+                "latency_p95_ms": each.percentile_ms(95),
+                "examples_per_second": 1e3 * batch_size / each.median_ms,
+                "speedup": ratio,
+                "speedup_spread": spread,
+            }
+            found.append(cell | figures)
     return found
-
-
-def figures(each: Timing, dense: Timing, batch_size: int) -> dict[str, Any]:
-    """Returns the median latency, the rate and the speedup of a model's passes.
-
-    Args:
-      each: its turns.
-      dense: those of the model that it is compared with.
-      batch_size: sequences in a batch (B).
-    """
-    ratio, spread = timing.speedup(dense, each)
-    return {
-        "latency_ms": each.median_ms,
-        "examples_per_second": 1e3 * batch_size / each.median_ms,
-        "speedup": ratio,
-        "speedup_spread": list(spread),
-    }
 
 
 def inference(
@@ -90,7 +81,18 @@ def inference(
     """
     sizes = {"batch_size": batch_size, "seq_length": seq_length}
     timings = passes(models, **sizes, repeats=repeats)
-    return _result(timings, conditions(models) | sizes)
+    result: dict[str, Any] = {
+        "latency_ms": {name: each.median_ms for name, each in timings.items()}
+    }
+    if len(timings) == 2:
+        ratio, *spread = timing.speedup(*timings.values())
+        result |= {"speedup": ratio, "speedup_spread": spread}
+    how = conditions(models) | sizes | {"repeats": repeats}
+    how["latency_spread_ms"] = {n: t.spread_ms[1:] for n, t in timings.items()}
+    how["examples_per_second"] = {
+        name: 1e3 * batch_size / each.median_ms for name, each in timings.items()
+    }
+    return result | {"benchmark": how}
 
 
 def passes(
@@ -119,23 +121,6 @@ def conditions(models: dict[str, tuple[Encoder, Any]]) -> dict[str, str]:
         "dtype": " and ".join(dtypes),
         "matmul_precision": jax.config.jax_default_matmul_precision or "default",
     }
-
-
-def _result(timings, how):
-    result = {"latency_ms": {name: t.median_ms for name, t in timings.items()}}
-    if len(timings) == 2:
-        ratio, spread = timing.speedup(*timings.values())
-        result |= {"speedup": ratio, "speedup_spread": list(spread)}
-    result["benchmark"] = how | {
-        "repeats": next(iter(timings.values())).repeats,
-        "latency_spread_ms": {
-            n: [t.percentile_ms(5), t.percentile_ms(95)] for n, t in timings.items()
-        },
-        "examples_per_second": {
-            name: 1e3 * how["batch_size"] / t.median_ms for name, t in timings.items()
-        },
-    }
-    return result
 
 
 def random_batch(

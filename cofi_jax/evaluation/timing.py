@@ -26,6 +26,7 @@ import numpy as np
 from cofi_jax.errors import reject
 
 _TURN_MS = 50.0
+SPREAD = (50, 5, 95)  # A figure with its spread is these percentiles, in this order.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Timing:
         """The time that half of the calls stayed below; every turn weighs the same."""
         return self.percentile_ms(50)
 
+    @property
+    def spread_ms(self) -> list[float]:
+        """The median, the 5th and the 95th percentile of the calls."""
+        return [self.percentile_ms(percent) for percent in SPREAD]
+
     def percentile_ms(self, percent: float) -> float:
         """Returns the time that `percent` of the calls stayed below.
 
@@ -53,11 +59,6 @@ class Timing:
         weights = np.concatenate([[1 / len(turn)] * len(turn) for turn in self.turns])
         calls = {"weights": weights, "method": "inverted_cdf"}
         return float(np.percentile(np.concatenate(self.turns), percent, **calls))
-
-    @property
-    def repeats(self) -> int:
-        """The number of turns."""
-        return len(self.turns)
 
 
 def side_by_side(
@@ -106,14 +107,13 @@ def _turn(call, turn_ms):
     return tuple(times[1:] or times)
 
 
-def speedup(dense: Timing, pruned: Timing) -> tuple[float, tuple[float, float]]:
+def speedup(dense: Timing, pruned: Timing) -> list[float]:
     """Returns how many times as fast `pruned` is, and the spread of that.
 
     Both come from one `side_by_side`, so their i-th turns belong together. The result
     is the median of the ratios turn by turn, and their 5th and 95th percentile.
     """
-    low, middle, high = np.percentile(dense.by_turn / pruned.by_turn, (5, 50, 95))
-    return float(middle), (float(low), float(high))
+    return np.percentile(dense.by_turn / pruned.by_turn, SPREAD).tolist()
 
 
 def describe(device: jax.Device) -> str:

@@ -162,16 +162,16 @@ def time(
         for name, model in (("dense", dense), ("pruned", pruned))
     }
     timings = timing_lib.side_by_side(calls, repeats=repeats)
-    ratio, spread = timing_lib.speedup(*timings.values())
+    ratio, *spread = timing_lib.speedup(*timings.values())
     return {
         "speedup": ratio,
-        "speedup_spread": list(spread),
+        "speedup_spread": spread,
         "latency_ms": {name: each.median_ms for name, each in timings.items()},
         "benchmark": {
             "device": timing_lib.describe(jax.local_devices(backend="cpu")[0]),
             "dtype": "float32",
             **sizes,
-            "repeats": timings["pruned"].repeats,
+            "repeats": repeats,
         },
         "versions": {p: importlib.import_module(p).__version__ for p in packages},
     }
