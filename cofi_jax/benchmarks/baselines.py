@@ -17,14 +17,14 @@ import jax
 import numpy as np
 
 from cofi_jax.checkpoints import huggingface
-from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
+from cofi_jax.checkpoints.hf_config import to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
 from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
-from cofi_jax.errors import reject
+from cofi_jax.errors import UserError, reject
 from cofi_jax.evaluation import timing
 from cofi_jax.export import to_onnx, to_transformers
-from cofi_jax.export.formats import INPUTS
+from cofi_jax.export.base import INPUTS
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.training import losses
 
@@ -208,7 +208,7 @@ def is_dense(config: EncoderConfig) -> bool:
     """Returns whether transformers has a model of these sizes."""
     try:
         to_fields(config)
-    except UnsupportedCheckpoint:
+    except UserError:
         return False
     return True
 

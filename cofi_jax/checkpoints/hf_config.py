@@ -19,7 +19,7 @@ FAMILIES = {
 
 
 class UnsupportedCheckpoint(ValueError):
-    """What is wrong with a folder or a model, in one line."""
+    """What is wrong with a folder, in one line."""
 
 
 def from_fields(
@@ -97,52 +97,51 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
     """The fields of a config.json for a dense model, with the names of its classes.
 
     Raises:
-      UnsupportedCheckpoint: where transformers has no such model, a sliced one say.
+      UserError: where transformers has no such model, a sliced one say, and where there
+        are not as many labels as outputs.
     """
     hidden, units = config.hidden_size, set(config.intermediate)
     attention = {heads * config.head_size for heads in config.heads}
     pooler = config.reads_every_token or config.pooler_size == hidden
     if attention != {hidden} or len(units) != 1 or 0 in units or not pooler:
-        raise UnsupportedCheckpoint(
-            "must be a dense model's; transformers cannot hold a sliced one"
-        )
+        legal = "must be a dense model's; transformers cannot hold a sliced one"
+        raise reject("config", config.widths(), legal)
     name, _ = FAMILIES[config.model_type]
-    problem = PROBLEMS[config.problem]
-    return {
-        "architectures": [f"{name}For{problem.auto_model}"],
+    return shared_fields(config, labels) | {
+        "architectures": [f"{name}For{PROBLEMS[config.problem].auto_model}"],
         "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(config.heads),
         "num_attention_heads": config.heads[0],
         "intermediate_size": config.intermediate[0],
-        "hidden_act": config.activation,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
         "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "pad_token_id": config.pad_token_id,
         "position_embedding_type": "absolute",
-        "problem_type": problem.problem_type,
-        **class_fields(config, labels),
     }
 
 
-def class_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
-    """The fields that name the classes: `labels`, or without these LABEL_0, ...
+def shared_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
+    """The fields of a config.json that say the same of dense and sliced models.
+
+    Without `labels` the classes are called LABEL_0, ...
 
     Raises:
-      UnsupportedCheckpoint: where there are not as many labels as outputs.
+      UserError: where there are not as many labels as outputs.
     """
-    labels = labels or [f"LABEL_{row}" for row in range(config.num_labels)]
-    if len(labels) != config.num_labels:
-        raise UnsupportedCheckpoint(
-            f"has {config.num_labels} classes, labels has {len(labels)}"
-        )
+    names = labels or [f"LABEL_{row}" for row in range(config.num_labels)]
+    if len(names) != config.num_labels:
+        legal = f"has {config.num_labels} classes, labels has {len(labels)}"
+        raise reject("labels", tuple(labels), legal)
     return {
-        "id2label": {str(row): label for row, label in enumerate(labels)},
-        "label2id": {label: row for row, label in enumerate(labels)},
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": len(config.heads),
+        "hidden_act": config.activation,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": config.pad_token_id,
+        "problem_type": PROBLEMS[config.problem].problem_type,
+        "id2label": {str(row): name for row, name in enumerate(names)},
+        "label2id": {name: row for row, name in enumerate(names)},
     }
 
 

@@ -122,7 +122,7 @@ def load_encoder(
         for name, complaint in wrong.items():
             if name.startswith((f"{prefix}embeddings.", f"{prefix}encoder.")):
                 raise UnsupportedCheckpoint(complaint)
-        heads = hf_names.head_modules(config, prefix)
+        heads = hf_names.head_names(config, prefix)
         spoilt = {name.rpartition(".")[0] for name in wrong}
         fresh = {ours for ours, theirs in heads.items() if theirs in spoilt}
         loaded = hf_names.from_torch(get, config, prefix, without=fresh)
