@@ -5,14 +5,13 @@ One table for each architecture serves both directions. A PyTorch linear layer h
 attention output kernel is (H, d, D), there they are (H * d, D) and (D, H * d).
 Embeddings and LayerNorms are the same on both sides.
 
-Names start with a prefix, "bert." as a rule; what is read without loading it, the
-tensors' shapes, is a dict of tuples by those names.
+Names start with the family's prefix; what is read without loading it, the tensors'
+shapes, is a dict of tuples by those names.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -44,45 +43,43 @@ _BERT = {
     "pooler": "{p}pooler.dense",
     "classifier": "classifier",
 }
-_ROBERTA = _BERT | {
-    "pooler": "classifier.dense",
-    "classifier": "classifier.out_proj",
-}
+_ROBERTA = _BERT | {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}
 _NAMES = dict.fromkeys(FAMILIES, _ROBERTA) | {"bert": _BERT}
 
 # What pretraining and distillation leave behind, and a pooler that nothing reads.
 _UNUSED = ("cls.", "lm_head.", "layer_transformation.")
-_UNUSED += ("{p}pooler.", "{p}layer_transformation.")
+_UNUSED_INSIDE = ("pooler.", "layer_transformation.")  # behind the prefix
 
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def modern(name: str) -> str:
-    """The name of today for a LayerNorm's parameter in old folders, or `name`.
+def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str]:
+    """The names that a folder has, by those that PyTorch would write today.
 
-    bert-base-uncased itself is such a folder.
-    """
-    for old, new in _OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name
-
-
-def find_prefix(names: Iterable[str]) -> str:
-    """What stands before the name of the word embeddings.
+    An encoder that was saved alone has no prefix, and bert-base-uncased itself has the
+    parameters of its LayerNorms under old names.
 
     Raises:
-      UnsupportedCheckpoint: where there are none.
+      UnsupportedCheckpoint: where there are no word embeddings.
     """
-    words = _BERT["embeddings.word"].format(p="") + ".weight"
-    found = [name.removesuffix(words) for name in names if name.endswith(words)]
-    if not found:
+    words = "embeddings.word_embeddings.weight"
+    prefixes = [name.removesuffix(words) for name in names if name.endswith(words)]
+    if not prefixes:
         raise UnsupportedCheckpoint(f"lacks {words}")
-    return min(found, key=len)
+    _, prefix = FAMILIES[config.model_type]
+    stored, old = {}, min(prefixes, key=len)
+    inside = tuple(old + x for x in ("embeddings.", "encoder.", *_UNUSED_INSIDE))
+    for name in names:
+        new = prefix + name.removeprefix(old) if name.startswith(inside) else name
+        for was, now in _OLD_NAMES.items():
+            new = new.replace(was, now)
+        stored[new] = name
+    return stored
 
 
-def module_names(config: EncoderConfig, prefix: str) -> dict[str, str]:
+def module_names(config: EncoderConfig) -> dict[str, str]:
     """PyTorch's names for our modules and tables, by the paths of ours."""
-    names = dict(_NAMES[config.model_type])
+    names, (_, prefix) = dict(_NAMES[config.model_type]), FAMILIES[config.model_type]
     if config.reads_every_token:
         del names["pooler"]
         names["classifier"] = PROBLEMS[config.problem].classifier
@@ -93,21 +90,15 @@ def module_names(config: EncoderConfig, prefix: str) -> dict[str, str]:
     }
 
 
-def head_names(config: EncoderConfig, prefix: str) -> dict[str, str]:
+def head_names(config: EncoderConfig) -> dict[str, str]:
     """The part of `module_names` that the head has, in its order."""
-    names = module_names(config, prefix)
+    names = module_names(config)
     return {ours: names[ours] for ours in ("pooler", "classifier") if ours in names}
 
 
-def to_torch(
-    params: dict, config: EncoderConfig, prefix: str | None = None
-) -> dict[str, jax.Array]:
-    """`params` (NumPy's or JAX's) in PyTorch's shapes, by PyTorch's names.
-
-    The prefix is the family's own if it is not given.
-    """
-    _, own = FAMILIES[config.model_type]
-    names = module_names(config, own if prefix is None else prefix)
+def to_torch(params: dict, config: EncoderConfig) -> dict[str, jax.Array]:
+    """`params` (NumPy's or JAX's) in PyTorch's shapes, by PyTorch's names."""
+    names = module_names(config)
     tensors = {}
     for path, array in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key == "kernel":
@@ -123,7 +114,6 @@ def to_torch(
 def from_torch(
     get: Callable[[str], np.ndarray],
     config: EncoderConfig,
-    prefix: str,
     without: Collection[str] = (),
 ) -> dict:
     """The inverse of `to_torch`: new float32 arrays in our shapes.
@@ -131,13 +121,12 @@ def from_torch(
     Args:
       get: from a name to its tensor, of a shape that `complaints` found right.
       config: the sizes.
-      prefix: of the names.
       without: modules of the head to leave out.
 
     Raises:
       UnsupportedCheckpoint: for integers, as quantised models have them.
     """
-    names = module_names(config, prefix)
+    names = module_names(config)
 
     def leaf(path, like):
         name = _name(path, names)
@@ -189,7 +178,7 @@ def to_hugging_face(
     return {name: np.ascontiguousarray(x) for name, x in tensors.items()}, fields
 
 
-def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderConfig:
+def infer_encoder(shapes: Shapes, dense: EncoderConfig) -> EncoderConfig:
     """`dense` with the widths that the tensors have; the head's stay.
 
     A block is absent where none of its linear layers is there. At least one tensor
@@ -198,16 +187,15 @@ def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderC
     Raises:
       UnsupportedCheckpoint: where the tensors do not show the widths.
     """
-    names = module_names(dense, prefix)
+    names = module_names(dense)
 
     def units(layer, block):  # 0 where the block is absent
         if not any(name.startswith(f"{names[layer]}.") for name in shapes):
             reason = f"config.json has {len(dense.heads)} layers"
             raise UnsupportedCheckpoint(f"lacks {names[layer]}.*, {reason}")
         parts = [names[f"{layer}.{block.name}.{name}"] for name in block.modules]
-        if not any(
-            f"{part}.{x}" in shapes for part in parts for x in ("weight", "bias")
-        ):
+        leaves = {f"{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
+        if leaves.isdisjoint(shapes):
             return 0
         rows, size = _matrix(shapes, parts[0])[0], 1
         if block.unit == "H" and rows % (size := dense.head_size):
@@ -221,13 +209,13 @@ def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderC
     return dataclasses.replace(dense, hidden_size=hidden, **widths)
 
 
-def infer_head(shapes: Shapes, config: EncoderConfig, prefix: str) -> EncoderConfig:
+def infer_head(shapes: Shapes, config: EncoderConfig) -> EncoderConfig:
     """`config` with the widths of the head's tensors.
 
     Raises:
       UnsupportedCheckpoint: where the head is missing.
     """
-    names = head_names(config, prefix)
+    names = head_names(config)
     for name in reversed(names.values()):
         if f"{name}.weight" not in shapes:
             legal = f"give a model fine-tuned for {config.problem}"
@@ -238,13 +226,10 @@ def infer_head(shapes: Shapes, config: EncoderConfig, prefix: str) -> EncoderCon
     )
 
 
-def complaints(shapes: Shapes, config: EncoderConfig, prefix: str) -> dict[str, str]:
+def complaints(shapes: Shapes, config: EncoderConfig) -> dict[str, str]:
     """Tensors that are missing, misshapen or unknown, and what to say of each."""
-    found, names = {}, module_names(config, prefix)
-    wanted = jax.eval_shape(
-        functools.partial(to_torch, config=config, prefix=prefix),
-        abstract_params(config),
-    )
+    found, names = {}, module_names(config)
+    wanted = jax.eval_shape(lambda x: to_torch(x, config), abstract_params(config))
     for name, like in wanted.items():
         if name not in shapes:
             found[name] = f"lacks {name}"
@@ -256,9 +241,11 @@ def complaints(shapes: Shapes, config: EncoderConfig, prefix: str) -> dict[str, 
         for i, width in enumerate(block.sizes(config))
         if not width
     ]
-    unused = (*(name.format(p=prefix) for name in _UNUSED), *absent)
-    for name in (name for name in shapes if name not in wanted):
-        if not name.startswith(unused) and not name.endswith("position_ids"):
+    _, prefix = FAMILIES[config.model_type]
+    unused = (*_UNUSED, *(prefix + name for name in _UNUSED_INSIDE), *absent)
+    for name in shapes:
+        used = not name.startswith(unused) and not name.endswith("position_ids")
+        if used and name not in wanted:
             found[name] = f"has an unknown tensor {name}"
     return found
 

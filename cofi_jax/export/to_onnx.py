@@ -189,7 +189,7 @@ class _Graph:
         return x if attending or config.reads_every_token else self.first(x)
 
     def attention(self, at, x, rows, mask, heads):
-        """Attends to x (B * T, D), from all of its rows or from one row for each text."""
+        """Attends to x (B * T, D), from all of its rows or from one for each text."""
         size = self.config.head_size
         scale = np.float32(size**-0.5)  # That of the scores is put into the queries.
         for leaf in ("weight", "bias"):
