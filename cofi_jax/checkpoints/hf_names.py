@@ -53,30 +53,6 @@ _UNUSED_INSIDE = ("pooler.", "layer_transformation.")  # behind the prefix
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str]:
-    """The names that a folder has, by those that PyTorch would write today.
-
-    An encoder that was saved alone has no prefix, and bert-base-uncased itself has the
-    parameters of its LayerNorms under old names.
-
-    Raises:
-      UnsupportedCheckpoint: where there are no word embeddings.
-    """
-    words = "embeddings.word_embeddings.weight"
-    prefixes = [name.removesuffix(words) for name in names if name.endswith(words)]
-    if not prefixes:
-        raise UnsupportedCheckpoint(f"lacks {words}")
-    _, prefix = FAMILIES[config.model_type]
-    stored, old = {}, min(prefixes, key=len)
-    inside = tuple(old + x for x in ("embeddings.", "encoder.", *_UNUSED_INSIDE))
-    for name in names:
-        new = prefix + name.removeprefix(old) if name.startswith(inside) else name
-        for was, now in _OLD_NAMES.items():
-            new = new.replace(was, now)
-        stored[new] = name
-    return stored
-
-
 def module_names(config: EncoderConfig) -> dict[str, str]:
     """PyTorch's names for our modules and tables, by the paths of ours."""
     names, (_, prefix) = dict(_NAMES[config.model_type]), FAMILIES[config.model_type]
@@ -94,6 +70,39 @@ def head_names(config: EncoderConfig) -> dict[str, str]:
     """The part of `module_names` that the head has, in its order."""
     names = module_names(config)
     return {ours: names[ours] for ours in ("pooler", "classifier") if ours in names}
+
+
+def encoder_parts(config: EncoderConfig) -> tuple[str, ...]:
+    """What the names of the encoder's tensors, not of the head's, start with."""
+    heads, (_, prefix) = head_names(config), FAMILIES[config.model_type]
+    names = [x for ours, x in module_names(config).items() if ours not in heads]
+    tops = {name.removeprefix(prefix).partition(".")[0] for name in names}
+    return tuple(f"{prefix}{top}." for top in sorted(tops))
+
+
+def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str]:
+    """The names that a folder has, by those that PyTorch would write today.
+
+    An encoder that was saved alone has no prefix, and bert-base-uncased itself has the
+    parameters of its LayerNorms under old names.
+
+    Raises:
+      UnsupportedCheckpoint: where there are no word embeddings.
+    """
+    _, prefix = FAMILIES[config.model_type]
+    words = module_names(config)["embeddings.word"].removeprefix(prefix) + ".weight"
+    prefixes = [name.removesuffix(words) for name in names if name.endswith(words)]
+    if not prefixes:
+        raise UnsupportedCheckpoint(f"lacks {words}")
+    stored, old = {}, min(prefixes, key=len)
+    parts = [part.removeprefix(prefix) for part in encoder_parts(config)]
+    inside = tuple(old + part for part in (*parts, *_UNUSED_INSIDE))
+    for name in names:
+        new = prefix + name.removeprefix(old) if name.startswith(inside) else name
+        for was, now in _OLD_NAMES.items():
+            new = new.replace(was, now)
+        stored[new] = name
+    return stored
 
 
 def to_torch(params: dict, config: EncoderConfig) -> dict[str, jax.Array]:

@@ -110,7 +110,7 @@ def load_encoder(
             raise UnsupportedCheckpoint(f"has widths {found.widths()}, {legal}")
         wrong = hf_names.complaints(shapes, config)
         for name, complaint in wrong.items():
-            if name.partition(".")[2].startswith(("embeddings.", "encoder.")):
+            if name.startswith(hf_names.encoder_parts(config)):
                 raise UnsupportedCheckpoint(complaint)
         spoilt = {name.rpartition(".")[0] for name in wrong}
         heads = hf_names.head_names(config)
