@@ -30,19 +30,27 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def new_folder(
+    path: str | os.PathLike, *, replace: bool = False
+) -> Iterator[pathlib.Path]:
     """A hidden folder to fill, which is renamed to `path` if the block succeeds.
 
-    `path` must not exist, or be an empty folder. What a killed process left of the
-    hidden folder is removed.
+    `path` must not exist, or be an empty folder, unless it is to be replaced. What a
+    killed process left of the hidden folder is removed.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial, old = (path.with_name(f".{path.name}.{x}") for x in ("partial", "old"))
+    if old.exists() and not path.exists():  # It was killed between two renames.
+        old.rename(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if replace and path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
         os.replace(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -179,7 +179,7 @@ def torch_model(params, config):
     fields = to_fields(config)
     described = transformers.BertConfig(**fields)
     model = getattr(transformers, fields["architectures"][0])(described).double()
-    tensors = to_torch(params, config, "bert.")
+    tensors = to_torch(params, config)
     tensors = {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}
     model.load_state_dict(tensors, strict=True)
     return model.eval()

@@ -200,7 +200,7 @@ def dense_pair(folder, problem, **fields):
     name = described["architectures"][0]
     described = transformers.BertConfig(**described, attn_implementation="eager")
     stock = getattr(transformers, name)(described)
-    tensors = hf_names.to_torch(params, config, "bert.")
+    tensors = hf_names.to_torch(params, config)
     stock.load_state_dict({k: torch.tensor(v) for k, v in tensors.items()})
     options = {"attn_implementation": "eager"} | fields
     return auto(folder, name.removeprefix("BertFor"), **options), stock, config

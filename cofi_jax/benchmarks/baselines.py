@@ -21,7 +21,7 @@ from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.evaluation import timing
 from cofi_jax.export import to_onnx, to_transformers
-from cofi_jax.export.formats import INPUTS
+from cofi_jax.export.base import INPUTS
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.training import losses
 

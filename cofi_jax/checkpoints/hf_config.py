@@ -19,7 +19,7 @@ FAMILIES = {
 
 
 class UnsupportedCheckpoint(ValueError):
-    """What is wrong with a folder or a model, in one line."""
+    """What is wrong with a folder, in one line."""
 
 
 def from_fields(
@@ -56,25 +56,21 @@ def from_fields(
 
     hidden, heads = size("hidden_size"), size("num_attention_heads")
     if hidden % heads:
-        raise UnsupportedCheckpoint(
-            f"num_attention_heads is {heads}, must divide hidden_size"
-        )
+        legal = "must divide hidden_size"
+        raise UnsupportedCheckpoint(f"num_attention_heads is {heads}, {legal}")
     epsilon = fields.get("layer_norm_eps", 1e-12)
     if type(epsilon) is not float:
-        raise UnsupportedCheckpoint(
-            f"config.json: layer_norm_eps is {epsilon!r}, must be a float"
-        )
-    head = PROBLEMS[problem].head
-    layers, family = size("num_hidden_layers"), fields["model_type"]
+        legal = f"layer_norm_eps is {epsilon!r}, must be a float"
+        raise UnsupportedCheckpoint(f"config.json: {legal}")
+    head, family = PROBLEMS[problem].head, fields["model_type"]
     # RoBERTa's rows up to that of the padding token are never those of a token.
     offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
-    config = EncoderConfig(
-        vocab_size=size("vocab_size"),
+    config = EncoderConfig.dense(
+        num_layers=size("num_hidden_layers"),
+        num_heads=heads,
         hidden_size=hidden,
-        heads=(heads,) * layers,
-        head_size=hidden // heads,
-        intermediate=(size("intermediate_size"),) * layers,
-        pooler_size=hidden if head == "first" else 0,
+        intermediate_size=size("intermediate_size"),
+        vocab_size=size("vocab_size"),
         num_labels=num_labels,
         max_positions=size("max_position_embeddings", least=offset + 1),
         type_vocab_size=size("type_vocab_size"),
@@ -88,61 +84,60 @@ def from_fields(
     )
     # A head that follows from the problem is not named, so that equal models have equal
     # sizes, however they were described.
-    if config.reads_every_token != (head == "every"):
-        config = dataclasses.replace(config, head=head)
-    return config
+    named = {} if config.reads_every_token == (head == "every") else {"head": head}
+    pooler = hidden if head == "first" else 0
+    return dataclasses.replace(config, pooler_size=pooler, **named)
 
 
 def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
     """The fields of a config.json for a dense model, with the names of its classes.
 
     Raises:
-      UnsupportedCheckpoint: where transformers has no such model, a sliced one say.
+      UserError: where transformers has no such model, a sliced one say, and where there
+        are not as many labels as outputs.
     """
     hidden, units = config.hidden_size, set(config.intermediate)
     attention = {heads * config.head_size for heads in config.heads}
     pooler = config.reads_every_token or config.pooler_size == hidden
     if attention != {hidden} or len(units) != 1 or 0 in units or not pooler:
-        raise UnsupportedCheckpoint(
-            "must be a dense model's; transformers cannot hold a sliced one"
-        )
+        legal = "must be a dense model's; transformers cannot hold a sliced one"
+        raise reject("config", config.widths(), legal)
     name, _ = FAMILIES[config.model_type]
-    problem = PROBLEMS[config.problem]
-    return {
-        "architectures": [f"{name}For{problem.auto_model}"],
+    return shared_fields(config, labels) | {
+        "architectures": [f"{name}For{PROBLEMS[config.problem].auto_model}"],
         "model_type": config.model_type,
-        "vocab_size": config.vocab_size,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(config.heads),
         "num_attention_heads": config.heads[0],
         "intermediate_size": config.intermediate[0],
-        "hidden_act": config.activation,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
         "max_position_embeddings": config.max_positions,
-        "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "pad_token_id": config.pad_token_id,
         "position_embedding_type": "absolute",
-        "problem_type": problem.problem_type,
-        **class_fields(config, labels),
     }
 
 
-def class_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
-    """The fields that name the classes: `labels`, or without these LABEL_0, ...
+def shared_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
+    """The fields of a config.json that say the same of dense and sliced models.
+
+    Without `labels` the classes are called LABEL_0, ...
 
     Raises:
-      UnsupportedCheckpoint: where there are not as many labels as outputs.
+      UserError: where there are not as many labels as outputs.
     """
-    labels = labels or [f"LABEL_{row}" for row in range(config.num_labels)]
-    if len(labels) != config.num_labels:
-        raise UnsupportedCheckpoint(
-            f"has {config.num_labels} classes, labels has {len(labels)}"
-        )
+    names = labels or [f"LABEL_{row}" for row in range(config.num_labels)]
+    if len(names) != config.num_labels:
+        legal = f"has {config.num_labels} classes, labels has {len(labels)}"
+        raise reject("labels", tuple(labels), legal)
     return {
-        "id2label": {str(row): label for row, label in enumerate(labels)},
-        "label2id": {label: row for row, label in enumerate(labels)},
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": len(config.heads),
+        "hidden_act": config.activation,
+        "hidden_dropout_prob": config.dropout,
+        "attention_probs_dropout_prob": config.dropout,
+        "type_vocab_size": config.type_vocab_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "pad_token_id": config.pad_token_id,
+        "problem_type": PROBLEMS[config.problem].problem_type,
+        "id2label": {str(row): name for row, name in enumerate(names)},
+        "label2id": {name: row for row, name in enumerate(names)},
     }
 
 
@@ -163,37 +158,23 @@ def class_rows(
       UnsupportedCheckpoint: where there is none and the names in `fields` are not
         `labels`.
     """
-    named = _class_names(fields)
-    order = list(label_order) or named
-    rows = _rows(order, labels) or _rows(_lower(order), _lower(labels))
+    try:
+        names = {int(row): str(name) for row, name in fields["id2label"].items()}
+        named = [names[row] for row in range(len(names))]
+    except (AttributeError, KeyError, TypeError, ValueError):  # none that make sense
+        named = []
     where = f"{field.removesuffix('.path')}.labels"
-    if label_order and not rows:
+    for fold in (str, str.lower):
+        order, wanted = ([*map(fold, x)] for x in (label_order or named, labels))
+        if len(set(order)) == len(order) and sorted(order) == sorted(wanted):
+            return [order.index(name) for name in wanted]
+    if label_order:
         legal = f"must be a permutation of {tuple(labels)}, in the order of the model"
         raise reject(where, tuple(label_order), legal)
-    if rows or not labels:
-        return rows
     real = not all(name.startswith("LABEL_") for name in named)
-    if real and len(set(named)) == len(labels):
+    if labels and real and len(set(named)) == len(labels):
         raise UnsupportedCheckpoint(
             f"names its classes {', '.join(named[:5])}; give the task's own names, "
             f"{', '.join(labels[:5])}, in the order of the model: {where}"
         )
-    return None
-
-
-def _rows(order, labels):
-    """Where each label stands in `order`; [] unless that is a permutation."""
-    fits = len(set(order)) == len(order) and sorted(order) == sorted(labels)
-    return [order.index(name) for name in labels] if fits else []
-
-
-def _lower(names):
-    return [name.lower() for name in names]
-
-
-def _class_names(fields):
-    try:
-        names = {int(row): str(name) for row, name in fields["id2label"].items()}
-        return [names[row] for row in range(len(names))]
-    except (AttributeError, KeyError, TypeError, ValueError):  # none that make sense
-        return []
+    return None if labels else []

@@ -1,18 +1,17 @@
 """Our parameters by the names that PyTorch's BERT and RoBERTa give them.
 
-One table serves both directions. A PyTorch linear layer holds (out, in) and is
-transposed; query, key and value kernels are (D, H, d) here and the attention output
-kernel is (H, d, D), there they are (H * d, D) and (D, H * d). Embeddings and
-LayerNorms are the same on both sides.
+One table for each architecture serves both directions. A PyTorch linear layer holds
+(out, in) and is transposed; query, key and value kernels are (D, H, d) here and the
+attention output kernel is (H, d, D), there they are (H * d, D) and (D, H * d).
+Embeddings and LayerNorms are the same on both sides.
 
-Names start with a prefix, "bert." as a rule; what is read without loading it, the
-tensors' shapes, is a dict of tuples by those names.
+Names start with the family's prefix; what is read without loading it, the tensors'
+shapes, is a dict of tuples by those names.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 import numpy as np
@@ -22,97 +21,108 @@ from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import blocks
 
 Shapes = dict[str, tuple[int, ...]]
 
-
-_WORDS = "embeddings.word_embeddings"
-
-
-_EMBEDDINGS = {
-    "embeddings.word": _WORDS,
-    "embeddings.position": "embeddings.position_embeddings",
-    "embeddings.type": "embeddings.token_type_embeddings",
-    "embeddings.norm": "embeddings.LayerNorm",
+# PyTorch's modules and tables by ours; {p} is the prefix and {i} the number of a layer.
+_BERT = {
+    "embeddings.word": "{p}embeddings.word_embeddings",
+    "embeddings.position": "{p}embeddings.position_embeddings",
+    "embeddings.type": "{p}embeddings.token_type_embeddings",
+    "embeddings.norm": "{p}embeddings.LayerNorm",
+    "layer_{i}": "{p}encoder.layer.{i}",
+    "layer_{i}.attention.query": "{p}encoder.layer.{i}.attention.self.query",
+    "layer_{i}.attention.key": "{p}encoder.layer.{i}.attention.self.key",
+    "layer_{i}.attention.value": "{p}encoder.layer.{i}.attention.self.value",
+    "layer_{i}.attention.output": "{p}encoder.layer.{i}.attention.output.dense",
+    "layer_{i}.attention_norm": "{p}encoder.layer.{i}.attention.output.LayerNorm",
+    "layer_{i}.ffn.up": "{p}encoder.layer.{i}.intermediate.dense",
+    "layer_{i}.ffn.down": "{p}encoder.layer.{i}.output.dense",
+    "layer_{i}.ffn_norm": "{p}encoder.layer.{i}.output.LayerNorm",
+    "pooler": "{p}pooler.dense",
+    "classifier": "classifier",
 }
+_ROBERTA = _BERT | {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}
+_NAMES = dict.fromkeys(FAMILIES, _ROBERTA) | {"bert": _BERT}
+
+# What pretraining and distillation leave behind, and a pooler that nothing reads.
+_UNUSED = ("cls.", "lm_head.", "layer_transformation.")
+_UNUSED_INSIDE = ("pooler.", "layer_transformation.")  # behind the prefix
+
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-_ATTENTION = {
-    "attention.query": "attention.self.query",
-    "attention.key": "attention.self.key",
-    "attention.value": "attention.self.value",
-    "attention.output": "attention.output.dense",
-}
+def module_names(config: EncoderConfig) -> dict[str, str]:
+    """PyTorch's names for our modules and tables, by the paths of ours."""
+    names, (_, prefix) = dict(_NAMES[config.model_type]), FAMILIES[config.model_type]
+    if config.reads_every_token:
+        del names["pooler"]
+        names["classifier"] = PROBLEMS[config.problem].classifier
+    return {
+        ours.format(i=i): theirs.format(p=prefix, i=i)
+        for ours, theirs in names.items()
+        for i in range(len(config.heads) if "{i}" in ours else 1)
+    }
 
 
-_FFN = {"ffn.up": "intermediate.dense", "ffn.down": "output.dense"}
+def head_names(config: EncoderConfig) -> dict[str, str]:
+    """The part of `module_names` that the head has, in its order."""
+    names = module_names(config)
+    return {ours: names[ours] for ours in ("pooler", "classifier") if ours in names}
 
 
-_NORMS = {
-    "attention_norm": "attention.output.LayerNorm",
-    "ffn_norm": "output.LayerNorm",
-}
+def encoder_parts(config: EncoderConfig) -> tuple[str, ...]:
+    """What the names of the encoder's tensors, not of the head's, start with."""
+    heads, (_, prefix) = head_names(config), FAMILIES[config.model_type]
+    names = [x for ours, x in module_names(config).items() if ours not in heads]
+    tops = {name.removeprefix(prefix).partition(".")[0] for name in names}
+    return tuple(f"{prefix}{top}." for top in sorted(tops))
 
 
-_LEAVES = ("weight", "bias")
+def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str]:
+    """The names that a folder has, by those that PyTorch would write today.
 
-
-_OLD_NAMES = {
-    "LayerNorm.gamma": "LayerNorm.weight",
-    "LayerNorm.beta": "LayerNorm.bias",
-}
-
-
-def modern(name: str) -> str:
-    """The name of today for a LayerNorm's parameter in old folders, or `name`.
-
-    bert-base-uncased itself is such a folder.
-    """
-    for old, new in _OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name
-
-
-def find_prefix(names: Iterable[str]) -> str:
-    """What stands before the name of the word embeddings.
+    An encoder that was saved alone has no prefix, and bert-base-uncased itself has the
+    parameters of its LayerNorms under old names.
 
     Raises:
-      UnsupportedCheckpoint: where there are none.
+      UnsupportedCheckpoint: where there are no word embeddings.
     """
-    words = f"{_WORDS}.weight"
-    found = [name.removesuffix(words) for name in names if name.endswith(words)]
-    if not found:
+    _, prefix = FAMILIES[config.model_type]
+    words = module_names(config)["embeddings.word"].removeprefix(prefix) + ".weight"
+    prefixes = [name.removesuffix(words) for name in names if name.endswith(words)]
+    if not prefixes:
         raise UnsupportedCheckpoint(f"lacks {words}")
-    return min(found, key=len)
+    stored, old = {}, min(prefixes, key=len)
+    parts = [part.removeprefix(prefix) for part in encoder_parts(config)]
+    inside = tuple(old + part for part in (*parts, *_UNUSED_INSIDE))
+    for name in names:
+        new = prefix + name.removeprefix(old) if name.startswith(inside) else name
+        for was, now in _OLD_NAMES.items():
+            new = new.replace(was, now)
+        stored[new] = name
+    return stored
 
 
-def head_modules(config: EncoderConfig, prefix: str) -> dict[str, str]:
-    """PyTorch's names for the modules of our head, in their order."""
-    if config.reads_every_token:
-        return {"classifier": PROBLEMS[config.problem].classifier}
-    if config.model_type == "bert":
-        return {"pooler": f"{prefix}pooler.dense", "classifier": "classifier"}
-    return {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}
-
-
-def to_torch(params: dict, config: EncoderConfig, prefix: str) -> dict[str, jax.Array]:
+def to_torch(params: dict, config: EncoderConfig) -> dict[str, jax.Array]:
     """`params` (NumPy's or JAX's) in PyTorch's shapes, by PyTorch's names."""
-    modules = _modules(config, prefix)
+    names = module_names(config)
     tensors = {}
     for path, array in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key == "kernel":
-            inputs = array.shape[:-1] if _joins_heads(path) else array.shape[:1]
+            joins_heads = path[-2].key == "output"
+            inputs = array.shape[:-1] if joins_heads else array.shape[:1]
             array = array.reshape(math.prod(inputs), -1).T
         elif path[-1].key == "bias":
             array = array.reshape(-1)
-        tensors[_name(path, modules)] = array
+        tensors[_name(path, names)] = array
     return tensors
 
 
 def from_torch(
     get: Callable[[str], np.ndarray],
     config: EncoderConfig,
-    prefix: str,
     without: Collection[str] = (),
 ) -> dict:
     """The inverse of `to_torch`: new float32 arrays in our shapes.
@@ -120,21 +130,19 @@ def from_torch(
     Args:
       get: from a name to its tensor, of a shape that `complaints` found right.
       config: the sizes.
-      prefix: of the names.
       without: modules of the head to leave out.
 
     Raises:
       UnsupportedCheckpoint: for integers, as quantised models have them.
     """
-    modules = _modules(config, prefix)
+    names = module_names(config)
 
     def leaf(path, like):
-        name = _name(path, modules)
+        name = _name(path, names)
         array = get(name)
         if not jax.numpy.issubdtype(array.dtype, np.floating):
-            raise UnsupportedCheckpoint(
-                f"{name} holds {array.dtype}, must be floating point"
-            )
+            reason = f"{name} holds {array.dtype}, must be floating point"
+            raise UnsupportedCheckpoint(reason)
         array = array.T if path[-1].key == "kernel" else array
         return np.array(array.reshape(like.shape), np.float32, order="C")
 
@@ -170,22 +178,16 @@ def to_hugging_face(
     Raises:
       UserError: for what transformers cannot hold, a sliced model above all.
     """
-    try:
-        fields = to_fields(config, labels)
-    except UnsupportedCheckpoint as error:
-        raise reject("config", config.widths(), str(error)) from error
-    if jax.tree.map(np.shape, params) != jax.tree.map(
-        lambda leaf: leaf.shape, abstract_params(config)
-    ):
+    fields = to_fields(config, labels)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
+    if jax.tree.map(np.shape, params) != shapes:
         legal = "must have the structure and shapes that config initialises"
         raise reject("params", "...", legal)
-    _, prefix = FAMILIES[config.model_type]
-    params = jax.tree.map(np.asarray, params)
-    tensors = to_torch(params, config, prefix)
+    tensors = to_torch(jax.tree.map(np.asarray, params), config)
     return {name: np.ascontiguousarray(x) for name, x in tensors.items()}, fields
 
 
-def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderConfig:
+def infer_encoder(shapes: Shapes, dense: EncoderConfig) -> EncoderConfig:
     """`dense` with the widths that the tensors have; the head's stay.
 
     A block is absent where none of its linear layers is there. At least one tensor
@@ -194,105 +196,81 @@ def infer_encoder(shapes: Shapes, dense: EncoderConfig, prefix: str) -> EncoderC
     Raises:
       UnsupportedCheckpoint: where the tensors do not show the widths.
     """
+    names = module_names(dense)
 
-    def rows(layer, block):  # 0 where the block is absent
-        modules = [f"{layer}{module}" for module in block.values()]
-        present = any(f"{m}.{leaf}" in shapes for m in modules for leaf in _LEAVES)
-        return _matrix(shapes, f"{modules[0]}.weight")[0] if present else 0
+    def units(layer, block):  # 0 where the block is absent
+        if not any(name.startswith(f"{names[layer]}.") for name in shapes):
+            reason = f"config.json has {len(dense.heads)} layers"
+            raise UnsupportedCheckpoint(f"lacks {names[layer]}.*, {reason}")
+        parts = [names[f"{layer}.{block.name}.{name}"] for name in block.modules]
+        leaves = {f"{part}.{leaf}" for part in parts for leaf in ("weight", "bias")}
+        if leaves.isdisjoint(shapes):
+            return 0
+        rows, size = _matrix(shapes, parts[0])[0], 1
+        if block.unit == "H" and rows % (size := dense.head_size):
+            legal = f"has {rows} rows, must be whole heads of {size}"
+            raise UnsupportedCheckpoint(f"{parts[0]}.weight {legal}")
+        return rows // size
 
-    heads, intermediate = [], []
-    for i in range(len(dense.heads)):
-        layer = f"{prefix}encoder.layer.{i}."
-        if not any(name.startswith(layer) for name in shapes):
-            raise UnsupportedCheckpoint(
-                f"lacks {layer}*, config.json has {len(dense.heads)} layers"
-            )
-        width = rows(layer, _ATTENTION)
-        if width % dense.head_size:
-            raise UnsupportedCheckpoint(
-                f"{layer}attention.self.query.weight has {width} rows, must be whole "
-                f"heads of {dense.head_size}"
-            )
-        heads.append(width // dense.head_size)
-        intermediate.append(rows(layer, _FFN))
-    return dataclasses.replace(
-        dense,
-        hidden_size=_matrix(shapes, f"{prefix}{_WORDS}.weight")[1],
-        heads=tuple(heads),
-        intermediate=tuple(intermediate),
-    )
+    layers = [f"layer_{i}" for i in range(len(dense.heads))]
+    widths = {b.widths: tuple(units(x, b) for x in layers) for b in blocks(dense)}
+    hidden = _matrix(shapes, names["embeddings.word"])[1]
+    return dataclasses.replace(dense, hidden_size=hidden, **widths)
 
 
-def infer_head(shapes: Shapes, config: EncoderConfig, prefix: str) -> EncoderConfig:
+def infer_head(shapes: Shapes, config: EncoderConfig) -> EncoderConfig:
     """`config` with the widths of the head's tensors.
 
     Raises:
       UnsupportedCheckpoint: where the head is missing.
     """
-    names = {k: f"{v}.weight" for k, v in head_modules(config, prefix).items()}
+    names = head_names(config)
     for name in reversed(names.values()):
-        if name not in shapes:
-            raise UnsupportedCheckpoint(
-                f"has no {name}; give a model fine-tuned for {config.problem}"
-            )
+        if f"{name}.weight" not in shapes:
+            legal = f"give a model fine-tuned for {config.problem}"
+            raise UnsupportedCheckpoint(f"has no {name}.weight; {legal}")
+    rows = {ours: _matrix(shapes, theirs)[0] for ours, theirs in names.items()}
     return dataclasses.replace(
-        config,
-        pooler_size=_matrix(shapes, names["pooler"])[0] if "pooler" in names else 0,
-        num_labels=_matrix(shapes, names["classifier"])[0],
+        config, pooler_size=rows.get("pooler", 0), num_labels=rows["classifier"]
     )
 
 
-def complaints(shapes: Shapes, config: EncoderConfig, prefix: str) -> dict[str, str]:
+def complaints(shapes: Shapes, config: EncoderConfig) -> dict[str, str]:
     """Tensors that are missing, misshapen or unknown, and what to say of each."""
-    wanted = jax.eval_shape(
-        functools.partial(to_torch, config=config, prefix=prefix),
-        abstract_params(config),
-    )
-    found = {}
+    found, names = {}, module_names(config)
+    wanted = jax.eval_shape(lambda x: to_torch(x, config), abstract_params(config))
     for name, like in wanted.items():
         if name not in shapes:
             found[name] = f"lacks {name}"
         elif shapes[name] != like.shape:
             found[name] = f"{name} has shape {shapes[name]}, must be {like.shape}"
-    # Of pretraining, of distillation, and a pooler that nothing reads.
-    unused = ["cls.", "lm_head.", f"{prefix}pooler."]
-    unused += ["layer_transformation.", f"{prefix}layer_transformation."]
-    for i, widths in enumerate(zip(config.heads, config.intermediate, strict=True)):
-        for width, norm in zip(widths, _NORMS.values(), strict=True):
-            if not width:
-                unused.append(f"{prefix}encoder.layer.{i}.{norm}.")
+    absent = [
+        f"{names[f'layer_{i}.{block.norm}']}."
+        for block in blocks(config)
+        for i, width in enumerate(block.sizes(config))
+        if not width
+    ]
+    _, prefix = FAMILIES[config.model_type]
+    unused = (*_UNUSED, *(prefix + name for name in _UNUSED_INSIDE), *absent)
     for name in shapes:
-        used = not name.startswith(tuple(unused)) and not name.endswith("position_ids")
-        if name not in wanted and used:
+        used = not name.startswith(unused) and not name.endswith("position_ids")
+        if used and name not in wanted:
             found[name] = f"has an unknown tensor {name}"
     return found
 
 
-def _modules(config, prefix):
-    """PyTorch's names for our modules and tables, by the paths of ours."""
-    modules = {ours: f"{prefix}{theirs}" for ours, theirs in _EMBEDDINGS.items()}
-    for i in range(len(config.heads)):
-        for ours, theirs in (_ATTENTION | _FFN | _NORMS).items():
-            modules[f"layer_{i}.{ours}"] = f"{prefix}encoder.layer.{i}.{theirs}"
-    return modules | head_modules(config, prefix)
-
-
-def _name(path, modules):
+def _name(path, names):
     keys = [entry.key for entry in path]
-    table = modules.get(".".join(keys))
+    table = names.get(".".join(keys))
     leaf = "bias" if keys[-1] == "bias" else "weight"
-    return f"{table or modules['.'.join(keys[:-1])]}.{leaf}"
+    return f"{table or names['.'.join(keys[:-1])]}.{leaf}"
 
 
-def _joins_heads(path):
-    return path[-2].key == "output"
-
-
-def _matrix(shapes, name):
+def _matrix(shapes, module):
+    name = f"{module}.weight"
     if name not in shapes:
         raise UnsupportedCheckpoint(f"lacks {name}")
     if len(shapes[name]) != 2 or 0 in shapes[name]:
-        raise UnsupportedCheckpoint(
-            f"{name} has shape {shapes[name]}, must be a matrix"
-        )
+        reason = f"{name} has shape {shapes[name]}, must be a matrix"
+        raise UnsupportedCheckpoint(reason)
     return shapes[name]

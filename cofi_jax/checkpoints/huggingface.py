@@ -30,10 +30,7 @@ from cofi_jax.models.bert import init_params
 from cofi_jax.models.config import EncoderConfig
 
 _WEIGHTS = "model.safetensors"
-
-
 _TORCH = "pytorch_model.bin"  # where there is no other
-
 
 # Each of these makes a tokenizer.
 _VOCABULARIES = (
@@ -42,12 +39,7 @@ _VOCABULARIES = (
     "vocab.json and merges.txt",
     "sentencepiece.bpe.model",
 )
-
-
-_PATTERNS = ["config.json", "*.index.json", "*token*", "vocab*", "special*"]
-
-
-_PATTERNS += ["merges.txt", "sentencepiece*"]
+_PATTERNS = "config.json *.index.json *token* vocab* special* merges.txt sentencepiece*"
 
 
 def resolve(path: str, field: str) -> Path:
@@ -65,19 +57,18 @@ def resolve(path: str, field: str) -> Path:
 
     try:
         for weights in (_WEIGHTS, _TORCH):
-            found = snapshot_download(path, allow_patterns=[weights, *_PATTERNS])
+            found = snapshot_download(
+                path, allow_patterns=[weights, *_PATTERNS.split()]
+            )
             if (Path(found) / weights).exists():
                 break
         return Path(found)
     # The hub's client raises dozens of kinds, those of its HTTP library included.
     except Exception as error:
-        raise reject(
-            field,
-            path,
-            f"cannot be had from the Hugging Face hub ({type(error).__name__}); give "
-            f"a local folder with config.json, {_WEIGHTS} and the tokenizer: "
-            f"--config.{field}=path/to/folder",
-        ) from error
+        legal = f"cannot be had from the Hugging Face hub ({type(error).__name__}); "
+        legal += f"give a local folder with config.json, {_WEIGHTS} and the tokenizer: "
+        legal += f"--config.{field}=path/to/folder"
+        raise reject(field, path, legal) from error
 
 
 def load_encoder(
@@ -112,20 +103,19 @@ def load_encoder(
     """
     config = read_config(folder, field, num_labels, model, problem)
     with _misfits_rejected(field, folder):
-        shapes, get = _open_weights(folder)
-        prefix = hf_names.find_prefix(shapes)
-        found = hf_names.infer_encoder(shapes, config, prefix)
+        shapes, get = _open_weights(folder, config)
+        found = hf_names.infer_encoder(shapes, config)
         if found != config:
             legal = "not config.json's: a pruned model; give a dense one"
             raise UnsupportedCheckpoint(f"has widths {found.widths()}, {legal}")
-        wrong = hf_names.complaints(shapes, config, prefix)
+        wrong = hf_names.complaints(shapes, config)
         for name, complaint in wrong.items():
-            if name.startswith((f"{prefix}embeddings.", f"{prefix}encoder.")):
+            if name.startswith(hf_names.encoder_parts(config)):
                 raise UnsupportedCheckpoint(complaint)
-        heads = hf_names.head_modules(config, prefix)
         spoilt = {name.rpartition(".")[0] for name in wrong}
+        heads = hf_names.head_names(config)
         fresh = {ours for ours, theirs in heads.items() if theirs in spoilt}
-        loaded = hf_names.from_torch(get, config, prefix, without=fresh)
+        loaded = hf_names.from_torch(get, config, without=fresh)
     # The outer jit leaves out what is not asked for.
     init = jax.jit(lambda key: {n: init_params(config, key)[n] for n in sorted(fresh)})
     return config, loaded | init(key)
@@ -163,25 +153,22 @@ def load_classifier(
     dense = read_config(folder, field, len(labels), model, problem)
     with _misfits_rejected(field, folder):
         rows = class_rows(_read_json(folder), labels, label_order, field)
-        shapes, get = _open_weights(folder)
-        prefix = hf_names.find_prefix(shapes)
-        config = hf_names.infer_encoder(shapes, dense, prefix)
-        config = hf_names.infer_head(shapes, config, prefix)
+        shapes, get = _open_weights(folder, dense)
+        config = hf_names.infer_encoder(shapes, dense)
+        config = hf_names.infer_head(shapes, config)
         wanted = PROBLEMS[problem].num_outputs(labels)
         if wanted and config.num_labels != wanted:
-            raise UnsupportedCheckpoint(
-                f"has {config.num_labels} classes, the task has {wanted}"
-            )
-        if wrong := hf_names.complaints(shapes, config, prefix):
+            legal = f"the task has {wanted}"
+            raise UnsupportedCheckpoint(f"has {config.num_labels} classes, {legal}")
+        if wrong := hf_names.complaints(shapes, config):
             raise UnsupportedCheckpoint(next(iter(wrong.values())))
-        params = hf_names.from_torch(get, config, prefix)
+        params = hf_names.from_torch(get, config)
     if rows is None:
-        order = ", ".join(labels)
-        warning = f"{folder} does not name its classes; taken as {order}"
-        print(f"warning: {warning}", file=sys.stderr)
+        warning = f"does not name its classes; taken as {', '.join(labels)}"
+        print(f"warning: {folder} {warning}", file=sys.stderr)
     if rows:
-        classifier = params["classifier"]
-        params["classifier"] = {k: v[..., rows] for k, v in classifier.items()}
+        head = params["classifier"]
+        params["classifier"] = {name: leaf[..., rows] for name, leaf in head.items()}
     return config, params
 
 
@@ -217,23 +204,19 @@ def _misfits_rejected(field, folder):
         raise reject(field, str(folder), str(error)) from error
 
 
-def _open_weights(folder):
+def _open_weights(folder, config):
     """The shapes of a folder's tensors by name, and how to read one as an array."""
-    if (folder / _WEIGHTS).is_file():
-        shapes, get = _open_safetensors(folder / _WEIGHTS)
-    elif (folder / _TORCH).is_file():
-        shapes, get = _open_torch(folder / _TORCH)
-    else:
+    openers = {_WEIGHTS: _open_safetensors, _TORCH: _open_torch}
+    there = [name for name in openers if (folder / name).is_file()]
+    if not there:
         found = sorted(path.name for path in folder.iterdir())
+        legal = f"must hold {_WEIGHTS} or {_TORCH}; it holds {found}"
         if any(name.endswith(".index.json") for name in found):
-            raise UnsupportedCheckpoint(
-                f"is cut into several files; merge them into {_WEIGHTS}"
-            )
-        raise UnsupportedCheckpoint(
-            f"must hold {_WEIGHTS} or {_TORCH}; it holds {found}"
-        )
-    stored = {hf_names.modern(name): name for name in shapes}
-    modern = {new: shapes[name] for new, name in stored.items()}
+            legal = f"is cut into several files; merge them into {_WEIGHTS}"
+        raise UnsupportedCheckpoint(legal)
+    shapes, get = openers[there[0]](folder / there[0])
+    stored = hf_names.stored_names(shapes, config)
+    modern = {name: shapes[old] for name, old in stored.items()}
     return modern, lambda name: get(stored[name])
 
 
@@ -255,9 +238,8 @@ def _open_torch(path):
         reason = f"{path.name} needs PyTorch: pip install torch, or give {_WEIGHTS}"
         raise UnsupportedCheckpoint(reason) from error
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-        raise UnsupportedCheckpoint(
-            f"{path.name} needs PyTorch 2.6, which reads weights alone"
-        )
+        reason = f"{path.name} needs PyTorch 2.6, which reads weights alone"
+        raise UnsupportedCheckpoint(reason)
     try:
         tensors = torch.load(
             path,
@@ -268,9 +250,8 @@ def _open_torch(path):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # Of damage, of what is no tensor, and of what would be executed.
     except Exception as error:
-        raise UnsupportedCheckpoint(
-            f"{path.name} cannot be read ({type(error).__name__})"
-        ) from error
+        reason = f"{path.name} cannot be read ({type(error).__name__})"
+        raise UnsupportedCheckpoint(reason) from error
 
     def get(name):
         tensor = tensors[name].detach()

@@ -24,7 +24,7 @@ from cofi_jax import distributed, files
 from cofi_jax.checkpoints import huggingface, state
 from cofi_jax.config import DTYPES, Data
 from cofi_jax.data import tasks
-from cofi_jax.errors import reject
+from cofi_jax.errors import UserError, reject
 from cofi_jax.models.bert import Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning.slicing import PrunedSpec
@@ -86,9 +86,8 @@ def save_model(
 
         def finish():
             tokenizer.save_pretrained(Path(partial) / "tokenizer")
-            text = json.dumps(described, indent=1) + "\n"
-            (Path(partial) / "model.json").write_text(text)
-            (Path(partial) / "README.md").write_text(readme)
+            files.write_json(Path(partial) / "model.json", described)
+            files.write_atomically(Path(partial) / "README.md", readme)
             stack.close()
 
         distributed.on_process_zero(finish)
@@ -119,12 +118,8 @@ def read_about(
         described = json.loads((path / "model.json").read_text())
         version = described["format"]
         if version > _FORMAT:
-            raise reject(
-                field,
-                str(path),
-                f"written in format {version} by a newer cofi-jax; this one reads "
-                f"up to {_FORMAT}",
-            )
+            legal = f"written in format {version} by a newer cofi-jax; this one reads "
+            raise reject(field, str(path), f"{legal}up to {_FORMAT}")
         config = EncoderConfig.from_json(described["config"])
         spec = described["spec"] and PrunedSpec.from_json(described["spec"])
         about = dict(described["about"])
@@ -162,27 +157,15 @@ def load_model(
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        params = _load_params(path / "params", config, sharding)
-    except Exception as error:  # whatever the storage library makes of the damage
-        reason = f"params are damaged ({type(error).__name__})"
-        raise reject(field, str(path), reason) from error
+        abstract = state.abstract_like(abstract_params(config), lambda x: sharding)
+        params = state.read(ocp, path / "params", abstract)
+    except Exception as error:  # also of a damaged description
+        reason = error if isinstance(error, UserError) else type(error).__name__
+        raise reject(field, str(path), f"params are damaged ({reason})") from error
     if dtype:
         config = dataclasses.replace(config, dtype=dtype)
         params = jax.tree.map(lambda array: array.astype(dtype), params)
     return Encoder(config), params, spec
-
-
-def _load_params(path, config, sharding):
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract_params(config),
-    )
-    with state.alone():
-        params = ocp.load(path, abstract)
-        digest = ocp.metadata(path).custom_metadata["crc32"]
-    if distributed.digest(params) != digest:
-        raise ValueError("checksum mismatch")
-    return params
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -8,6 +8,7 @@ loads by itself.
 import contextlib
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,41 +101,50 @@ class Checkpoints:
 
         What could not be read is reported in `skipped`.
         """
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            _storable(like),
-        )
+        abstract = abstract_like(_storable(like), lambda x: x.sharding)
         steps = distributed.on_process_zero(
             lambda: [c.step for c in self._manager.checkpoints]
         )
         for step in sorted(steps, reverse=True):
             try:
-                with distributed.raise_together(), alone():
-                    stored = self._load(step, abstract)
-                return _restored(stored, like)
+                with distributed.raise_together():
+                    stored = read(self._manager, step, abstract)
             except UserError as error:
                 self.skipped.append(self._damaged(step, error))
+            else:
+                impl = jax.random.key_impl(like.key)
+                key = jax.random.wrap_key_data(stored.key, impl=impl)
+                return stored.replace(key=key)
         return None
-
-    def _load(self, step, abstract):
-        try:
-            stored = self._manager.load(step, abstract)
-            digest = self._manager.metadata(step).custom_metadata["crc32"]
-        # A damaged file can raise anything inside the storage library.
-        except Exception as error:
-            raise UserError(type(error).__name__) from error
-        if distributed.digest(stored) != digest:
-            raise UserError("checksum mismatch")
-        return stored
 
 
 def _storable(state):
     return state.replace(key=jax.random.key_data(state.key))
 
 
-def _restored(stored, like):
-    key = jax.random.wrap_key_data(stored.key, impl=jax.random.key_impl(like.key))
-    return stored.replace(key=key)
+def abstract_like(tree: Any, sharding: Callable[[Any], jax.sharding.Sharding]) -> Any:
+    """The shapes and dtypes of `tree`, with the sharding that each array is to have."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), tree
+    )
+
+
+def read(store: Any, where: Any, abstract: Any) -> Any:
+    """What lies in the storage library's `store`, if it is as it was saved.
+
+    Raises:
+      UserError: that says what is wrong with it.
+    """
+    try:
+        with alone():
+            stored = store.load(where, abstract)
+            digest = store.metadata(where).custom_metadata["crc32"]
+    # A damaged file can raise anything inside the storage library.
+    except Exception as error:
+        raise UserError(type(error).__name__) from error
+    if distributed.digest(stored) != digest:
+        raise UserError("checksum mismatch")
+    return stored
 
 
 def alone() -> contextlib.AbstractContextManager:

@@ -14,14 +14,13 @@ import sys
 from cofi_jax import commands
 from cofi_jax.errors import reject
 from cofi_jax.export import export
+from cofi_jax.export.formats import CARDS
 from cofi_jax.report import model_card
 
 _USAGE = (
     "python -m cofi_jax.export --model path/to/pruned [--formats A,B] [--data D] "
     "[--rows N] [--dtype T] [--batch_size N] [--seq_length N] [--repeats N]"
 )
-
-
 _DEFAULT = "transformers,onnx,stablehlo"
 
 
@@ -37,18 +36,18 @@ def main(argv: list[str]) -> int:
         default="float32",
         help="of weights; bfloat16 is for --formats transformers",
     )
-    for name, default, text in (
-        ("rows", 0, "validation rows to compare; 0 for all"),
-        ("batch_size", 32, "sequences in a batch of the timed passes"),
-        ("seq_length", 0, "tokens of a sequence there; 0 for 64, or the longest"),
-        ("repeats", 30, "turns of the timed passes"),
-    ):
+    numbers = {
+        "rows": (0, 0, "validation rows to compare; 0 for all"),
+        "batch_size": (32, 1, "sequences in a batch of the timed passes"),
+        "seq_length": (0, 0, "tokens of a sequence there; 0 for 64, or the longest"),
+        "repeats": (30, 1, "turns of the timed passes"),
+    }
+    for name, (default, _, text) in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=text)
     args = parser.parse_args(argv[1:])
-    least = {"rows": 0, "batch_size": 1, "seq_length": 0, "repeats": 1}
-    for name, number in least.items():
-        if (value := getattr(args, name)) < number:
-            raise reject(f"--{name}", value, f"must be {number} or more")
+    for name, (_, least, _) in numbers.items():
+        if (value := getattr(args, name)) < least:
+            raise reject(f"--{name}", value, f"must be {least} or more")
     checks = export.export(
         args.model,
         commands.words(args.formats),
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> int:
         seq_length=args.seq_length,
         repeats=args.repeats,
     )
-    print(model_card.checked(checks))
+    print(model_card.checked(checks, CARDS))
     return 0
 
 

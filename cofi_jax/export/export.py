@@ -12,9 +12,9 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -22,22 +22,35 @@ from cofi_jax import files
 from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import DTYPES
 from cofi_jax.errors import reject
-from cofi_jax.export import (
-    to_onnx,
-    to_stablehlo,
-    to_stock_bert,
-    to_transformers,
-    verify,
-)
-from cofi_jax.export.formats import Format
+from cofi_jax.export import verify
+from cofi_jax.export.base import Format
+from cofi_jax.export.formats import CARDS, FORMATS
 from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import slicing
 from cofi_jax.report import model_card
 
-_MODULES = (to_transformers, to_onnx, to_stablehlo, to_stock_bert)
-FORMATS: dict[str, Format] = {each.FORMAT.name: each.FORMAT for each in _MODULES}
 CHECK = "check.json"
+
+
+class Subject(NamedTuple):
+    """What each format is made from and compared with.
+
+    Attributes:
+      model: the saved model.
+      dense: the dense model that it was cut from, or None.
+      rows: the rows of the comparison, and the masked model's logits.
+      labels: the names of the classes.
+      dtype: the dtype that the weights are stored in.
+      sizes: those of the timed passes, the arguments of `verify.time`.
+    """
+
+    model: verify.Model
+    dense: verify.Model | None
+    rows: verify.Validation
+    labels: Sequence[str]
+    dtype: str
+    sizes: Mapping[str, int]
 
 
 def export(
@@ -76,10 +89,7 @@ def export(
         folder of that format before stays as it was.
     """
     path = Path(path).expanduser().absolute()
-    if dtype not in DTYPES:
-        raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
-    options = {} if dtype == "float32" else {"dtype": dtype}
-    _check_formats(formats, options)
+    _check_request(formats, dtype)
     config, spec, about = saved_model.read_about(path)
     task = saved_model.saved_task(str(path))
     if data_path:
@@ -95,51 +105,48 @@ def export(
         )
         read = verify.validation(task, saved_model.load_tokenizer(path), num_rows)
 
-        def prepare(params):
-            """The model, the dense one it was cut from, and the rows to compare on."""
+        def subject(params, dtype):
             model = verify.in_jax(params, config)
-            if not spec:
-                return model, None, read(model, "the saved model")
-            dense = EncoderConfig.from_json(about["dense"])
-            whole = slicing.expand(params, spec, abstract_params(dense))
-            masked = verify.in_jax(whole, dense, spec.masks(dense))
-            return model, verify.in_jax(whole, dense), read(masked, "the masked model")
+            dense, reference, name = None, model, "the saved model"
+            if spec:
+                sizes_before = EncoderConfig.from_json(about["dense"])
+                whole = slicing.expand(params, spec, abstract_params(sizes_before))
+                dense = verify.in_jax(whole, sizes_before)
+                masks, name = spec.masks(sizes_before), "the masked model"
+                reference = verify.in_jax(whole, sizes_before, masks)
+            labels = about.get("labels", ())
+            return Subject(model, dense, read(reference, name), labels, dtype, sizes)
 
-        model, dense, rows = prepare(params)
-        checks = {"": verify.compare("cofi-jax", model, rows)}
-        if dense:
-            checks[""] |= verify.time(model, dense, packages=("jax",), **sizes)
-        checks[""] |= verify.files(path, ("model.json", "params", "tokenizer"))
+        original = stored = subject(params, "float32")
+        checks = {"": verify.compare("cofi-jax", original.model, original.rows)}
+        if original.dense:
+            checks[""] |= verify.time(original.model, original.dense, ("jax",), **sizes)
+        checks[""] |= verify.files(path, saved_model.FILES)
         try:
-            for form in map(FORMATS.__getitem__, formats):
-
-                def make(model, folder, form=form):
-                    labels = about.get("labels", ())
-                    form.write(folder, model.params, model.config, labels, **options)
-                    return model._replace(predict=form.load(folder))
-
-                what = model, dense, rows
-                if options:
-                    what = prepare(form.stored(params, **options))
-                facts = {"weights": dtype} | form.facts(config)
-                check = _part(path / form.name, form, make, *what, facts, sizes)
-                checks[form.name] = check
+            if dtype != "float32":
+                rounded = jax.tree.map(
+                    lambda x: x.astype(dtype).astype(x.dtype), params
+                )
+                stored = subject(rounded, dtype)
+            for name in formats:
+                checks[name] = _write(FORMATS[name], path / name, stored)
         finally:  # The formats before one that fails its check are there.
             files.write_json(path / CHECK, checks[""])
             write_card(path)
     return checks
 
 
-def _check_formats(formats, options):
-    """Refuses formats that are not known, lack a package or would ignore an option."""
+def _check_request(formats, dtype):
+    """Refuses what is not known, lacks a package or cannot have weights of a dtype."""
+    if dtype not in DTYPES:
+        raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     for name in formats:
         if name not in FORMATS:
             raise reject("formats", name, f"must be among {', '.join(FORMATS)}")
-    for option, value in options.items():
-        takers = [name for name in FORMATS if option in FORMATS[name].options]
-        if not formats or not {*formats} <= {*takers}:
-            legal = f"is for the formats {', '.join(takers)} alone; give --formats"
-            raise reject(option, value, legal)
+    takers = [name for name, form in FORMATS.items() if dtype in form.dtypes]
+    if not {*formats} <= {*takers} or (dtype != "float32" and not formats):
+        legal = f"is for the formats {', '.join(takers)} alone; give --formats"
+        raise reject("dtype", dtype, legal)
     for form in map(FORMATS.__getitem__, formats):
         missing = [p for p in form.packages if importlib.util.find_spec(p) is None]
         if missing:
@@ -147,48 +154,34 @@ def _check_formats(formats, options):
             raise reject("formats", form.name, legal)
 
 
-def _part(
-    folder: Path,
-    form: Format,
-    make: Callable[[verify.Model, Path], verify.Model],
-    model: verify.Model,
-    dense: verify.Model | None,
-    rows: verify.Validation,
-    facts: dict[str, Any],
-    sizes: dict[str, int],
-) -> dict[str, Any]:
-    """Writes one format into a hidden folder, which is renamed if it passes its check.
-
-    `make` writes a model into a folder and returns it as loaded from there. `facts` is
-    what else `check.json` says, `sizes` those of the timed passes.
-    """
-    partial, old = (folder.with_name(f".{folder.name}.{x}") for x in ("partial", "old"))
-    if old.exists() and not folder.exists():  # It was killed between two renames.
-        old.rename(folder)
+def _write(form: Format, folder: Path, subject: Subject) -> dict[str, Any]:
+    """Writes one format, which gets its name if it passes its check; returns that."""
     if folder.exists() and not (folder / CHECK).exists():
         raise reject("formats", folder.name, f"{folder} is not an export; move it away")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        written = make(model, partial)
+    model, dense, rows, labels, dtype, sizes = subject
+    options = {} if dtype == "float32" else {"dtype": dtype}
+
+    def through(model, folder):
+        """The model as it is loaded from the folder that it is written to."""
+        form.write(folder, model.params, model.config, labels, **options)
+        return model._replace(predict=form.load(folder))
+
+    with files.new_folder(folder, replace=True) as partial:
+        written = through(model, partial)
         _save_tokenizer(partial, folder.parent, model.config)
-        check = form.check(form.name, written, rows) | facts
+        check = form.check(form.name, written, rows)
+        check |= {"weights": dtype} | form.facts(model.config)
         if dense:
             with tempfile.TemporaryDirectory() as scratch:
                 # Its name is known: transformers caches code under names of folders.
                 scratch = Path(scratch) / "dense"
                 scratch.mkdir()
-                against, packages = make(dense, scratch), form.packages or ("jax",)
-                check |= verify.time(written, against, packages=packages, **sizes)
+                packages = form.packages or ("jax",)
+                check |= verify.time(
+                    written, through(dense, scratch), packages, **sizes
+                )
         check |= verify.files(partial)
         files.write_json(partial / CHECK, check)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return check
 
 
@@ -222,4 +215,5 @@ def write_card(path: Path) -> None:
     config, spec, about = saved_model.read_about(path)
     found = {name: _read_check(path / name / CHECK) for name in ("", *FORMATS)}
     checks = {name: check for name, check in found.items() if check}
-    files.write_atomically(path / "README.md", model_card.text(config, about, checks))
+    card = model_card.text(config, about, checks, CARDS)
+    files.write_atomically(path / "README.md", card)

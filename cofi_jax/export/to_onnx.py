@@ -24,13 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cofi_jax.checkpoints.hf_config import UnsupportedCheckpoint, to_fields
+from cofi_jax.checkpoints.hf_config import to_fields
 from cofi_jax.checkpoints.hf_names import bert_form, to_torch
 from cofi_jax.data.problems import PROBLEMS
-from cofi_jax.errors import reject
-from cofi_jax.export.formats import Format
+from cofi_jax.export.base import INPUTS, Format
 from cofi_jax.models.bert import Batch
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.report.model_card import Part
 
 _OPSET, _IR = 17, 8  # Both are of 2022.
 _LARGE = 1_500_000_000  # In bytes; a protobuf holds at most 2**31.
@@ -45,11 +45,12 @@ def write(
     Raises:
       UserError: where there is not one label for each class.
     """
-    folder = Path(folder)
     pad = config.pad_token_id  # BERT's form would have another one.
     params, config = bert_form(params, config)
     fields = _describe(config, labels) | {"pad_token_id": pad}
-    graph, inputs, outputs = _encoder(params, config)
+    inputs = INPUTS if config.type_vocab_size > 1 else INPUTS[:2]
+    graph = _Graph(params, config)
+    outputs = graph.head(graph.layers(graph.embeddings()))
     _save(graph, inputs, outputs, folder / "model.onnx")
     manifest = _manifest(fields["architectures"][0], inputs, outputs, config)
     for name, content in (("config", fields), ("export", manifest)):
@@ -67,7 +68,7 @@ def load(folder: Path, *, threads: int = 0) -> Callable[[Batch], np.ndarray]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    path, providers = Path(folder) / "model.onnx", ["CPUExecutionProvider"]
+    path, providers = folder / "model.onnx", ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(path, options, providers=providers)
     names = [each.name for each in session.get_inputs()]
 
@@ -80,14 +81,20 @@ def load(folder: Path, *, threads: int = 0) -> Callable[[Batch], np.ndarray]:
 
 
 class _Graph:
-    """The nodes of a graph in their order, and the constants that they read."""
+    """The nodes of an encoder's graph in their order, and the constants they read.
 
-    def __init__(self, constants: dict[str, np.ndarray]):
-        self.constants = constants
-        self.nodes: list[tuple] = []
+    Each method adds nodes and returns the name of the tensor that they compute.
+    """
+
+    def __init__(self, params, config):
+        tensors = to_torch(params, config)
+        self.constants = {k: np.asarray(v, np.float32) for k, v in tensors.items()}
+        self.config, self.nodes = config, []
+        self.lengths = self("Shape", "input_ids")  # (B, T)
+        self.shapes = {(): self.lengths}  # (B, T, *sizes) by sizes
 
     def __call__(self, op, *inputs, name="", to=(), **attributes):
-        """Adds a node and returns the name of its output, or the names of several.
+        """Adds one node.
 
         Args:
           op: the operator.
@@ -95,131 +102,130 @@ class _Graph:
           name: of the node; "" for a new one.
           to: names of the outputs; () for one that is called like the node.
           **attributes: those of the operator.
+
+        Returns:
+          The name of the node's output, or the names of several.
         """
+        from onnx import helper
+
         name = name or f"{op}_{len(self.nodes)}"
-        inputs = [
-            each if isinstance(each, str) else self.constant(f"{name}.{i}", each)
-            for i, each in enumerate(inputs)
+        reads = [
+            x if isinstance(x, str) else f"{name}.{i}" for i, x in enumerate(inputs)
         ]
+        arrays = {k: v for k, v in zip(reads, inputs, strict=True) if k is not v}
+        self.constants |= {k: np.asarray(v) for k, v in arrays.items()}
         to = to or (name,)
-        self.nodes.append((op, inputs, list(to), name, attributes))
+        self.nodes.append(helper.make_node(op, reads, to, name, **attributes))
         return to[0] if len(to) == 1 else to
 
-    def constant(self, name, value):
-        self.constants[name] = np.asarray(value)
-        return name
+    def linear(self, at, x, to=()):
+        return self("Gemm", x, f"{at}.weight", f"{at}.bias", transB=1, to=to)
 
+    def linears(self, at, x, *names):
+        """Applies several linear layers of the same width to x as one."""
+        packed = f"{at}.{'_'.join(names)}"
+        for leaf in ("weight", "bias"):
+            parts = [self.constants.pop(f"{at}.{name}.{leaf}") for name in names]
+            self.constants[f"{packed}.{leaf}"] = np.concatenate(parts)
+        to = tuple(f"{at}.{name}" for name in names)
+        return self("Split", self.linear(packed, x), axis=1, to=to)
 
-def _encoder(params, config):
-    """Returns the graph, the names of its inputs, and its outputs' shapes by name."""
-    tensors = to_torch(params, config, "bert.")
-    graph = _Graph({k: np.asarray(v, np.float32) for k, v in tensors.items()})
-    inputs = ["input_ids", "attention_mask", "token_type_ids"]
-    if config.type_vocab_size == 1:
-        inputs.pop()
-    lengths = graph("Shape", "input_ids")  # (B, T)
-    x = _embed(graph, config, lengths)
-    mask = graph("Greater", "attention_mask", np.int64(0))
-    mask = graph("Where", mask, np.float32(0), np.float32(-1e9))
-    mask = graph("Unsqueeze", mask, np.array([1, 2]))  # (B, 1, 1, T)
+    def norm(self, at, x):
+        names, epsilon = (f"{at}.weight", f"{at}.bias"), self.config.layer_norm_eps
+        return self("LayerNormalization", x, *names, axis=-1, epsilon=epsilon)
 
-    def first(x):  # The first token of each text: from (B * T, D) to (B, D).
-        shape = graph("Concat", lengths, np.array([config.hidden_size]), axis=0)
-        return graph("Gather", graph("Reshape", x, shape), np.int64(0), axis=1)
+    def by_token(self, x, *sizes, to=()):
+        """Reshapes x, (B * T, ...), to (B, T, *sizes)."""
+        if sizes not in self.shapes:
+            shape = self("Concat", self.lengths, np.array(sizes), axis=0)
+            self.shapes[sizes] = shape
+        return self("Reshape", x, self.shapes[sizes], to=to)
 
-    attending = [i for i, heads in enumerate(config.heads) if heads]
-    last = attending[-1] if attending and not config.reads_every_token else None
-    widths = zip(config.heads, config.intermediate, strict=True)
-    for i, (heads, width) in enumerate(widths):
-        at = f"bert.encoder.layer.{i}"
-        if heads:
-            rows = first(x) if i == last else x
-            y = _attend(graph, f"{at}.attention", x, rows, lengths, mask, config, heads)
-            x = _norm(graph, f"{at}.attention.output", graph("Add", rows, y), config)
-        if width:
-            y = _linear(graph, f"{at}.intermediate.dense", x)
-            y = _ACTIVATIONS[config.activation](graph, y)
-            y = _linear(graph, f"{at}.output.dense", y)
-            x = _norm(graph, f"{at}.output", graph("Add", x, y), config)
-    problem = PROBLEMS[config.problem]
-    if config.reads_every_token:
-        y = _linear(graph, problem.classifier, x)  # (B * T, C)
-        if len(problem.outputs) == 1:
-            shape = graph("Concat", lengths, np.array([config.num_labels]), axis=0)
-            graph("Reshape", y, shape, to=problem.outputs)
-            return graph, inputs, {problem.outputs[0]: [*_DIMS, config.num_labels]}
-        outputs = dict.fromkeys(problem.outputs, _DIMS)
-        columns = graph("Split", y, axis=1, to=[f"{name}_column" for name in outputs])
-        for column, name in zip(columns, outputs, strict=True):
-            graph("Reshape", column, lengths, to=(name,))
-        return graph, inputs, outputs
-    x = x if attending else first(x)
-    x = graph("Tanh", _linear(graph, "bert.pooler.dense", x))
-    _linear(graph, "classifier", x, to=("logits",))
-    return graph, inputs, {"logits": [_DIMS[0], config.num_labels]}
+    def first(self, x):
+        """The first token of each text, from (B * T, D) to (B, D)."""
+        x = self.by_token(x, self.config.hidden_size)
+        return self("Gather", x, np.int64(0), axis=1)
 
+    def embeddings(self):
+        """The embeddings after their LayerNorm, (B * T, D)."""
+        at, config = "bert.embeddings", self.config
+        words, places, kinds = (
+            f"{at}.{name}_embeddings.weight"
+            for name in ("word", "position", "token_type")
+        )
+        x = self("Gather", words, "input_ids")
+        if config.type_vocab_size == 1:
+            self.constants[places] = self.constants[places] + self.constants.pop(kinds)
+        else:
+            x = self("Add", x, self("Gather", kinds, "token_type_ids"))
+        length = self("Slice", self.lengths, np.array([1]), np.array([2]))
+        places = self("Slice", places, np.array([0]), length)
+        # For a longer text the table has too few rows: the error quotes this name.
+        x = self("Add", x, places, name=f"at_most_{config.max_positions}_tokens")
+        x = self.norm(f"{at}.LayerNorm", x)
+        return self("Reshape", x, np.array([-1, config.hidden_size]))
 
-def _embed(graph, config, lengths):
-    """Returns the embeddings after their LayerNorm, (B * T, D)."""
-    at = "bert.embeddings"
-    words = f"{at}.word_embeddings.weight"
-    places = f"{at}.position_embeddings.weight"
-    kinds = f"{at}.token_type_embeddings.weight"
-    x = graph("Gather", words, "input_ids")
-    if config.type_vocab_size == 1:
-        graph.constants[places] = graph.constants[places] + graph.constants.pop(kinds)
-    else:
-        x = graph("Add", x, graph("Gather", kinds, "token_type_ids"))
-    length = graph("Slice", lengths, np.array([1]), np.array([2]))
-    places = graph("Slice", places, np.array([0]), length)
-    # For a longer text the table has too few rows: the error quotes the node's name.
-    x = graph("Add", x, places, name=f"at_most_{config.max_positions}_tokens")
-    x = _norm(graph, at, x, config)
-    return graph("Reshape", x, np.array([-1, config.hidden_size]))
+    def layers(self, x):
+        """All blocks, (B * T, D), or (B, D) where the head reads one token."""
+        config = self.config
+        mask = self("Greater", "attention_mask", np.int64(0))
+        mask = self("Where", mask, np.float32(0), np.float32(-1e9))
+        mask = self("Unsqueeze", mask, np.array([1, 2]))  # (B, 1, 1, T)
+        attending = [i for i, heads in enumerate(config.heads) if heads]
+        last = attending[-1] if attending and not config.reads_every_token else None
+        widths = zip(config.heads, config.intermediate, strict=True)
+        for i, (heads, width) in enumerate(widths):
+            at = f"bert.encoder.layer.{i}"
+            if heads:
+                rows = self.first(x) if i == last else x
+                y = self.attention(f"{at}.attention", x, rows, mask, heads)
+                x = self("Add", rows, y)
+                x = self.norm(f"{at}.attention.output.LayerNorm", x)
+            if width:
+                y = self.linear(f"{at}.intermediate.dense", x)
+                y = _ACTIVATIONS[config.activation](self, y)
+                x = self("Add", x, self.linear(f"{at}.output.dense", y))
+                x = self.norm(f"{at}.output.LayerNorm", x)
+        return x if attending or config.reads_every_token else self.first(x)
 
+    def attention(self, at, x, rows, mask, heads):
+        """Attends to x (B * T, D), from all of its rows or from one for each text."""
+        size = self.config.head_size
+        scale = np.float32(size**-0.5)  # That of the scores is put into the queries.
+        for leaf in ("weight", "bias"):
+            name = f"{at}.self.query.{leaf}"
+            self.constants[name] = self.constants[name] * scale
+        if rows == x:
+            query, key, value = self.linears(f"{at}.self", x, "query", "key", "value")
+            query = self.by_token(query, heads, size)
+        else:
+            query = self.linear(f"{at}.self.query", rows)
+            query = self("Reshape", query, np.array([-1, 1, heads, size]))
+            key, value = self.linears(f"{at}.self", x, "key", "value")
+        query = self("Transpose", query, perm=[0, 2, 1, 3])  # (B, H, T or 1, d)
+        key = self("Transpose", self.by_token(key, heads, size), perm=[0, 2, 3, 1])
+        value = self("Transpose", self.by_token(value, heads, size), perm=[0, 2, 1, 3])
+        scores = self("Add", self("MatMul", query, key), mask)
+        y = self("MatMul", self("Softmax", scores, axis=-1), value)
+        y = self("Transpose", y, perm=[0, 2, 1, 3])
+        y = self("Reshape", y, np.array([-1, heads * size]))
+        return self.linear(f"{at}.output.dense", y)
 
-def _attend(graph, at, x, rows, lengths, mask, config, heads):
-    """Attends to x (B * T, D), from all of its rows or from one row for each text."""
-    size = config.head_size
-    scale = np.float32(size**-0.5)  # That of the scores is put into the queries.
-    for name in (f"{at}.self.query.weight", f"{at}.self.query.bias"):
-        graph.constant(name, graph.constants[name] * scale)
-    tokens = graph("Concat", lengths, np.array([heads, size]), axis=0)  # (B, T, H, d)
-    if rows == x:
-        asking = tokens
-        query, key, value = _linears(graph, f"{at}.self", x, "query", "key", "value")
-    else:
-        asking = np.array([-1, 1, heads, size])
-        query = _linear(graph, f"{at}.self.query", rows)
-        key, value = _linears(graph, f"{at}.self", x, "key", "value")
-    query = graph("Transpose", graph("Reshape", query, asking), perm=[0, 2, 1, 3])
-    key = graph("Transpose", graph("Reshape", key, tokens), perm=[0, 2, 3, 1])
-    value = graph("Transpose", graph("Reshape", value, tokens), perm=[0, 2, 1, 3])
-    scores = graph("Add", graph("MatMul", query, key), mask)
-    y = graph("MatMul", graph("Softmax", scores, axis=-1), value)
-    y = graph("Transpose", y, perm=[0, 2, 1, 3])
-    y = graph("Reshape", y, np.array([-1, heads * size]))
-    return _linear(graph, f"{at}.output.dense", y)
-
-
-def _linear(graph, at, x, to=()):
-    return graph("Gemm", x, f"{at}.weight", f"{at}.bias", transB=1, to=to)
-
-
-def _linears(graph, at, x, *names):
-    """Applies several linear layers of the same width to x as one."""
-    packed = f"{at}.{'_'.join(names)}"
-    for leaf in ("weight", "bias"):
-        parts = [graph.constants.pop(f"{at}.{name}.{leaf}") for name in names]
-        graph.constant(f"{packed}.{leaf}", np.concatenate(parts))
-    x = _linear(graph, packed, x)
-    return graph("Split", x, axis=1, to=tuple(f"{at}.{name}" for name in names))
-
-
-def _norm(graph, at, x, config):
-    scale, bias = f"{at}.LayerNorm.weight", f"{at}.LayerNorm.bias"
-    epsilon = config.layer_norm_eps
-    return graph("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
+    def head(self, x):
+        """The logits; returns the shapes of the outputs by name."""
+        problem, labels = PROBLEMS[self.config.problem], self.config.num_labels
+        if not self.config.reads_every_token:
+            x = self("Tanh", self.linear("bert.pooler.dense", x))
+            self.linear("classifier", x, to=("logits",))
+            return {"logits": [_DIMS[0], labels]}
+        x, names = self.linear(problem.classifier, x), problem.outputs  # (B * T, C)
+        if len(names) == 1:
+            self.by_token(x, labels, to=names)
+            return {names[0]: [*_DIMS, labels]}
+        columns = self("Split", x, axis=1, to=[f"{name}_column" for name in names])
+        for column, name in zip(columns, names, strict=True):
+            self.by_token(column, to=(name,))
+        return dict.fromkeys(names, _DIMS)
 
 
 # onnxruntime fuses nodes in the order of these functions into one.
@@ -256,10 +262,7 @@ def _save(graph, inputs, outputs, path):
 
     model = helper.make_model(
         helper.make_graph(
-            [
-                helper.make_node(op, reads, gives, name=name, **attributes)
-                for op, reads, gives, name, attributes in graph.nodes
-            ],
+            graph.nodes,
             "encoder",
             infos(TensorProto.INT64, dict.fromkeys(inputs, _DIMS)),
             infos(TensorProto.FLOAT, outputs),
@@ -287,10 +290,7 @@ def _describe(config, labels):
         intermediate=(max(*config.intermediate, 1),) * layers,
         pooler_size=hidden,
     )
-    try:
-        return to_fields(alike, labels) | {"torch_dtype": "float32"}
-    except UnsupportedCheckpoint as error:
-        raise reject("labels", tuple(labels), str(error)) from error
+    return to_fields(alike, labels) | {"torch_dtype": "float32"}
 
 
 def _manifest(architecture, inputs, outputs, config):
@@ -315,4 +315,19 @@ def _manifest(architecture, inputs, outputs, config):
     }
 
 
-FORMAT = Format("onnx", write, load, packages=("onnx", "onnxruntime"), extra="onnx")
+_CARD = Part(
+    "onnxruntime",
+    "an ONNX graph, any batch and length",
+    """\
+import onnxruntime
+from transformers import AutoTokenizer
+folder = "path/to/this/folder/onnx"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
+inputs = dict(tokenizer({texts}, return_tensors="np"))
+print(session.run(None, inputs))""",
+)
+
+_PACKAGES = ("onnx", "onnxruntime")
+
+FORMAT = Format("onnx", write, load, _CARD, packages=_PACKAGES, extra="onnx")

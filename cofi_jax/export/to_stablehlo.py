@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from cofi_jax.export.formats import INPUTS, Format
+from cofi_jax.export.base import INPUTS, Format
 from cofi_jax.files import write_json
 from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.report.model_card import Part
 
 _FILE = "model.stablehlo"
 
@@ -61,4 +62,19 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
     return lambda batch: np.asarray(run(*(batch[name] for name in INPUTS)))
 
 
-FORMAT = Format("stablehlo", write, load)
+_CARD = Part(
+    "jax alone",
+    "a StableHLO program for CPUs and CUDA GPUs",
+    """\
+from jax import export
+from transformers import AutoTokenizer
+folder = "path/to/this/folder/stablehlo"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+with open(f"{{folder}}/model.stablehlo", "rb") as file:
+    model = export.deserialize(file.read()).call
+inputs = tokenizer({texts}, return_tensors="np", return_token_type_ids=True)
+names = ("input_ids", "attention_mask", "token_type_ids")
+print(model(*(inputs[name].astype("int32") for name in names)))""",
+)
+
+FORMAT = Format("stablehlo", write, load, _CARD)

@@ -42,28 +42,30 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
 from cofi_jax.checkpoints.huggingface import write_tensors
-from cofi_jax.export.formats import Format
+from cofi_jax.export.base import Format
 from cofi_jax.export.to_transformers import load
+from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.report.model_card import Part
 
 _EXCESS = 2.0**-30  # less than float32 can tell
-_MULTIPLE, _WIDEST = (
-    8,
-    128,
-)  # GPU kernels want heads of such multiples, at most this wide
+_MULTIPLE, _WIDEST = 8, 128  # GPU kernels want heads of such multiples, at most this
 _LINEAR = 4  # the units that add lift(x) - [x, 0]
+_BLOCKS = ("attention", "output"), ("ffn", "down")  # and the modules that write
 
 
 def stock_config(config: EncoderConfig) -> EncoderConfig:
     """Returns the sizes of the smallest plain BERT that computes what `config` does."""
     hidden, head_size = _geometry(config)
-    layers, units = len(_pairs(config)), max(config.intermediate, default=0)
+    layers, units = len(_packed(config)) // 2, max(config.intermediate, default=0)
     if hidden > config.hidden_size:
         units += _LINEAR
     return dataclasses.replace(
@@ -96,39 +98,34 @@ def _matrix_weights(config):
 
 def _geometry(config):
     """Returns D' and d'; this D' is the least that fits."""
-    heads = max(config.heads, default=0)
-    narrowest = config.head_size if heads else 1
-
-    def widths(hidden):  # Those of heads, the best first.
-        counts = [n for n in range(max(heads, 1), hidden + 1) if hidden % n == 0]
-        fit = [hidden // n for n in counts if hidden // n >= narrowest]
-        return sorted(fit, key=lambda d: (d % _MULTIPLE > 0, d > _WIDEST, -d))
-
-    hidden = config.hidden_size
-    if hidden >= config.pooler_size and widths(hidden):
-        return hidden, widths(hidden)[0]
+    heads, hidden = max(config.heads, default=0), config.hidden_size
     # Weights w with the sum 0 take two added dimensions at least.
-    for wider in itertools.count(max(hidden + 2, config.pooler_size)):
-        if fit := [d for d in widths(wider) if d % _MULTIPLE == 0]:
-            return wider, fit[0]
+    for width in itertools.chain([hidden], itertools.count(hidden + 2)):
+        sizes = [
+            size
+            for size in range(config.head_size if heads else 1, width + 1)
+            if width % size == 0 and width // size >= heads
+            if width == hidden or size % _MULTIPLE == 0
+        ]
+        if sizes and width >= config.pooler_size:
+            best = min(sizes, key=lambda d: (d % _MULTIPLE > 0, d > _WIDEST, -d))
+            return width, best
 
 
-def _pairs(config):
-    """Packs blocks: for each layer of the plain BERT the two layers it has them from.
+def _packed(config):
+    """Packs blocks: the layer each of the plain BERT's comes from, None for a new one.
 
-    A layer of attention 3 and no feed-forward block is [3, None].
+    Attention and feed-forward take turns; [3, None] is a layer with the attention of
+    layer 3 and no feed-forward block.
     """
-    pairs = []
-    for i, (heads, units) in enumerate(
-        zip(config.heads, config.intermediate, strict=True)
-    ):
-        if heads:
-            pairs.append([i, None])
-        if units and pairs and pairs[-1][1] is None:
-            pairs[-1][1] = i
-        elif units:
-            pairs.append([None, i])
-    return pairs or [[None, None]]
+    packed = []
+    widths = zip(config.heads, config.intermediate, strict=True)
+    for i, layer in enumerate(widths):
+        for turn, width in enumerate(layer):
+            if width:
+                packed += [None] * (len(packed) % 2 != turn)
+                packed.append(i)
+    return packed + [None] * (len(packed) % 2 if packed else 2)
 
 
 def to_stock(
@@ -146,57 +143,57 @@ def to_stock(
     """
     params, sliced = bert_form(params, config)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    stock, pairs = stock_config(config), _pairs(sliced)
-    added = stock.hidden_size - sliced.hidden_size
+    stock, packed = stock_config(config), _packed(sliced)
+    width, added = sliced.hidden_size, stock.hidden_size - sliced.hidden_size
     # Attention reads every second LayerNorm, the first of which is the embeddings'.
-    packed = enumerate(_pack_norms(params, pairs))
-    wide = [_widen(norm, added, feeds_attention=i % 2 == 0) for i, norm in packed]
-    embeddings = dict(params["embeddings"])
-    del embeddings["norm"]
-    norm, lift = wide[0]
-    dense = {"embeddings": jax.tree.map(lift, embeddings) | {"norm": norm}}
-    for i, (attention, ffn) in enumerate(pairs):
-        (attention_norm, lift), (ffn_norm, second_lift) = wide[2 * i + 1 : 2 * i + 3]
-        dense[f"layer_{i}"] = {
-            "attention": _attention(params, attention, sliced, stock, lift),
-            "attention_norm": attention_norm,
-            "ffn": _ffn(params, ffn, sliced, stock, second_lift),
-            "ffn_norm": ffn_norm,
-        }
-    inner, classes = stock.hidden_size, stock.num_labels
-    if "pooler" in params:
-        dense["pooler"] = _pad(params["pooler"], kernel=(inner, inner), bias=inner)
-    head = params["classifier"]
-    dense["classifier"] = _pad(head, kernel=(inner, classes), bias=classes)
+    norms = enumerate(_pack_norms(params, packed))
+    wide = [_widen(norm, added, feeds_attention=i % 2 == 0) for i, norm in norms]
+    norm, lift = wide.pop(0)
+    tables = {k: v for k, v in params["embeddings"].items() if k != "norm"}
+    dense = {k: v for k, v in params.items() if k in ("pooler", "classifier")}
+    dense["embeddings"] = jax.tree.map(lift, tables) | {"norm": norm}
+    for i, (source, (norm, lift)) in enumerate(zip(packed, wide, strict=True)):
+        name, writer = _BLOCKS[i % 2]
+        layer = dense.setdefault(f"layer_{i // 2}", {})
+        layer[f"{name}_norm"] = norm
+        if source is not None:
+            block = params[f"layer_{source}"][name]
+            layer[name] = block | {writer: jax.tree.map(lift, block[writer])}
+    dense = _padded(dense, abstract_params(stock))
+    for i, (_, lift) in enumerate(wide[1::2]):
+        attention, ffn = (dense[f"layer_{i}"][name] for name, _ in _BLOCKS)
+        for array in attention["query"].values():
+            array *= math.sqrt(stock.head_size / sliced.head_size)
+        if added:
+            units = np.hstack([lift.read, -lift.read])
+            ffn["up"]["kernel"][:width, -_LINEAR:] = units
+            ffn["down"]["kernel"][-_LINEAR:] = np.vstack([lift.write, -lift.write])
     return jax.tree.map(lambda x: x.astype(dtype), dense), stock
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lift:
-    """The function `lift` of the module's docstring, with v (D,) and w (D' - D,)."""
+class _Lift(NamedTuple):
+    """The function `lift` of the module's docstring: [x, 0] + x @ read @ write."""
 
-    v: np.ndarray
-    w: np.ndarray
+    read: np.ndarray  # (D, 2): two numbers are read of x, m(x) and v . x
+    write: np.ndarray  # (2, D')
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Lifts x, from (..., D) to (..., D')."""
-        if not len(self.w):
-            return x
-        added = (x @ self.v)[..., None] * self.w
-        return np.concatenate([x - x.mean(-1, keepdims=True), added], -1)
+        lifted = x @ self.read @ self.write
+        lifted[..., : x.shape[-1]] += x
+        return lifted
 
 
-def _pack_norms(params, pairs):
+def _pack_norms(params, packed):
     """Returns all LayerNorms of width D in their order, the embeddings' first."""
     norms = [params["embeddings"]["norm"]]
-    for pair in pairs:
-        for name, layer in zip(("attention_norm", "ffn_norm"), pair, strict=True):
-            if layer is None:  # This LayerNorm takes over the scale of the one before.
-                norms.append(norms[-1])
-                scale, bias = norms[-1]["scale"], norms[-1]["bias"]
-                norms[-2] = {"scale": np.ones_like(scale), "bias": np.zeros_like(bias)}
-            else:
-                norms.append(params[f"layer_{layer}"][name])
+    for i, source in enumerate(packed):
+        if source is None:  # This LayerNorm takes over the scale of the one before.
+            taken = norms.pop()
+            same = np.ones_like(taken["scale"]), np.zeros_like(taken["bias"])
+            norms += [dict(zip(("scale", "bias"), same, strict=True)), taken]
+        else:
+            norms.append(params[f"layer_{source}"][f"{_BLOCKS[i % 2][0]}_norm"])
     return norms
 
 
@@ -216,56 +213,25 @@ def _widen(norm, added, feeds_attention):
         w = signs / max(1, math.sqrt(excess / _EXCESS))
         added_scale, added_bias = 1 / w, np.full(added, bias.mean())
     shrink = math.sqrt(width / (width + added))
-    return {
+    wide = {
         "scale": shrink * np.concatenate([scale, added_scale]),
         "bias": np.concatenate([bias, added_bias]),
-    }, _Lift(v, w)
-
-
-def _attention(params, layer, sliced, stock, lift):
-    """Pads and lifts the attention of a layer of the sliced model, or of none."""
-    heads, width, hidden = stock.heads[0], stock.head_size, stock.hidden_size
-    nodes = params[f"layer_{layer}"]["attention"] if layer is not None else {}
-
-    def scaled(name, factor):
-        return {leaf: array * factor for leaf, array in nodes.get(name, {}).items()}
-
-    factors = {"query": math.sqrt(width / sliced.head_size), "key": 1, "value": 1}
-    dense = {
-        name: _pad(
-            scaled(name, factor), kernel=(hidden, heads, width), bias=(heads, width)
-        )
-        for name, factor in factors.items()
     }
-    output = jax.tree.map(lift, nodes.get("output", {}))
-    dense["output"] = _pad(output, kernel=(heads, width, hidden), bias=hidden)
-    return dense
+    read, write = np.zeros((width, 2)), np.zeros((2, width + added))
+    if added:
+        read[:, 0], read[:, 1] = 1 / width, v
+        write[0, :width], write[1, width:] = -1, w
+    return wide, _Lift(read, write)
 
 
-def _ffn(params, layer, sliced, stock, lift):
-    """Does so with a feed-forward block, and adds what the residual lacks."""
-    units, hidden = stock.intermediate[0], stock.hidden_size
-    nodes = params[f"layer_{layer}"]["ffn"] if layer is not None else {}
-    up = _pad(nodes.get("up", {}), kernel=(hidden, units), bias=units)
-    down = jax.tree.map(lift, nodes.get("down", {}))
-    down = _pad(down, kernel=(units, hidden), bias=hidden)
-    width = sliced.hidden_size
-    if hidden > width:
-        # Two numbers are read, -m(x) of the first dimensions and v . x for the others.
-        read = np.stack([np.full(width, 1 / width), lift.v])
-        written = np.zeros((2, hidden))
-        written[0, :width], written[1, width:] = -1, lift.w
-        up["kernel"][:width, -_LINEAR:] = np.concatenate([read, -read]).T
-        down["kernel"][-_LINEAR:] = np.concatenate([written, -written])
-    return {"up": up, "down": down}
-
-
-def _pad(node, **shapes):
-    """Returns zeros of `shapes`, which begin with the arrays of `node`."""
-    dense = {name: np.zeros(shape) for name, shape in shapes.items()}
-    for name, array in node.items():
-        dense[name][tuple(map(slice, array.shape))] = array
-    return dense
+def _padded(params, shapes):
+    """Returns arrays of `shapes`: those that `params` has, and zeros behind them."""
+    given, padded = flatten_dict(params), {}
+    for path, like in flatten_dict(shapes).items():
+        padded[path] = np.zeros(like.shape)
+        if path in given:
+            padded[path][tuple(map(slice, given[path].shape))] = given[path]
+    return unflatten_dict(padded)
 
 
 def write(
@@ -283,14 +249,32 @@ def write(
 
 
 def _facts(config):
-    blocks = any(config.heads + config.intermediate)
-    return {"matrix_weights_ratio": price(config)} if blocks else {}
+    ratio = price(config)
+    return {"matrix_weights_ratio": ratio} if ratio < math.inf else {}
 
+
+def _note(check):
+    ratio = check.get("matrix_weights_ratio")
+    return ratio and f"`stock/` has {ratio:.1f} times the others' matrix weights."
+
+
+_CARD = Part(
+    "transformers, servers that know BERT",
+    "the same function as a plain BERT: padded, so slower than the others",
+    """\
+from transformers import {auto}, AutoTokenizer
+folder = "path/to/this/folder/stock"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
+print(model(**tokenizer({texts}, return_tensors="pt")))""",
+    _note,
+)
 
 FORMAT = Format(
     "stock",
     write,
     load,  # No code of ours is in the folder: transformers alone runs it.
+    _CARD,
     packages=("torch",),
     extra="torch",
     facts=_facts,

@@ -19,12 +19,12 @@ from cofi_jax.checkpoints import hf_config, hf_names, huggingface
 from cofi_jax.config import DTYPES
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
-from cofi_jax.export.formats import INPUTS, Format
+from cofi_jax.export.base import INPUTS, Format
 from cofi_jax.models.bert import Batch
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.report.model_card import Part
 
 _CODE = Path(__file__).with_name("hub_code")
-_CONFIGURATION, _MODELING = "configuration_cofi.py", "modeling_cofi.py"
 
 
 def write(
@@ -48,60 +48,38 @@ def write(
     """
     if dtype not in DTYPES:
         raise reject("dtype", dtype, f"must be {' or '.join(DTYPES)}")
-    try:
-        fields = _fields(config, labels) | {"dtype": dtype}
-    except hf_config.UnsupportedCheckpoint as error:
-        raise reject("labels", tuple(labels), str(error)) from error
+    fields = _fields(config, labels) | {"dtype": dtype}
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
-    tensors = hf_names.to_torch(*hf_names.bert_form(params, config), "bert.")
+    tensors = hf_names.to_torch(*hf_names.bert_form(params, config))
     huggingface.write_tensors(folder, tensors, fields)
-    modeling = (_CODE / _MODELING).read_text()
-    (folder / _MODELING).write_text(modeling)
-    configuration = (_CODE / _CONFIGURATION).read_text()
-    stamp = hashlib.sha256(modeling.encode()).hexdigest()[:16]
-    stamped = configuration.replace('\nCODE = ""\n', f'\nCODE = "{stamp}"\n')
-    (folder / _CONFIGURATION).write_text(stamped)
+    code = {path.name: path.read_text() for path in _CODE.glob("*.py")}
+    stamp = hashlib.sha256(code["modeling_cofi.py"].encode()).hexdigest()[:16]
+    for name, text in code.items():
+        text = text.replace('\nCODE = ""\n', f'\nCODE = "{stamp}"\n')
+        (folder / name).write_text(text)
 
 
 def _fields(config, labels):
     """Returns config.json as `CofiConfig` reads it."""
-    problem = PROBLEMS[config.problem]
-    head = problem.auto_model
-    module = _MODELING.removesuffix(".py")
-    return {
+    head = PROBLEMS[config.problem].auto_model
+    return hf_config.shared_fields(config, labels) | {
         "architectures": [f"CofiFor{head}"],
         "model_type": "cofi_encoder",
         "auto_map": {
-            "AutoConfig": f"{_CONFIGURATION.removesuffix('.py')}.CofiConfig",
-            "AutoModel": f"{module}.CofiModel",
-            f"AutoModelFor{head}": f"{module}.CofiFor{head}",
+            "AutoConfig": "configuration_cofi.CofiConfig",
+            "AutoModel": "modeling_cofi.CofiModel",
+            f"AutoModelFor{head}": f"modeling_cofi.CofiFor{head}",
         },
         # transformers 4 looks for a tokenizer only where this field is.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
         "attention_heads": config.heads,
         "intermediate_sizes": config.intermediate,
         "head_dim": config.head_size,
         "pooler_size": config.pooler_size,
-        "num_hidden_layers": len(config.heads),
         "num_attention_heads": max(config.heads),
         "intermediate_size": max(config.intermediate),
-        "hidden_act": config.activation,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
         "max_position_embeddings": config.longest,
-        "type_vocab_size": config.type_vocab_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "pad_token_id": config.pad_token_id,
-        "problem_type": problem.problem_type,
-        **hf_config.class_fields(config, labels),
     }
-
-
-def stored(params: dict, dtype: str) -> dict:
-    """Returns float32 parameters, rounded as `write` rounds them."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype).astype(leaf.dtype), params)
 
 
 def load_torch(folder: Path, dtype: str = "float32") -> Any:
@@ -143,12 +121,29 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
     return predict
 
 
+_CARD = Part(
+    "transformers",
+    "safetensors and a small PyTorch file of its own, hence `trust_remote_code`",
+    """\
+from transformers import {auto}, AutoTokenizer
+folder = "path/to/this/folder/transformers"
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = {auto}.from_pretrained(folder, trust_remote_code=True)
+print(model(**tokenizer({texts}, return_tensors="pt")))""",
+    lambda check: (
+        "`transformers/` stores bfloat16 weights: it was compared in float32 with a "
+        "model whose weights are so rounded."
+        if check.get("weights") == "bfloat16"
+        else ""
+    ),
+)
+
 FORMAT = Format(
     "transformers",
     write,
     load,
+    _CARD,
     packages=("torch",),
     extra="torch",
-    options=("dtype",),
-    stored=stored,
+    dtypes=DTYPES,
 )

@@ -76,20 +76,16 @@ def validation(
         examples = batches.first_rows(examples, wanted, field="rows")
 
     def of(reference, against):
-        found = Validation(task, examples, split, against, np.empty(0))
-        return found._replace(logits=_logits(reference.predict, found))
+        logits = _logits(reference, task, examples)
+        return Validation(task, examples, split, against, logits)
 
     return of
 
 
 def check_tokenizer(tokenizer: Any, original: Any) -> None:
     """Raises UserError where two tokenizers give other ids to a few hard texts."""
-    texts = [
-        "",
-        "A text, it's one.",
-        "caf\u00e9 \u4e16\u754c  two  spaces",
-        "long " * 600,
-    ]
+    hard = "caf\u00e9 \u4e16\u754c  two  spaces"
+    texts = ["", "A text, it's one.", hard, "long " * 600]
     for pair in ((texts,), (texts, texts[::-1])):
         ours, theirs = (each(*pair, verbose=False) for each in (tokenizer, original))
         if ours["input_ids"] != theirs["input_ids"]:
@@ -97,11 +93,11 @@ def check_tokenizer(tokenizer: Any, original: Any) -> None:
             raise reject("tokenizer", type(original).__name__, legal)
 
 
-def _logits(predict, rows):
-    def of_batch(params, masks, batch):
-        return predict(batch)
+def _logits(model, task, examples):
+    def predict(params, masks, batch):
+        return model.predict(batch)
 
-    return predict_lib.logits(of_batch, {}, rows.task, rows.examples, batch_size=32)
+    return predict_lib.logits(predict, {}, task, examples, batch_size=32)
 
 
 def compare(
@@ -119,7 +115,7 @@ def compare(
       UserError: where the logits differ by more than the tolerance.
     """
     task, examples, split, against, expected = validation
-    found = _logits(model.predict, validation)
+    found = _logits(model, task, examples)
     difference = np.abs(found - expected)
     if difference.ndim == 3:  # What a model says of padding is never read.
         for row, length in zip(difference, examples.lengths, strict=True):
@@ -143,8 +139,8 @@ def compare(
 def time(
     pruned: Model,
     dense: Model,
-    *,
     packages: Sequence[str],
+    *,
     batch_size: int,
     seq_length: int,
     repeats: int,
@@ -155,12 +151,9 @@ def time(
     versions are named in the result, a part of `check.json`.
     """
     sizes = {"batch_size": batch_size, "seq_length": seq_length}
-    batch = latency.random_batch(pruned.config.vocab_size, **sizes)
-    batch = jax.device_get(batch)
-    calls = {
-        name: functools.partial(model.predict, batch)
-        for name, model in (("dense", dense), ("pruned", pruned))
-    }
+    batch = jax.device_get(latency.random_batch(pruned.config.vocab_size, **sizes))
+    models = {"dense": dense, "pruned": pruned}
+    calls = {k: functools.partial(m.predict, batch) for k, m in models.items()}
     timings = timing_lib.side_by_side(calls, repeats=repeats)
     ratio, *spread = timing_lib.speedup(*timings.values())
     return {

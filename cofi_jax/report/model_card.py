@@ -5,8 +5,9 @@ tests run the lines that load a folder.
 """
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from cofi_jax.data import tasks
 from cofi_jax.data.problems import PROBLEMS
@@ -14,42 +15,33 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
 from cofi_jax.report.tables import escape
 
-_SNIPPETS = {
-    "": """\
+
+class Part(NamedTuple):
+    """What the card says of a folder that holds the model.
+
+    Attributes:
+      user: who can load it.
+      what: what it holds.
+      snippet: lines of Python that load it and print its answer to an example. In them
+        {texts} is a text or a pair, {example} the same as one value, and {auto}
+        transformers' class of the head.
+      note: `note(check)` returns a sentence on the content of its `check.json`, or "".
+    """
+
+    user: str
+    what: str
+    snippet: str
+    note: Callable[[Mapping[str, Any]], str] = lambda check: ""
+
+
+_SAVED_MODEL = Part(
+    "cofi-jax",
+    "`model.json`, `params/` (orbax), `tokenizer/`",
+    """\
 import cofi_jax
 model = cofi_jax.pipeline("path/to/this/folder")
 print(model([{example}]))""",
-    "transformers": """\
-from transformers import {auto}, AutoTokenizer
-folder = "path/to/this/folder/transformers"
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = {auto}.from_pretrained(folder, trust_remote_code=True)
-print(model(**tokenizer({texts}, return_tensors="pt")))""",
-    "onnx": """\
-import onnxruntime
-from transformers import AutoTokenizer
-folder = "path/to/this/folder/onnx"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
-inputs = dict(tokenizer({texts}, return_tensors="np"))
-print(session.run(None, inputs))""",
-    "stablehlo": """\
-from jax import export
-from transformers import AutoTokenizer
-folder = "path/to/this/folder/stablehlo"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-with open(f"{{folder}}/model.stablehlo", "rb") as file:
-    model = export.deserialize(file.read()).call
-inputs = tokenizer({texts}, return_tensors="np", return_token_type_ids=True)
-names = ("input_ids", "attention_mask", "token_type_ids")
-print(model(*(inputs[name].astype("int32") for name in names)))""",
-    "stock": """\
-from transformers import {auto}, AutoTokenizer
-folder = "path/to/this/folder/stock"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = {auto}.from_pretrained(folder)
-print(model(**tokenizer({texts}, return_tensors="pt")))""",
-}
+)
 
 # The names that the hub has for our metrics, where they differ.
 _METRICS = {
@@ -58,24 +50,12 @@ _METRICS = {
     "pearson": "pearsonr",
 }
 
-# For each folder, who can load it and what it holds.
-_WHAT = {
-    "": ("cofi-jax", "`model.json`, `params/` (orbax), `tokenizer/`"),
-    "transformers": (
-        "transformers",
-        "safetensors and a small PyTorch file of its own, hence `trust_remote_code`",
-    ),
-    "onnx": ("onnxruntime", "an ONNX graph, any batch and length"),
-    "stablehlo": ("jax alone", "a StableHLO program for CPUs and CUDA GPUs"),
-    "stock": (
-        "transformers, servers that know BERT",
-        "the same function as a plain BERT: padded, so slower than the others",
-    ),
-}
-
 
 def text(
-    config: EncoderConfig, about: Mapping[str, Any], checks: Mapping[str, Any]
+    config: EncoderConfig,
+    about: Mapping[str, Any],
+    checks: Mapping[str, Any],
+    parts: Mapping[str, Part] = types.MappingProxyType({}),
 ) -> str:
     """The text of `README.md`.
 
@@ -84,28 +64,31 @@ def text(
       about: what the saved model says of itself; if it was pruned, `report` is the
         content of its run's `report.json`.
       checks: the content of each `check.json` by format; "" is the saved model's own.
+      parts: what there is to say of the formats.
     """
     name = about.get("task", "")
     task = tasks.TASKS.get(name)
     result = about.get("report")
     title = f"{'Pruned' if 'sparsity' in about else 'Dense'} encoder"
     title += f" for {name}" if task else ""
-    parts = [f"---\n{_metadata(config, about, task)}\n---", f"# {title}"]
+    found = [f"---\n{_metadata(config, about, task)}\n---", f"# {title}"]
     if result:
-        parts.append(
+        found.append(
             f"{tables.headline(result)} Pruned and distilled by "
             "[CoFi](https://arxiv.org/abs/2204.00408) with cofi-jax."
         )
-        parts.append(tables.table(result))
+        found.append(tables.table(result))
     elif scores := about.get("scores"):
         rows = (f"- {escape(k)}: {value:.4f}" for k, value in tables.score_rows(scores))
-        parts.append("\n".join(rows))
-    parts += [_structure(config, about), "## Use it"]
-    for part in ("", *(name for name in _SNIPPETS if name and name in checks)):
-        parts.append(_usage(part, config, task, about))
+        found.append("\n".join(rows))
+    found += [_structure(config, about), "## Use it"]
+    found.append(_usage("This folder", _SAVED_MODEL, config, task, about))
+    for name, part in parts.items():
+        if name in checks:
+            found.append(_usage(f"`{name}/`", part, config, task, about))
     if any(checks.values()):
-        parts += ["## What was checked", checked(checks)]
-    return "\n\n".join(parts) + "\n"
+        found += ["## What was checked", checked(checks, parts)]
+    return "\n\n".join(found) + "\n"
 
 
 def _metadata(config, about, task):
@@ -150,25 +133,23 @@ def _structure(config, about):
     return f"{words} Classes in the order of the logits: {labels}."
 
 
-def _usage(part, config, task, about):
+def _usage(folder, part, config, task, about):
     columns = task.columns if task else about.get("data", {}).get("columns", ("text",))
     problem = PROBLEMS[config.problem]
     words = problem.example[: len(columns)]
     texts = ", ".join(json.dumps(word) for word in words)
-    snippet = _SNIPPETS[part].format(
+    snippet = part.snippet.format(
         auto=f"AutoModelFor{problem.auto_model}",
         texts=texts,
         example=f"({texts})" if len(words) > 1 else texts,
     )
-    user, what = _WHAT[part]
-    folder = f"`{part}/`" if part else "This folder"
-    return f"{folder}, for {user}: {what}.\n\n```python\n{snippet}\n```"
+    return f"{folder}, for {part.user}: {part.what}.\n\n```python\n{snippet}\n```"
 
 
-def checked(checks: Mapping[str, Any]) -> str:
-    """What each `check.json` found, as a table; `checks` is that of `text`."""
+def checked(checks: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
+    """What each `check.json` found, as a table; the arguments are those of `text`."""
     rows, places = [], {}
-    for part, check in checks.items():
+    for name, check in checks.items():
         metric, score = next(iter(check["scores"].items()))
         fast = "-"
         if "speedup" in check:
@@ -178,7 +159,7 @@ def checked(checks: Mapping[str, Any]) -> str:
             places[f"{escape(how['device'])}, {how['dtype']}"] = None  # in order
         rows.append(
             (
-                part or "this folder",
+                name or "this folder",
                 f"{check['rows']:,}",
                 f"{check['max_abs_difference']:.1e}",
                 f"{metric} {score:.4f}",
@@ -195,12 +176,7 @@ def checked(checks: Mapping[str, Any]) -> str:
             f"{' and '.join(places)}, in batches of sequences x tokens; in brackets "
             "the 5th and 95th percentile."
         )
-    if checks.get("transformers", {}).get("weights") == "bfloat16":
-        note += (
-            " `transformers/` stores bfloat16 weights: it was compared in float32 with "
-            "a model whose weights are so rounded."
-        )
-    if ratio := checks.get("stock", {}).get("matrix_weights_ratio"):
-        note += f" `stock/` has {ratio:.1f} times the others' matrix weights."
+    notes = [note, *(part.note(checks.get(name, {})) for name, part in parts.items())]
+    note = " ".join(filter(None, notes))
     table = tables.Table("<>>>>>", head, rows)
     return f"{table}\n\n{note} More in each `check.json`."

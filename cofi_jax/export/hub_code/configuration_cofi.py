@@ -7,6 +7,22 @@ from transformers import PretrainedConfig
 # digest, two folders of one name would both run the first one's modeling file.
 CODE = ""
 
+_DEFAULTS = {
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "attention_heads": (12,) * 12,
+    "intermediate_sizes": (3072,) * 12,
+    "head_dim": 64,
+    "pooler_size": 768,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "initializer_range": 0.02,
+}
+
 
 class CofiConfig(PretrainedConfig):
     """A BERT whose layers have widths of their own.
@@ -22,52 +38,27 @@ class CofiConfig(PretrainedConfig):
 
     model_type = "cofi_encoder"
 
-    def __init__(
-        self,
-        vocab_size=30522,
-        hidden_size=768,
-        attention_heads=(12,) * 12,
-        intermediate_sizes=(3072,) * 12,
-        head_dim=64,
-        pooler_size=768,
-        hidden_act="gelu",
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
-        max_position_embeddings=512,
-        type_vocab_size=2,
-        layer_norm_eps=1e-12,
-        initializer_range=0.02,
-        pad_token_id=0,
-        **kwargs,
-    ):
-        if len(attention_heads) != len(intermediate_sizes):
+    def __init__(self, **fields):
+        for name, default in _DEFAULTS.items():
+            setattr(self, name, fields.pop(name, default))
+        heads, widths = list(self.attention_heads), list(self.intermediate_sizes)
+        self.attention_heads, self.intermediate_sizes = heads, widths
+        if len(heads) != len(widths):
             raise ValueError(
-                f"attention_heads has {len(attention_heads)} layers, "
-                f"intermediate_sizes {len(intermediate_sizes)}"
+                f"attention_heads has {len(heads)} layers, "
+                f"intermediate_sizes {len(widths)}"
             )
         derived = {
-            "num_hidden_layers": len(attention_heads),
-            "num_attention_heads": max(attention_heads, default=0),
-            "intermediate_size": max(intermediate_sizes, default=0),
+            "num_hidden_layers": len(heads),
+            "num_attention_heads": max(heads, default=0),
+            "intermediate_size": max(widths, default=0),
         }
         for name, value in derived.items():
-            if (given := kwargs.pop(name, value)) != value:
+            if (given := fields.pop(name, value)) != value:
                 raise ValueError(
                     f"{name} is {given}, but {value} by attention_heads and "
                     "intermediate_sizes, which are what counts"
                 )
             setattr(self, name, value)
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.attention_heads = list(attention_heads)
-        self.intermediate_sizes = list(intermediate_sizes)
-        self.head_dim = head_dim
-        self.pooler_size = pooler_size
-        self.hidden_act = hidden_act
-        self.hidden_dropout_prob = hidden_dropout_prob
-        self.attention_probs_dropout_prob = attention_probs_dropout_prob
-        self.max_position_embeddings = max_position_embeddings
-        self.type_vocab_size = type_vocab_size
-        self.layer_norm_eps = layer_norm_eps
-        self.initializer_range = initializer_range
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        fields.setdefault("pad_token_id", 0)
+        super().__init__(**fields)

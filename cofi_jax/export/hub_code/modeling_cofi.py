@@ -156,6 +156,14 @@ class CofiPreTrainedModel(PreTrainedModel):
             )
         return (model, info) if output_loading_info else model
 
+    def _output(self, kind, encoded, found, return_dict):
+        """What was found, and the layers' states if they were asked for, in one."""
+        states, attentions = encoded.hidden_states, encoded.attentions
+        output = kind(**found, hidden_states=states, attentions=attentions)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
 
 class CofiModel(CofiPreTrainedModel):
     """The encoder, with its pooler where the config has one."""
@@ -211,13 +219,9 @@ class CofiModel(CofiPreTrainedModel):
             states = (*states, x) if output_hidden_states else None
             attentions = (*attentions, weights) if output_attentions else None
         pooled = self.pooler and self.pooler["dense"](x[:, 0]).tanh()
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=x,
-            pooler_output=pooled,
-            hidden_states=states,
-            attentions=attentions,
-        )
-        return _in_form(output, return_dict, config)
+        output = BaseModelOutputWithPooling(hidden_states=states, attentions=attentions)
+        found = {"last_hidden_state": x, "pooler_output": pooled}
+        return self._output(BaseModelOutputWithPooling, output, found, return_dict)
 
 
 class CofiForSequenceClassification(CofiPreTrainedModel):
@@ -243,13 +247,9 @@ class CofiForSequenceClassification(CofiPreTrainedModel):
         others |= {"return_dict": True}
         output = self.bert(input_ids, attention_mask, token_type_ids, **others)
         logits = self.classifier(self.dropout(output.pooler_output))
-        output = SequenceClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return _in_form(output, return_dict, self.config)
+        loss = None if labels is None else self._loss(logits, labels)
+        found = {"loss": loss, "logits": logits}
+        return self._output(SequenceClassifierOutput, output, found, return_dict)
 
     def _loss(self, logits, labels):
         problem = self.config.problem_type
@@ -291,17 +291,5 @@ class CofiForQuestionAnswering(CofiPreTrainedModel):
             for side, where in ((start, start_positions), (end, end_positions)):
                 where = where.reshape(-1).clamp(0, beyond)
                 loss = loss + F.cross_entropy(side, where, ignore_index=beyond) / 2
-        output = QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start,
-            end_logits=end,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-        return _in_form(output, return_dict, self.config)
-
-
-def _in_form(output, return_dict, config):
-    if return_dict is None:
-        return_dict = config.return_dict
-    return output if return_dict else output.to_tuple()
+        found = {"loss": loss, "start_logits": start, "end_logits": end}
+        return self._output(QuestionAnsweringModelOutput, output, found, return_dict)
