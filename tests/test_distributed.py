@@ -40,7 +40,7 @@ def get_config():
     config.teacher.epochs = 1
     config.prune.train_rows = 320
     config.prune.epochs = 6
-    config.prune.target_sparsity = 0.6
+    config.prune.targets = (0.6,)
     config.finetune.train_rows = 320
     config.finetune.epochs = 1
     config.benchmark.repeats = 3

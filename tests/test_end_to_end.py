@@ -30,7 +30,7 @@ def get_config():
     config.teacher.epochs = 2
     config.prune.train_rows = 640
     config.prune.epochs = 8
-    config.prune.target_sparsity = 0.6
+    config.prune.targets = (0.6,)
     config.finetune.train_rows = 640
     config.finetune.epochs = 2
     config.benchmark.repeats = 3
