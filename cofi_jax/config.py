@@ -1,7 +1,7 @@
 """The settings of a run: plain dataclasses whose fields stand with their rules.
 
 A file in `configs/` returns a `Config`; the command line overrides single fields
-(`--config.prune.target_sparsity=0.9`); the run writes the result to `config.json`.
+(`--config.prune.targets=0.9`); the run writes the result to `config.json`.
 Nothing changes a config after `validate`.
 """
 
@@ -38,6 +38,18 @@ def _rate(default: float) -> Any:
 
 def _fraction(default: float) -> Any:
     return _ruled(default, "must be in [0, 1)", lambda value: 0 <= value < 1)
+
+
+def _fractions(*default: float) -> Any:
+    def holds(values):
+        return (
+            values
+            and [*values] == sorted({*values})
+            and 0 <= values[0]
+            and values[-1] < 1
+        )
+
+    return _ruled(default, "must be one or more rising fractions in [0, 1)", holds)
 
 
 def _choice(default: str, *others: str) -> Any:
@@ -143,11 +155,21 @@ class Prune(Stage):
     """
 
     kinds: tuple[str, ...] = KINDS
-    target_sparsity: float = _fraction(0.95)
+    # The sparsities of the models to make. Each is cut from the one before, once that
+    # has recovered: the stages after pre-pruning run once for each target.
+    targets: tuple[float, ...] = _fractions(0.95)
+    # What holds the expected sparsity at its target: the paper's multipliers, or a
+    # common offset of all log-alphas, which meets it in every step.
+    constraint: str = _choice("lagrangian", "exact")
+    # Where log-alphas start: all alike as in the paper, or by what each mask is worth.
+    seeds: str = _choice("equal", "importance")
+    seed_batches: int = _count(40)  # batches that importance is measured on
+    seed_spread: float = _weight(30.0)  # from the most to the least important mask
     round_widths: bool = True  # up to what the device likes: transforms.round_to_device
     sparsity_epsilon: float = _weight(0.01)  # so close to the target counts as met
     prepruning_epochs: int = _count(1, least=0)  # distillation before any mask moves
     warmup_epochs: int = _count(2, least=0)  # in which the target rises from 0
+    recover_epochs: int = _count(0, least=0)  # fine-tuning between targets; 0: its own
     mask_learning_rate: float = _rate(0.01)
     mask_schedule: str = _schedule("constant")
     multiplier_learning_rate: float = _rate(0.01)
@@ -195,7 +217,7 @@ def to_json(config: Config) -> str:
 
 
 def flatten(config: Config | str) -> dict[str, Any]:
-    """`{"prune.target_sparsity": 0.95, ...}` of a config or of its JSON."""
+    """`{"prune.epochs": 20, ...}` of a config or of its JSON."""
 
     def walk(node, prefix):
         for name, value in node.items():

@@ -26,7 +26,7 @@ def get_config() -> Config:
     config.teacher.batch_size = 64
     config.teacher.learning_rate = 7e-4
     config.teacher.warmup_steps = 50
-    config.prune.target_sparsity = 0.90
+    config.prune.targets = (0.90,)
     config.prune.epochs = 5
     config.prune.prepruning_epochs = 1
     config.prune.warmup_epochs = 2

@@ -70,7 +70,7 @@ def build(argument: str, recipe: Callable[[str], Config]) -> Config:
         raise reject("task", task, f"must be one of {', '.join(TASKS)}")
     config = recipe(task)
     if words and words[0] not in ABLATIONS:
-        config.prune.target_sparsity = _sparsity(words.pop(0))
+        config.prune.targets = (_sparsity(words.pop(0)),)
     for word in words:
         if word not in ABLATIONS:
             raise reject("ablation", word, f"must be one of {', '.join(ABLATIONS)}")

@@ -19,7 +19,6 @@ import numpy as np
 from cofi_jax import load_model
 
 ROOT = pathlib.Path(__file__).parents[1]
-STAGES = ("teacher", "prepruning", "prune", "finetune")
 
 
 def start(config, workdir, log):
@@ -30,7 +29,7 @@ def start(config, workdir, log):
 
 
 def logged(workdir):
-    """(stage number, step) of each line that is whole, in order."""
+    """(stage, step) of each line that is whole, in order."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     found = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -38,22 +37,24 @@ def logged(workdir):
             values = json.loads(line)
         except ValueError:
             continue
-        found.append((STAGES.index(values["stage"]), values["step"]))
+        found.append((values["stage"], values["step"]))
     return found
 
 
 def moments_of(workdir, kills, rng):
-    """Random moments of a finished run, by its steps; each stage has some."""
-    per_stage = [[p for p in logged(workdir) if p[0] == i] for i in range(len(STAGES))]
-    moments = [rng.choice(per_stage[i % len(STAGES)]) for i in range(kills)]
-    return sorted(moments)
+    """Random moments of a finished run, in its order; each stage has some."""
+    lines = list(dict.fromkeys(logged(workdir)))
+    stages = list(dict.fromkeys(stage for stage, _ in lines))
+    per_stage = [[p for p in lines if p[0] == stage] for stage in stages]
+    moments = [rng.choice(per_stage[i % len(stages)]) for i in range(kills)]
+    return sorted(moments, key=lines.index)
 
 
 def run_with_kills(config, workdir, moments, rng, log):
     """Kills the run each time it has come to the next moment, and a little more."""
     for moment in moments:
         process = start(config, workdir, log)
-        while process.poll() is None and max(logged(workdir), default=(-1, 0)) < moment:
+        while process.poll() is None and moment not in logged(workdir):
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 3))
         process.send_signal(signal.SIGKILL)
@@ -89,8 +90,9 @@ def main():
         assert start(args.config, whole, log).wait() == 0, open(f"{top}/log").read()
         moments = moments_of(whole, args.kills, rng)
         run_with_kills(args.config, pieces, moments, rng, log)
-        print("killed at", *(f"{STAGES[i]} {step}" for i, step in moments), sep="\n  ")
-        for model in ("teacher", "pruned"):
+        print("killed at", *(f"{stage} {n}" for stage, n in moments), sep="\n  ")
+        for path in sorted(pathlib.Path(whole).glob("*/params")):
+            model = path.parent.name
             names = differing(f"{whole}/{model}", f"{pieces}/{model}")
             print(f"{model}:", f"DIFFERS in {names}" if names else "bit-identical")
 

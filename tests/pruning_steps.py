@@ -43,7 +43,7 @@ def learn(folder, cache="none"):
         prepruning_epochs=0,
         warmup_epochs=2,
         batch_size=8,
-        target_sparsity=0.5,
+        targets=(0.5,),
         learning_rate=1e-3,
         mask_learning_rate=0.1,
         multiplier_learning_rate=0.1,
@@ -55,6 +55,7 @@ def learn(folder, cache="none"):
         config,
         folder,
         tasks.find(config.data),
+        dataclasses.replace(TINY, num_labels=2),
         examples(80),
         {"validation": examples(20)},
         log.MetricsLog(folder / "metrics.jsonl"),
@@ -81,7 +82,9 @@ def learn(folder, cache="none"):
     step_lib.make_step = make_guarded
     try:
         teaching = teacher.TeacherCache(model, start, config.distill)
-        student, gates, _ = stages.learn_masks(run, model, student, teaching)
+        student, gates, _ = stages.learn_masks(
+            run, stages.stairs((0.5,))[0], model, student, teaching
+        )
     finally:
         step_lib.make_step = make_step
     assert sorted(traced) == [(8, length) for length in BUCKETS]  # once for each

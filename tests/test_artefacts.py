@@ -44,7 +44,7 @@ def get_config():
         stage.train_rows = 64
         stage.batch_size = 16
     config.teacher.epochs = 2
-    config.prune.target_sparsity = 0.5
+    config.prune.targets = (0.5,)
     config.prune.epochs = 3
     config.prune.warmup_epochs = 1
     config.prune.mask_learning_rate = 2.0
@@ -101,7 +101,7 @@ def half(config, tmp_path_factory):
 def other(config, tmp_path_factory):
     """The folder of a run of another seed and target."""
     workdir = tmp_path_factory.mktemp("other") / "run"
-    flags = "--config.seed=1", "--config.prune.target_sparsity=0.2"
+    flags = "--config.seed=1", "--config.prune.targets=0.2"
     assert main(config, workdir, *flags) == 0
     return workdir
 
@@ -208,7 +208,7 @@ def test_a_stage_of_other_parameters_starts_over(
 
 def test_nothing_of_another_config_decides(config, begun, other):
     (begun / "config.json").unlink()
-    flags = "--config.seed=1", "--config.prune.target_sparsity=0.2"
+    flags = "--config.seed=1", "--config.prune.targets=0.2"
     assert main(config, begun, *flags) == 0
     assert_same(begun, other)
 

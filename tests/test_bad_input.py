@@ -52,7 +52,7 @@ def get_config():
     config.teacher.epochs = 2
     config.teacher.train_rows = 64
     config.teacher.batch_size = 16
-    config.prune.target_sparsity = 0.5
+    config.prune.targets = (0.5,)
     config.prune.epochs = 2
     config.prune.warmup_epochs = 1
     config.prune.train_rows = 64
@@ -314,20 +314,24 @@ COMMANDS = {
     **{
         f"target {value}": (
             "config",
-            [f"prune.target_sparsity={value}"],
-            [f"prune.target_sparsity={value}", legal],
+            [f"prune.targets={value}"],
+            ["prune.targets=", legal],
         )
         for value, legal in (
             ("1.0", "[0, 1)"),
             ("-0.1", "[0, 1)"),
-            ("inf", "a finite number"),
-            ("nan", "a finite number"),
+            ("0.8,0.6", "rising"),
+            ("0.6,0.6", "rising"),
+            ("()", "one or more"),
+            ("inf", "float"),
+            ("nan", "float"),
+            ("1e999", "[0, 1)"),
         )
     },
     "unreachable target": (
         "config",
-        ["prune.target_sparsity=0.99", "prune.kinds=('head',)"],
-        ["prune.target_sparsity=0.99", "('head',)", "reach at most 0.4"],
+        ["prune.targets=0.99", "prune.kinds=('head',)"],
+        ["prune.targets=(0.99,)", "('head',)", "reach at most 0.4"],
     ),
     "zero": ("config", ["prune.batch_size=0"], ["prune.batch_size=0", "at least 1"]),
     "negative": ("config", ["seed=-1"], ["seed=-1", "not be negative"]),
@@ -884,8 +888,8 @@ def assert_same(params, others):
 def test_run_of_another_config_is_left_alone(there, begun, capsys):
     before = tree(begun)
     arguments = [f"--config={there['config']}", f"--workdir={begun}"]
-    line = complaint(capsys, *arguments, "--config.prune.target_sparsity=0.75")
-    check(line, f"workdir='{begun}'", "prune.target_sparsity=0.5", "0.75", "--workdir")
+    line = complaint(capsys, *arguments, "--config.prune.targets=0.75")
+    check(line, f"workdir='{begun}'", "prune.targets=[0.5]", "0.75", "--workdir")
     assert tree(begun) == before
 
 

@@ -8,7 +8,7 @@ import random
 import jax
 import numpy as np
 import pytest
-from kill_and_resume import STAGES, differing, moments_of, run_with_kills
+from kill_and_resume import differing, moments_of, run_with_kills
 
 import cofi_jax as cofi
 import train
@@ -29,8 +29,11 @@ def get_config():
     config.teacher.train_rows = 640
     config.teacher.epochs = 2
     config.prune.train_rows = 640
-    config.prune.epochs = 8
-    config.prune.target_sparsity = 0.6
+    config.prune.epochs = 4
+    config.prune.targets = (0.4, 0.6)
+    config.prune.constraint = "exact"
+    config.prune.seeds = "importance"
+    config.prune.recover_epochs = 1
     config.finetune.train_rows = 640
     config.finetune.epochs = 2
     config.benchmark.repeats = 3
@@ -38,6 +41,17 @@ def get_config():
     config.checkpoint_every = 10
     return config
 """
+
+
+# The stages in their order, each with its epochs.
+EPOCHS = {
+    "teacher": 2,
+    "prepruning": 1,
+    "prune-40": 3,
+    "finetune-40": 1,
+    "prune-60": 3,
+    "finetune-60": 2,
+}
 
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -74,11 +88,14 @@ def finished(config_file, tmp_path_factory):
     return workdir, argv
 
 
-def test_report_says_what_the_saved_models_are(finished):
+@pytest.mark.parametrize("number, suffix", enumerate(["-40", "-60"]))
+def test_report_says_what_the_saved_models_are(number, suffix, finished):
     workdir, _ = finished
-    result = json.loads((workdir / "report.json").read_text())
+    whole = json.loads((workdir / "report.json").read_text())
+    result = whole["family"][number]
+    assert {k: whole[k] for k in result} == whole["family"][-1]
     dense, dense_params, no_spec = cofi.load_model(workdir / "teacher")
-    model, params, spec = cofi.load_model(workdir / "pruned")
+    model, params, spec = cofi.load_model(workdir / f"pruned{suffix}")
     assert no_spec is None
     assert spec.config(dense.config) == model.config
     assert result["kept"]["hidden"] == len(spec.hidden)
@@ -106,7 +123,8 @@ def test_report_says_what_the_saved_models_are(finished):
     assert min(result["latency_ms"].values()) > 0
     low, high = result["speedup_spread"]
     assert 0 < low <= result["speedup"] <= high
-    assert set(result["seconds"]) == set(STAGES)
+    stages = "teacher", "prepruning", "prune", "finetune"
+    assert tuple(result["seconds"]) == stages
     assert all(seconds > 0 for seconds in result["seconds"].values())
     for field in ("device", "dtype", "batch_size", "seq_length", "repeats"):
         assert result["benchmark"][field]
@@ -115,23 +133,27 @@ def test_report_says_what_the_saved_models_are(finished):
 def test_saved_models_say_what_they_were_made_of(finished):
     workdir, _ = finished
     config = json.loads((workdir / "config.json").read_text())
-    result = json.loads((workdir / "report.json").read_text())
+    whole = json.loads((workdir / "report.json").read_text())
     said = {
         "task": "demo",
         "labels": ["blame", "praise"],
         "data": config["data"],
     }
     sizes, _, about = cofi.read_about(workdir / "teacher")
-    assert about == said | {"scores": result["teacher"]["scores"]}
-    _, _, about = cofi.read_about(workdir / "pruned")
-    assert about == said | {
-        "dense": json.loads(json.dumps(dataclasses.asdict(sizes))),
-        "sparsity": result["sparsity"],
-        "report": result,
-    }
-    for name in ("teacher", "pruned"):
+    assert about == said | {"scores": whole["teacher"]["scores"]}
+    names = ["teacher", "pruned-40", "pruned-60"]
+    scores = [whole["teacher"]["score"]]
+    for name, result in zip(names[1:], whole["family"], strict=True):
+        _, _, about = cofi.read_about(workdir / name)
+        assert about == said | {
+            "dense": json.loads(json.dumps(dataclasses.asdict(sizes))),
+            "sparsity": result["sparsity"],
+            "report": result,
+        }
+        scores.append(result["pruned"]["score"])
+    for name, score in zip(names, scores, strict=True):
         card = (workdir / name / "README.md").read_text()
-        assert f"{result[name]['score']:.4f}" in card
+        assert f"{score:.4f}" in card
         assert str(workdir.parent) not in card
     assert "report.html" in {path.name for path in workdir.iterdir()}
 
@@ -139,24 +161,29 @@ def test_saved_models_say_what_they_were_made_of(finished):
 def test_every_stage_left_its_lines(finished):
     workdir, _ = finished
     metrics = log_lib.read_metrics(workdir / "metrics.jsonl")
-    steps = {stage: [] for stage in STAGES}
+    steps = {stage: [] for stage in EPOCHS}
     for line in metrics:
         if "loss" in line:
             steps[line["stage"]].append(line["step"])
             assert np.isfinite(line["loss"])
     per_epoch = 640 // 64
-    ends = dict(zip(STAGES, (2, 1, 7, 2), strict=True))
-    for stage, epochs in ends.items():
+    assert list(dict.fromkeys(line["stage"] for line in metrics)) == list(EPOCHS)
+    for stage, epochs in EPOCHS.items():
         assert steps[stage][-1] == epochs * per_epoch
         assert steps[stage] == sorted(set(steps[stage]))
-    targets = [line["target_sparsity"] for line in metrics if "target_sparsity" in line]
+    followed = [line for line in metrics if "target_sparsity" in line]
+    targets = [line["target_sparsity"] for line in followed]
     assert targets == sorted(targets)
     assert targets[-1] == pytest.approx(0.6)
+    for line in followed:
+        assert line["expected_sparsity"] == pytest.approx(
+            line["target_sparsity"], abs=1e-4
+        )
 
 
 def test_checkpoints_are_bounded(finished):
     workdir, _ = finished
-    for stage in STAGES:
+    for stage in EPOCHS:
         assert len(list((workdir / "checkpoints" / stage).iterdir())) <= 2
 
 
@@ -172,9 +199,9 @@ def test_a_finished_run_is_only_shown_again(finished, capsys):
 def test_killed_runs_end_with_the_same_bits(config_file, finished, tmp_path):
     workdir, _ = finished
     rng = random.Random(1)
-    moments = moments_of(workdir, 3, rng)
+    moments = moments_of(workdir, 5, rng)[2:]  # teacher's and pre-pruning's are quick
     with open(tmp_path / "log", "w") as log:
         run_with_kills(config_file, tmp_path / "pieces", moments, rng, log)
     assert "Traceback" not in (tmp_path / "log").read_text()
-    for model in ("teacher", "pruned"):
+    for model in ("teacher", "pruned-40", "pruned-60"):
         assert not differing(workdir / model, tmp_path / "pieces" / model)

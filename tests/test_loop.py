@@ -475,6 +475,7 @@ def test_a_stage_that_only_harms_returns_its_start(stage, tmp_path):
         config,
         tmp_path,
         tasks.find(config.data),
+        sizes,
         dataclasses.replace(rows, labels=1 - known),
         {"validation": dataclasses.replace(rows, labels=known)},
         log,
@@ -483,7 +484,8 @@ def test_a_stage_that_only_harms_returns_its_start(stage, tmp_path):
         found, _ = stages.train_teacher(run, model, params)
     else:
         student = stages.Student(params, jnp.eye(8))
-        found, _ = stages.finetune(run, model, student, None)
+        stair = stages.stairs(config.prune.targets)[0]
+        (found, _), _ = stages.finetune(run, stair, model, student, None)
     scores = [x["score"] for x in log_lib.read_metrics(log.path) if "score" in x]
     assert scores[0] == 1 > max(scores[1:])
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -508,9 +510,11 @@ def test_stages_see_the_same_rows_in_other_orders(tmp_path, monkeypatch):
     monkeypatch.setattr(stages.Run, "score", lambda *_: 0.0)
     log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
     validation = {"validation": rows}
-    run = stages.Run(config, tmp_path, tasks.find(config.data), rows, validation, log)
+    task = tasks.find(config.data)
+    run = stages.Run(config, tmp_path, task, sizes, rows, validation, log)
     student, _ = stages.preprune(run, model, params, None)
-    stages.learn_masks(run, model, student, None)
+    stair = stages.stairs(config.prune.targets)[0]
+    stages.learn_masks(run, stair, model, student, None)
     assert len(seen) == 8
     first, second = sum(seen[:4], []), sum(seen[4:], [])
     assert first != second and sorted(first) == sorted(second)

@@ -11,7 +11,7 @@ def figures(task, target, model="bert-base-uncased", kinds=KINDS, **distill):
     config = Config()
     config.data.task = task
     config.model.path = model
-    config.prune.target_sparsity = target
+    config.prune.targets = (target,)
     config.prune.kinds = kinds
     for name, value in distill.items():
         setattr(config.distill, name, value)

@@ -156,12 +156,12 @@ def get_config(argument):
     config.prune.prepruning_epochs = 0
     config.prune.warmup_epochs = 1
     config.prune.mask_learning_rate = 2.0
-    config.prune.target_sparsity = 0.5
+    config.prune.targets = (0.5,)
     config.distill.layers = 0.0
     config.finetune.epochs = 1
     config.benchmark.repeats = 2
     if argument == "large":
-        config.prune.target_sparsity = 0.3
+        config.prune.targets = (0.3,)
     if argument == "lost":
         config.teacher.path = "./no-such-folder"
     return config
@@ -318,8 +318,8 @@ BAD = {
     "stray": (["--config={tiny}:plain", "0.9"], ["'0.9'"]),
     "field": (["--config={tiny}:plain", "--config.foo=1"], ["config.foo='1'"]),
     "value": (
-        ["--config={tiny}:plain", "--config.prune.target_sparsity=2"],
-        ["prune.target_sparsity=2.0", "[0, 1)"],
+        ["--config={tiny}:plain", "--config.prune.targets=2"],
+        ["prune.targets=", "[0, 1)"],
     ),
     "task": (["--config={tiny}:plain", "--config.data.task=x"], ["data.task='x'"]),
 }

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
@@ -25,6 +26,10 @@ from cofi_jax.pruning.masks import (
     prob_active,
 )
 from cofi_jax.pruning.transforms import MaskTransform
+
+# P(mask > 0) of a log-alpha that far from 0 is 0 or 1 in float32.
+_FAR = 20.0
+_BISECTIONS = 32
 
 
 def expected_sparsity(
@@ -52,10 +57,22 @@ def max_sparsity(
     return float(1 - left / cost.exact({}, config))
 
 
-def target_at(step: jax.Array, target: jax.Array, warmup_steps: jax.Array) -> jax.Array:
-    """The target at `step`: linear from 0 to `target` over `warmup_steps`."""
+def target_at(
+    step: jax.Array, target: jax.Array, warmup_steps: jax.Array, start: ArrayLike = 0.0
+) -> jax.Array:
+    """The target at `step`: linear from `start` to `target` over `warmup_steps`."""
     risen = step / jnp.maximum(warmup_steps, 1)
-    return target * jnp.where(step < warmup_steps, risen, 1.0)
+    return start + (target - start) * jnp.where(step < warmup_steps, risen, 1.0)
+
+
+def of_part(sparsity: ArrayLike, share: ArrayLike) -> Any:
+    """The sparsity of a part that has `share` of the whole's cost, from the whole's."""
+    return 1 - (1 - sparsity) / share
+
+
+def of_whole(sparsity: ArrayLike, share: ArrayLike) -> Any:
+    """The inverse of `of_part`."""
+    return 1 - (1 - sparsity) * share
 
 
 def lagrangian(
@@ -64,6 +81,45 @@ def lagrangian(
     """l1 * (s - t) + l2 * (s - t)**2 (paper, section 3.1); scalar."""
     gap = sparsity - target
     return multipliers["linear"] * gap + multipliers["quadratic"] * gap**2
+
+
+def at_target(
+    log_alpha: LogAlpha,
+    config: EncoderConfig,
+    target: ArrayLike,
+    cost: Cost = PARAMETERS,
+) -> LogAlpha:
+    """The log-alphas moved by a common offset, so that they meet the target exactly.
+
+    The offset is found by bisection: the more is subtracted from all log-alphas, the
+    lower is the expected cost. It has no gradient, so what a mask gains by its own
+    gradient the others lose together, and no multiplier is needed.
+
+    Args:
+      log_alpha: of the pruned kinds, without bounds; padding is -inf.
+      config: the sizes of the model that is pruned.
+      target: the expected sparsity, scalar; one that cannot be reached is missed by as
+        little as possible.
+      cost: what sparsity is a fraction of.
+
+    Returns:
+      Log-alphas of the same shapes. Their expected sparsity is the target to about
+      1e-5, which is what float32 leaves.
+    """
+    fixed = jax.lax.stop_gradient(dict(log_alpha))
+    finite = [jnp.where(jnp.isfinite(v), v, 0) for v in fixed.values()]
+    # Beyond this distance from all log-alphas every mask is open, or every one closed.
+    widest = _FAR + jnp.stack([jnp.abs(v).max() for v in finite]).max()
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        moved = {kind: value - middle for kind, value in fixed.items()}
+        enough = expected_sparsity(moved, config, cost) >= target
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, offset = jax.lax.fori_loop(0, _BISECTIONS, halve, (-widest, widest))
+    return {kind: value - offset for kind, value in log_alpha.items()}
 
 
 def target_count(target: float, full: int) -> int:

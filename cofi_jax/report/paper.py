@@ -79,7 +79,7 @@ def figures(config: Config) -> dict[str, Any] | None:
     The result is None where the paper has nothing on the task, target, encoder or
     ablation of the config. The rest of the config may differ from the paper's recipe.
     """
-    task, target = config.data.task, round(config.prune.target_sparsity, 4)
+    task, target = config.data.task, round(config.prune.targets[-1], 4)
     variant = _variant(config)
     if variant == "full" and target in _FULL.get(task, {}):
         score, speedup, source = _FULL[task][target]

@@ -2,7 +2,7 @@
 
 --config configs/demo.py                  the config that its `get_config()` returns
 --config configs/paper.py:sst2,0.95       that of `get_config("sst2,0.95")`
---config.prune.target_sparsity=0.9        another value for one of its fields
+--config.prune.targets=0.9                another value for one of its fields
 --config.prune.kinds=head,ffn             the same of several values
 """
 

@@ -16,7 +16,7 @@ from cofi_jax.evaluation import latency
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost
 from cofi_jax.report import figures, pages
-from cofi_jax.run.stages import Run
+from cofi_jax.run.stages import Run, Stair
 from cofi_jax.training.log import read_metrics
 
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -32,6 +32,7 @@ class Slicing(NamedTuple):
 
 def collect(
     run: Run,
+    stair: Stair,
     models: Mapping[str, tuple[Encoder, dict]],
     teacher_scores: Mapping[str, Mapping[str, float]],
     sliced: Slicing,
@@ -41,6 +42,7 @@ def collect(
 
     Args:
       run: what the stages shared.
+      stair: which of the run's models it is.
       models: the modules and parameters: `dense`, the teacher's, and `pruned`.
       teacher_scores: the teacher's metrics, by validation split.
       sliced: the figures from before fine-tuning.
@@ -64,7 +66,7 @@ def collect(
             "scores": scores,
         },
         "sparsity": sliced.sparsity,
-        "target_sparsity": config.prune.target_sparsity,
+        "target_sparsity": stair.target,
         "params": {
             "encoder": {k: cost.num_params({}, size) for k, size in sizes.items()},
             "total": {

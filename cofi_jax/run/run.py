@@ -65,7 +65,14 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         validation = dict(inputs.examples)
         train = validation.pop("train")
         shared = stages.Run(
-            config, workdir, inputs.task, train, validation, log, digest
+            config,
+            workdir,
+            inputs.task,
+            inputs.model.config,
+            train,
+            validation,
+            log,
+            digest,
         )
         return _stages(shared, inputs)
 
@@ -169,25 +176,43 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
     if config.distill.logits or config.distill.layers:
         teacher = TeacherCache(dense, params, config.distill)
     student, seconds["prepruning"] = stages.preprune(run, dense, params, teacher)
-    student, masks, seconds["prune"] = stages.learn_masks(run, dense, student, teacher)
-    small, student, spec, figures = _slice(run, dense, student, masks)
-    pruned, seconds["finetune"] = stages.finetune(run, small, student, teacher)
+    model, spec, reports = dense, None, []
+    for stair in stages.stairs(config.prune.targets):
+        taken = dict(seconds)
+        student, masks, taken["prune"] = stages.learn_masks(
+            run, stair, model, student, teacher
+        )
+        model, student, cut, figures = _slice(run, stair, model, student, masks)
+        spec = cut if spec is None else spec.compose(cut)
+        student, taken["finetune"] = stages.finetune(
+            run, stair, model, student, teacher
+        )
+        models = {"dense": (dense, params), "pruned": (model, student.params)}
+        reports.append(
+            _save_pruned(run, stair, inputs, models, spec, scores, figures, taken)
+        )
+    report = reports[-1] | ({"family": reports} if len(reports) > 1 else {})
+    distributed.on_process_zero(lambda: results.write(run, report))
+    return report
+
+
+def _save_pruned(run, stair, inputs, models, spec, scores, figures, seconds):
+    """Saves one of the run's models: the report that stands in it."""
+    (dense, _), (model, params) = models["dense"], models["pruned"]
+    path = run.workdir / f"pruned{stair.suffix}"
 
     def save():
-        models = {"dense": (dense, params), "pruned": (small, pruned)}
-        report = results.collect(run, models, scores, figures, seconds)
+        report = results.collect(run, stair, models, scores, figures, seconds)
         about = {
             "dense": dataclasses.asdict(dense.config),
             "sparsity": report["sparsity"],
             "report": report,
         }
-        _save(run, "pruned", pruned, small.config, spec, inputs.tokenizer, about)
+        _save(run, path.name, params, model.config, spec, inputs.tokenizer, about)
 
-    path = run.workdir / "pruned"
-    artefacts.settle(path, run.made_from(params, pruned), save)
-    report = saved_model.read_about(path)[2]["report"]
-    distributed.on_process_zero(lambda: results.write(run, report))
-    return report
+    made_from = run.made_from(models["dense"][1], params)
+    artefacts.settle(path, made_from, save)
+    return saved_model.read_about(path)[2]["report"]
 
 
 def _save_teacher(run, inputs, params) -> dict[str, dict[str, float]]:
@@ -204,22 +229,24 @@ def _save_teacher(run, inputs, params) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _slice(run, dense, student, masks):
-    """The small model, which computes what the masked one computes.
+def _slice(run, stair, model, student, masks):
+    """The smaller model, which computes what the masked one computes.
 
     Returns:
-      The module, the student with its parameters, what was kept of the dense model, and
-      the part of the report that is known before fine-tuning.
+      The module, the student with its parameters, what was kept of `model`, and the
+      part of the report that is known before fine-tuning.
     """
-    masked = run.exact_logits(dense, student.params, masks)
-    params, spec = slicing.prune(student.params, masks, dense.config)
-    small = Encoder(spec.config(dense.config))
+    masked = run.exact_logits(model, student.params, masks)
+    params, spec = slicing.prune(student.params, masks, model.config)
+    small = Encoder(spec.config(model.config))
     difference = np.abs(run.exact_logits(small, params) - masked).max()
     if not difference <= _MAX_DIFFERENCE * max(1.0, np.abs(masked).max()):
         raise RuntimeError(f"masked and sliced model differ by {difference}")
-    removed, score = cost.exact_sparsity(masks, dense.config), run.score(small, params)
+    left = cost.num_params({}, small.config)
+    removed = 1 - left / cost.num_params({}, run.dense)
+    metric, score = run.task.metrics[0], run.score(small, params)
     print(
-        f"sliced: sparsity {removed:.4f}, {run.task.metrics[0]} {score:.4f}, differs "
+        f"sliced{stair.suffix}: sparsity {removed:.4f}, {metric} {score:.4f}, differs "
         f"from the masked model by at most {difference:.1e}",
         flush=True,
     )

@@ -190,10 +190,10 @@ def _check_model(
     path = config.teacher.path or config.model.path
     huggingface.check_tokenizer(tokenizer, sizes, field=field, path=path)
     highest = constraint.max_sparsity(sizes, config.prune.kinds)
-    if config.prune.target_sparsity > highest:
+    if config.prune.targets[-1] > highest:
         raise reject(
-            "prune.target_sparsity",
-            config.prune.target_sparsity,
+            "prune.targets",
+            config.prune.targets,
             f"masks of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
         )
 

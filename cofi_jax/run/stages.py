@@ -1,14 +1,19 @@
 """The stages of a run: calls of the same `fit` with another objective.
 
 teacher -> prepruning -> prune -> (slice) -> finetune
+
+With several targets, prune, slice and finetune run once for each of them, like the
+steps of a stair: each cuts the model that the one before has made.
 """
 
 import dataclasses
 import functools
 import io
+import itertools
 import pathlib
 import sys
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,17 +27,43 @@ from cofi_jax.data import batches, tasks
 from cofi_jax.data.metrics import main_score
 from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder
+from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, cost, transforms
 from cofi_jax.pruning import masks as masks_lib
-from cofi_jax.pruning.masks import Masks
+from cofi_jax.pruning.importance import seed_log_alpha
+from cofi_jax.pruning.masks import LogAlpha, Masks
 from cofi_jax.run import artefacts
+from cofi_jax.training import importance, loop, objectives, step
 from cofi_jax.training import log as log_lib
-from cofi_jax.training import loop, objectives, step
 from cofi_jax.training.objectives import whole_params
 from cofi_jax.training.teacher import TeacherCache
 
 # The final masks may miss the target by this much, see `constraint.final_masks`.
 _TOLERANCE = 1e-3
+
+
+class Stair(NamedTuple):
+    """One of the models that a run makes.
+
+    Attributes:
+      target: the sparsity, as a fraction of the dense model's cost.
+      suffix: what follows the names of its stages and files: "-60", or "" where the run
+        makes one model only.
+      last: whether no smaller model follows.
+    """
+
+    target: float
+    suffix: str
+    last: bool
+
+
+def stairs(targets: Sequence[float]) -> list[Stair]:
+    """The models of a run in the order in which they are made."""
+    many = len(targets) > 1
+    return [
+        Stair(target, f"-{100 * target:g}" if many else "", target == targets[-1])
+        for target in targets
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +74,7 @@ class Run:
       config: the settings.
       workdir: the folder of the run.
       task: the task.
+      dense: the sizes of the dense model.
       train: the training rows that the stages choose from.
       validation: the rows of each validation split; the first one decides.
       log: the run's log.
@@ -52,6 +84,7 @@ class Run:
     config: config_lib.Config
     workdir: pathlib.Path
     task: tasks.Task
+    dense: EncoderConfig
     train: batches.Examples
     validation: dict[str, batches.Examples]
     log: log_lib.MetricsLog | distributed.NullLog
@@ -109,6 +142,7 @@ class Run:
         teacher: TeacherCache | None = None,
         rates: dict[str, step.Rate] | None = None,
         context: dict[str, Any] | None = None,
+        evaluate: Callable[[dict, dict], loop.Evaluation] | None = None,
         **trainable: Any,
     ) -> tuple[step.TrainState, float]:
         """Runs a stage, or what is left of it.
@@ -121,6 +155,7 @@ class Run:
           teacher: what it imitates, or None.
           rates: the learning rates of what is not a weight, see `step.create_state`.
           context: what the objective reads beside parameters and batch.
+          evaluate: maps (trainable, frozen) to an evaluation; by default the score.
           **trainable: what is trained beside the parameters, see `step.create_state`.
 
         Returns:
@@ -130,7 +165,9 @@ class Run:
         rows, steps = self._rows(stage), self.steps(stage)
         # The decay of pre-pruning is that of the whole pruning, which is cut short: it
         # starts afresh, from the full rate, when the masks begin to move.
-        scheduled = self.steps(stage, settings.epochs) if stage != "prune" else steps
+        scheduled = steps
+        if stage == "prepruning":
+            scheduled = self.steps(stage, settings.epochs)
         warmup_steps = config.teacher.warmup_steps if stage == "teacher" else 0
         rate = step.learning_rate(
             settings.learning_rate, settings.schedule, scheduled, warmup_steps
@@ -161,7 +198,7 @@ class Run:
                     stage=stage,
                 ),
                 total_steps=steps,
-                evaluate=functools.partial(self._evaluate, model),
+                evaluate=evaluate or functools.partial(self._evaluate, model),
                 checkpoints=saved,
                 log=self.log,
                 every=loop.Every(
@@ -170,36 +207,48 @@ class Run:
                 teacher_outputs=teacher
                 and teacher.of(rows, self.buckets, settings.batch_size),
                 # The start of pruning is dense, and pre-pruning returns its last state.
-                start_counts=stage in ("teacher", "finetune"),
+                start_counts=_kind(stage) in ("teacher", "finetune"),
             )
             state, seconds = loop.fit(distributed.replicate(state), stage_loop)
         return distributed.local(state), seconds
 
     def steps(self, stage: str, epochs: int | None = None) -> int:
         """The optimizer steps in all of a stage's epochs, or in so many."""
-        settings, before = self._settings(stage), self.config.prune.prepruning_epochs
+        settings, prune = self._settings(stage), self.config.prune
         if epochs is None:
-            left = {"prepruning": before, "prune": self.config.prune.epochs - before}
-            epochs = left.get(stage, settings.epochs)
+            between = stage.startswith("finetune-") and not stage.endswith(self._last)
+            epochs = {
+                "prepruning": prune.prepruning_epochs,
+                "prune": prune.epochs - prune.prepruning_epochs,
+                "finetune": between and prune.recover_epochs or settings.epochs,
+            }.get(_kind(stage), settings.epochs)
         rows = settings.train_rows or len(self.train)
         return epochs * batches.steps_per_epoch(rows, settings.batch_size)
 
+    @property
+    def _last(self) -> str:
+        return stairs(self.config.prune.targets)[-1].suffix
+
     def _settings(self, stage) -> config_lib.Stage:
-        return getattr(self.config, "prune" if stage == "prepruning" else stage)
+        return getattr(self.config, _section(stage))
 
     def _rows(self, stage) -> batches.Examples:
+        field = f"{_section(stage)}.train_rows"
         rows = self._settings(stage).train_rows
-        return batches.first_rows(self.train, rows, field=f"{stage}.train_rows")
+        return batches.first_rows(self.train, rows, field=field)
 
     def _evaluate(self, model, trainable, frozen) -> loop.Evaluation:
-        prune, params = self.config.prune, whole_params(trainable, frozen)
-        if "log_alpha" not in trainable:
-            return loop.Evaluation(self.score(model, params))
-        masks = masks_lib.evaluation_masks(distributed.local(trainable["log_alpha"]))
-        removed = cost.exact_sparsity(masks, model.config)
-        met = removed >= prune.target_sparsity - prune.sparsity_epsilon
-        score = self.score(model, params, masks)
-        return loop.Evaluation(score, met, {"sparsity": removed})
+        return loop.Evaluation(self.score(model, whole_params(trainable, frozen)))
+
+
+def _kind(stage: str) -> str:
+    """The name of a stage without its target."""
+    return stage.partition("-")[0]
+
+
+def _section(stage: str) -> str:
+    """The section of the config that a stage's settings are in."""
+    return "prune" if stage == "prepruning" else _kind(stage)
 
 
 class Student(NamedTuple):
@@ -239,66 +288,113 @@ def preprune(
 
 
 def learn_masks(
-    run: Run, model: Encoder, student: Student, teacher: TeacherCache | None
+    run: Run,
+    stair: Stair,
+    model: Encoder,
+    student: Student,
+    teacher: TeacherCache | None,
 ) -> tuple[Student, Masks, float]:
-    """Prunes: the dense student, masks that meet the target, and the seconds taken."""
-    settings, steps = run.config.prune, run.steps("prune")
-    rates = {
-        "masks": (settings.mask_learning_rate, settings.mask_schedule),
-        "multipliers": (
+    """Prunes `model`: the student, masks that meet the target, and the time taken."""
+    settings, stage = run.config.prune, f"prune{stair.suffix}"
+    steps = run.steps(stage)
+    share = cost.num_params({}, model.config) / cost.num_params({}, run.dense)
+    rates = {"masks": (settings.mask_learning_rate, settings.mask_schedule)}
+    trainable: dict[str, Any] = {}
+    if settings.constraint == "lagrangian":
+        rates["multipliers"] = (
             settings.multiplier_learning_rate,
             settings.multiplier_schedule,
-        ),
-    }
+        )
+        trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
+
+    def settled(log_alpha):
+        """Log-alphas whose expected sparsity is held at the target."""
+        if settings.constraint == "lagrangian":
+            return log_alpha
+        target = constraint.of_part(stair.target, share)
+        return constraint.at_target(log_alpha, model.config, target)
+
+    def evaluate(trainable, frozen):
+        log_alpha = distributed.local(trainable["log_alpha"])
+        masks = masks_lib.evaluation_masks(settled(log_alpha))
+        removed = constraint.of_whole(cost.exact_sparsity(masks, model.config), share)
+        met = removed >= stair.target - settings.sparsity_epsilon
+        score = run.score(model, whole_params(trainable, frozen), masks)
+        return loop.Evaluation(score, met, {"sparsity": removed})
+
     state, seconds = run.fit(
-        "prune",
+        stage,
         model,
         student.params,
         objectives.PruningObjective(model, run.config.distill),
         teacher=teacher,
         rates={k: step.learning_rate(*rate, steps) for k, rate in rates.items()},
         context={
-            "target_sparsity": np.float32(settings.target_sparsity),
-            "warmup_steps": np.int32(run.steps("prune", settings.warmup_epochs)),
+            "target_sparsity": np.float32(stair.target),
+            "warmup_steps": np.int32(run.steps(stage, settings.warmup_epochs)),
+            "share": np.float32(share),
         },
+        evaluate=evaluate,
         distill_projection=student.projection,
-        log_alpha=masks_lib.init_log_alpha(
-            model.config, jax.random.key(run.config.seed), settings.kinds
-        ),
-        multipliers={"linear": 0.0, "quadratic": 0.0},
+        log_alpha=_first_log_alpha(run, stage, model, student.params),
+        **trainable,
     )
-    trainable = state.best
+    best = state.best
     if not jnp.isfinite(state.best_score):
-        trainable = state.trainable
-        least = settings.target_sparsity - settings.sparsity_epsilon
+        best = state.trainable
+        least = stair.target - settings.sparsity_epsilon
         print(
-            f"warning: prune: no evaluation found a sparsity of {least:.4g} or more; "
+            f"warning: {stage}: no evaluation found a sparsity of {least:.4g} or more; "
             "the last masks are shifted to the target. More epochs or higher rates "
             "of masks and multipliers would do",
             file=sys.stderr,
         )
-    masks = _final_masks(run, model, trainable["log_alpha"])
-    params = whole_params(trainable, state.frozen)
-    return Student(params, trainable["distill_projection"]), masks, seconds
+    masks = _final_masks(run, stair, model, settled(best["log_alpha"]), share)
+    params = whole_params(best, state.frozen)
+    return Student(params, best["distill_projection"]), masks, seconds
 
 
-def _final_masks(run, model, log_alpha) -> Masks:
+def _first_log_alpha(run, stage, model, params) -> LogAlpha:
+    settings = run.config.prune
+    if settings.seeds == "equal":
+        key = jax.random.key(run.config.seed)
+        return masks_lib.init_log_alpha(model.config, key, settings.kinds)
+    stream = batches.stream(
+        run._rows(stage),
+        batch_size=settings.batch_size,
+        buckets=run.buckets,
+        seed=run.config.seed,
+        stage=f"importance of {stage}",
+    )
+    some = itertools.islice(stream, settings.seed_batches)
+    found = importance.importance(
+        model,
+        distributed.replicate(params),
+        (distributed.shard(batch) for _, batch in some),
+        kinds=settings.kinds,
+    )
+    found = distributed.local(found)
+    return seed_log_alpha(found, model.config, spread=settings.seed_spread)
+
+
+def _final_masks(run, stair, model, log_alpha, share) -> Masks:
     """The content of `masks.npz`.
 
     They are always read from the file: the widths that they are rounded to depend on
     the kind of device, and a run may go on on another kind.
     """
-    settings, path = run.config.prune, run.workdir / "masks.npz"
+    settings, path = run.config.prune, run.workdir / f"masks{stair.suffix}.npz"
 
     def make():
         transform = transforms.chain()
         if settings.round_widths:
             transform = transforms.round_to_device(config=model.config)
-        target = settings.target_sparsity
+        target = constraint.of_part(stair.target, share)
         found = constraint.final_masks(log_alpha, model.config, target, transform)
-        removed = cost.exact_sparsity(found, model.config)
-        if not removed >= target - _TOLERANCE:
-            raise RuntimeError(f"masks of sparsity {removed:.4f} miss target {target}")
+        removed = constraint.of_whole(cost.exact_sparsity(found, model.config), share)
+        if not removed >= stair.target - _TOLERANCE:
+            text = f"masks of sparsity {removed:.4f} miss target {stair.target}"
+            raise RuntimeError(text)
         file = io.BytesIO()
         np.savez(file, **found)
         files.write_atomically(path, file.getvalue())
@@ -311,15 +407,20 @@ def _final_masks(run, model, log_alpha) -> Masks:
 
 
 def finetune(
-    run: Run, model: Encoder, student: Student, teacher: TeacherCache | None
-) -> tuple[dict, float]:
-    """Distills into the sliced `model`: its best parameters, and the seconds taken."""
+    run: Run,
+    stair: Stair,
+    model: Encoder,
+    student: Student,
+    teacher: TeacherCache | None,
+) -> tuple[Student, float]:
+    """Distills into the sliced `model`: the best student, and the seconds taken."""
     state, seconds = run.fit(
-        "finetune",
+        f"finetune{stair.suffix}",
         model,
         student.params,
         objectives.DistillationObjective(model, run.config.distill),
         teacher=teacher,
         distill_projection=student.projection,
     )
-    return whole_params(state.best, state.frozen), seconds
+    params = whole_params(state.best, state.frozen)
+    return Student(params, state.best["distill_projection"]), seconds

@@ -144,10 +144,13 @@ def task_objective(model: Encoder) -> DistillationObjective:
 
 @dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes what it compiles
 class PruningObjective:
-    """Imitation under sampled masks, and the Lagrangian of the sparsity constraint.
+    """Imitation under sampled masks whose expected sparsity is held at a target.
 
-    The context holds the scalars `target_sparsity`, `warmup_steps` and `step`. Beside
-    what `DistillationObjective` needs, `trainable` holds `log_alpha` and `multipliers`.
+    Where `trainable` holds `multipliers`, the Lagrangian of the paper holds it there;
+    otherwise a common offset of all log-alphas does, see `constraint.at_target`. The
+    context holds the scalars `step`, `target_sparsity`, `warmup_steps`, and `share`:
+    the part of the dense model's cost that the student has, as sparsity is always that
+    of the dense model.
     """
 
     student: Encoder
@@ -158,21 +161,28 @@ class PruningObjective:
         self, trainable: dict, frozen: dict, context: dict, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """The loss of a batch; its terms, the sparsity and the multipliers."""
-        log_alpha, multipliers = trainable["log_alpha"], trainable["multipliers"]
+        config, share = self.student.config, context["share"]
+        log_alpha, multipliers = trainable["log_alpha"], trainable.get("multipliers")
+        target = constraint.target_at(
+            context["step"],
+            context["target_sparsity"],
+            context["warmup_steps"],
+            start=1 - share,
+        )
+        if multipliers is None:
+            own_target = constraint.of_part(target, share)
+            log_alpha = constraint.at_target(log_alpha, config, own_target, self.cost)
         masks = masks_lib.sample(log_alpha, key_for(key, "masks"))
         imitate = DistillationObjective(self.student, self.distill)
         loss, metrics = imitate(trainable, frozen, context, batch, key, masks)
-        expected = constraint.expected_sparsity(
-            log_alpha, self.student.config, self.cost
-        )
-        target = constraint.target_at(
-            context["step"], context["target_sparsity"], context["warmup_steps"]
-        )
+        expected = constraint.expected_sparsity(log_alpha, config, self.cost)
+        expected = constraint.of_whole(expected, share)
+        metrics |= {"expected_sparsity": expected, "target_sparsity": target}
+        if multipliers is None:
+            return loss, metrics
         penalty = constraint.lagrangian(expected, target, multipliers)
         return loss + penalty, metrics | {
             "loss_lagrangian": penalty,
-            "expected_sparsity": expected,
-            "target_sparsity": target,
             "multiplier_linear": multipliers["linear"],
             "multiplier_quadratic": multipliers["quadratic"],
         }

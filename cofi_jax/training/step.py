@@ -185,7 +185,8 @@ def train_step(
         gradients, state.optimizer, state.trainable
     )
     trainable: Any = optax.apply_updates(state.trainable, updates)
-    if "log_alpha" in trainable:
+    if "multipliers" in trainable:
+        # Where the constraint is exact, no gradient goes through the probabilities.
         trainable["log_alpha"] = masks.clamp(trainable["log_alpha"])
     state = state.replace(
         step=state.step + 1, trainable=trainable, optimizer=optimizer_state
