@@ -14,6 +14,7 @@ from cofi_jax import distributed as distributed_lib
 from cofi_jax.report import tables
 from cofi_jax.run import cli
 from cofi_jax.run.run import run
+from cofi_jax.run.stages import saved_as, stairs
 
 
 @commands.program
@@ -29,7 +30,9 @@ def main(argv: list[str]) -> int:
 @commands.program  # An error that leaves the block above would end all processes.
 def _run(config, workdir):
     result = run(config, workdir)
-    print(f"\n{tables.table(result)}\n\nWritten to {workdir}: report.html, pruned/")
+    models = [f"{saved_as(workdir, x).name}/" for x in stairs(config.prune.targets)]
+    names = ", ".join(["report.html", *models])
+    print(f"\n{tables.table(result)}\n\nWritten to {workdir}: {names}")
     return 0
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +85,14 @@ def collect(
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     }
+
+
+def of_run(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of a run that made these models: that of the smallest one.
+
+    Where there are several, `family` has the reports of all, the largest model first.
+    """
+    return reports[-1] | ({"family": list(reports)} if len(reports) > 1 else {})
 
 
 def write(run: Run, report: dict[str, Any]) -> None:

@@ -131,14 +131,15 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
 
 
 def _finished(config, workdir) -> dict[str, Any] | None:
-    """The report of a run that is complete: that of the pruned model beside it."""
+    """The report of a run that is complete: those of the models beside it."""
     check_workdir(config, workdir)
+    paths = [stages.saved_as(workdir, x) for x in stages.stairs(config.prune.targets)]
     try:
         report = read_report(workdir / "report.json", "workdir")
-        saved = saved_model.read_about(workdir / "pruned")[2]["report"]
+        saved = [saved_model.read_about(path)[2]["report"] for path in paths]
     except (OSError, ValueError, KeyError):  # not there, or damaged
         return None
-    return report if report == saved else None
+    return report if report == results.of_run(saved) else None
 
 
 def _begin(config, workdir, held) -> tuple[str, str]:
@@ -191,7 +192,7 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
         reports.append(
             _save_pruned(run, stair, inputs, models, spec, scores, figures, taken)
         )
-    report = reports[-1] | ({"family": reports} if len(reports) > 1 else {})
+    report = results.of_run(reports)
     distributed.on_process_zero(lambda: results.write(run, report))
     return report
 
@@ -199,7 +200,7 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
 def _save_pruned(run, stair, inputs, models, spec, scores, figures, seconds):
     """Saves one of the run's models: the report that stands in it."""
     (dense, _), (model, params) = models["dense"], models["pruned"]
-    path = run.workdir / f"pruned{stair.suffix}"
+    path = stages.saved_as(run.workdir, stair)
 
     def save():
         report = results.collect(run, stair, models, scores, figures, seconds)

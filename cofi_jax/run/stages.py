@@ -66,6 +66,11 @@ def stairs(targets: Sequence[float]) -> list[Stair]:
     ]
 
 
+def saved_as(workdir: pathlib.Path, stair: Stair) -> pathlib.Path:
+    """The folder of one of the models that a run makes."""
+    return workdir / f"pruned{stair.suffix}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What all stages share.
