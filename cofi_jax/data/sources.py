@@ -1,7 +1,6 @@
 """Rows of a task, read from the hub or from files; every row is checked."""
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import re
@@ -38,12 +37,11 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     Raises:
       UserError: a source is missing or cannot be read, or its rows are not the task's.
     """
-    parts = {split: [_read_split(task, split)] for split in splits}
+    parts = {split: [_checked(task, _read_split(task, split))] for split in splits}
     if task.extra_file and "train" in splits:
         field = "data.extra_file", task.extra_file
-        parts["train"].append(_read_file(field, task, pathlib.Path(task.extra_file)))
-    for part in itertools.chain(*parts.values()):
-        _check(task, part)
+        part = _read_file(field, task, pathlib.Path(task.extra_file))
+        parts["train"].append(_checked(task, part))
     # The order of names that were read off the rows is nobody's choice.
     numbered = bool(task.labels)
     if task.problem.names_classes and not task.labels:
@@ -147,10 +145,11 @@ def _load_from_hub(task: Task, split: str) -> "pyarrow.Table":
         raise errors.reject(*field, problem) from error
 
 
-def _check(task: Task, part: _Part) -> None:
-    """Raises UserError where a column is missing or a text is none."""
+def _checked(task: Task, part: _Part) -> _Part:
+    """The part, unless a column is missing or a text is none: a UserError."""
     if problem := next(_problems(task, part.table), None):
         raise errors.reject(*part.field, f"{part.source}{problem}")
+    return part
 
 
 def _problems(task: Task, table: "pyarrow.Table") -> Iterator[str]:
