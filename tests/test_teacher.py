@@ -185,7 +185,7 @@ def test_the_memory_is_said_before(tiny, examples, capsys, monkeypatch, cache):
         monkeypatch.setattr(teacher_lib, "_free_memory", lambda where, free=free: free)
         if enough:
             teacher_lib.check_teacher_cache(config, tiny, examples)
-            assert f"22 rows of {tokens - 1} tokens" in capsys.readouterr().out
+            assert f"22 rows of {tokens - 1} tokens" in capsys.readouterr().err
         else:
             with pytest.raises(UserError, match=f"distill.cache='{cache}'.* GB are"):
                 teacher_lib.check_teacher_cache(config, tiny, examples)
@@ -194,7 +194,7 @@ def test_the_memory_is_said_before(tiny, examples, capsys, monkeypatch, cache):
 def test_nothing_is_said_where_nothing_is_kept(tiny, examples, capsys):
     for distill in (Distill(), Distill(0.0, 0.0, cache="host")):
         teacher_lib.check_teacher_cache(Config(distill=distill), tiny, examples)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
 
 
 def test_free_memory_is_a_number():

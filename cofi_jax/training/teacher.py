@@ -10,6 +10,7 @@ bucket are kept; a batch with a row that `epoch_plan` moved up is computed each 
 
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,8 +143,9 @@ def check_teacher_cache(
         legal = f"the teacher outputs need {needed} GB, {free} GB are free"
         raise reject("distill.cache", distill.cache, legal)
     print(
-        f"teacher_cache: {count:,} rows of {tokens:,} tokens take up to "
+        f"distill.cache: {count:,} rows of {tokens:,} tokens take up to "
         f"{size / 1e9:.2f} GB of the {distill.cache}'s memory",
+        file=sys.stderr,
         flush=True,
     )
 
