@@ -18,6 +18,8 @@ from cofi_jax.pruning import masks, transforms
 from cofi_jax.pruning.cost import num_params
 from cofi_jax.pruning.slicing import prune, spec_of
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SUBSETS = [
     subset for size in range(1, 6) for subset in itertools.combinations(KINDS, size)
 ]

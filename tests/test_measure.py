@@ -11,6 +11,8 @@ from cofi_jax.data.batches import Examples
 from cofi_jax.data.squad import Questions
 from cofi_jax.evaluation import evaluate
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 RNG = np.random.default_rng(0)
 
 

@@ -10,6 +10,8 @@ from cofi_jax.data import toy
 from cofi_jax.evaluation import predict as predict_lib
 from cofi_jax.models.config import EncoderConfig
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 TEXTS = [sentence for sentence, _ in toy.generate(75, 0)]
 LENGTHS = (8, 16, 24)  # the padded lengths
 

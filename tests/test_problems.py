@@ -23,6 +23,8 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import model_card
 from cofi_jax.training import objectives
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WORDS = ("acting", "plot", "script")  # a row has each label whose word is in its text
 
 

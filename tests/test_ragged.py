@@ -18,6 +18,8 @@ from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning import constraint, cost, masks, slicing, transforms
 from cofi_jax.training.losses import alive_layers
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 WIDTHS = {"head": (3, 0, 1), "intermediate": (5, 2, 0)}
 
 SUBSETS = [

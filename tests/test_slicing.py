@@ -20,6 +20,8 @@ from cofi_jax.pruning import masks as masks_lib
 from cofi_jax.pruning import transforms
 from cofi_jax.pruning.slicing import PrunedSpec, expand, fold, prune, spec_of, take
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SUBSETS = [s for n in range(1, 6) for s in itertools.combinations(KINDS, n)]
 
 

@@ -16,6 +16,8 @@ from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning import constraint, cost, masks, transforms
 from cofi_jax.pruning.slicing import prune
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LOW, HIGH = math.log(0.01), math.log(100)
 
 

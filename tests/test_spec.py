@@ -11,6 +11,8 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import blocks, place
 from cofi_jax.pruning import cost, masks, slicing
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 SEEDS = range(40)
 
 

@@ -7,6 +7,8 @@ import pytest
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, cost, masks, transforms
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 CONFIG = EncoderConfig(
     vocab_size=17,
     hidden_size=64,
