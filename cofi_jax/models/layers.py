@@ -148,8 +148,8 @@ _normalise.defvjp(_forward, _backward)
 # The rest of this module skips a block on a CPU; `bert._skip_absent` is its only user.
 #
 # The gradient of a plain jax.lax.cond needs forward branches that return all residuals,
-# copies of the parameters among them. Here they return only the residuals that the block
-# has computed; its operands go to the backward pass directly:
+# copies of the parameters among them. Here they return only those residuals that the
+# block has computed; its operands go to the backward pass directly:
 #
 #                     present                          absent
 #
