@@ -26,17 +26,17 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 # The activation functions by their names in Hugging Face configs.
-ACTIVATIONS = {
-    name: jax.checkpoint(activation)
-    for name, activation in {
+ACTIVATIONS = jax.tree.map(
+    jax.checkpoint,
+    {
         "gelu": gelu,
         "gelu_new": nn.gelu,
         "gelu_pytorch_tanh": nn.gelu,
         "relu": nn.relu,
         "silu": nn.silu,
         "swish": nn.silu,
-    }.items()
-}
+    },
+)
 
 
 class Dropout(nn.Module):

@@ -14,6 +14,7 @@ of independent masks, in place of the masks, give the expected cost.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,10 +61,6 @@ def _count(masks, config, number):
     return total
 
 
-def _expected(probabilities: Masks, config: EncoderConfig) -> Any:
-    return _count(probabilities, config, float)
-
-
 def _exact(masks: Masks, config: EncoderConfig) -> Any:
     number = int
     if any(isinstance(mask, Tracer) for mask in masks.values()):
@@ -75,7 +72,7 @@ def _exact(masks: Masks, config: EncoderConfig) -> Any:
     return _count(masks, config, number)
 
 
-PARAMETERS = Cost(_expected, _exact)
+PARAMETERS = Cost(functools.partial(_count, number=float), _exact)
 
 
 def num_params(masks: Masks, config: EncoderConfig) -> int:

@@ -101,10 +101,7 @@ def init_log_alpha(
     """
     log_alpha = _init(key, tuple(mask_shapes(config, kinds).items()))
     real = real_positions(config)
-    return {
-        k: jnp.where(real[k], v, -jnp.inf) if k in real else v
-        for k, v in log_alpha.items()
-    }
+    return {k: jnp.where(real.get(k, True), v, -jnp.inf) for k, v in log_alpha.items()}
 
 
 @functools.partial(jax.jit, static_argnames="shapes")
