@@ -1,19 +1,23 @@
-"""The encoder: one linen module is the dense, the masked and the sliced model.
+"""The Transformer encoder: one linen module is the dense, masked and sliced model.
 
-It is a post-LayerNorm encoder: BERT, and RoBERTa, which differs in the row of the
-position table that the first token takes. The collection `masks` has any subset of the
-kinds of masks; the hidden masks z act on every vector of width D:
+The encoder is BERT, which applies LayerNorm after each residual sum. RoBERTa differs
+only in the row of the position table that the first token takes. Masks arrive in the
+variable collection `masks`, which may hold any subset of the kinds in `spec.KINDS`. If
+z denotes the masks of the hidden dimensions, which scale every vector of width D, then
+the embeddings e and the two blocks of layer l compute
 
     e  = norm(z * (word + position + type))
-    y  = norm(x + z * mha_l * attention(x))          or x where the block is absent
-    x' = norm(y + z * ffn_l * down(int_l * gelu(up(y))))       or y, likewise
+    y  = norm(x + z * mha_l * attention(x))
+    x' = norm(y + z * ffn_l * down(int_l * gelu(up(y))))
 
-where `norm` takes its statistics over the open hidden dimensions and multiplies its
-result by z, and the head masks multiply the heads' outputs before the output
-projection. A block is absent when its own mask or all masks inside it are 0.
+where `norm` computes its statistics over the open hidden dimensions only and multiplies
+its result by z. The head masks scale the outputs of the heads before the output
+projection. A block is absent when its own mask is 0 or when all masks inside it are 0;
+its line then reduces to y = x, or x' = y, without a LayerNorm.
 
-Shapes: B batch, T tokens, D hidden, L layers, H heads, d head width, F intermediate,
-C classes. H and F differ from layer to layer in a sliced model.
+Shapes are written with these letters: B batch, T tokens, D hidden dimensions, L layers,
+H heads, d width of a head, F feed-forward units, C classes. In a sliced model, H and F
+differ from layer to layer.
 """
 
 import functools
@@ -29,19 +33,18 @@ from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm, if_present
 from cofi_jax.models.spec import KINDS, blocks
 
 Batch = dict[str, jax.Array]
-LayerMasks = dict[
-    str, jax.Array
-]  # one layer's rows: head (H,), mha (), hidden (D,) ...
+# The masks of one layer: head (H,), mha (), intermediate (F,), ffn () and hidden (D,).
+LayerMasks = dict[str, jax.Array]
 
 _INIT = nn.initializers.normal(0.02)
 
 
 class Output(NamedTuple):
-    """The logits and the L + 1 hidden states, the embeddings' first.
+    """The result of a forward pass.
 
     Attributes:
-      logits: (B, C), or (B, T, C) where the head reads every token.
-      hidden_states: each (B, T, D).
+      logits: float32, (B, C), or (B, T, C) if the classifier reads every token.
+      hidden_states: the embeddings and the outputs of the L layers, each (B, T, D).
     """
 
     logits: jax.Array
@@ -49,10 +52,10 @@ class Output(NamedTuple):
 
 
 class Projection(nn.Module):
-    """The masked projection from a block's units back to the hidden dimensions.
+    """The masked projection from the units of a block to the hidden dimensions.
 
-    The inner masks act on the kernel, in its float32, as they do in slicing: the kernel
-    is smaller than what a batch's tokens have inside a block.
+    The masks of the units scale the kernel instead of the activations. The kernel is
+    the smaller array, and slicing multiplies the masks into it in the same way.
     """
 
     config: EncoderConfig
@@ -61,18 +64,22 @@ class Projection(nn.Module):
     def __call__(
         self, x: jax.Array, inner: jax.Array | None, outer: jax.Array | None
     ) -> jax.Array:
-        """Projects every token; returns (B, T, D), in float32 under outer masks.
+        """Projects every token.
 
         Args:
-          x: (B, T, H, d) or (B, T, F), what the units computed.
-          inner: (H,) or (F,), the masks of the units.
-          outer: () or (D,), the mask of the block times those of the hidden dimensions.
+          x: the outputs of the units, (B, T, H, d) or (B, T, F).
+          inner: the masks of the units, (H,) or (F,).
+          outer: the mask of the block times the masks of the hidden dimensions, () or
+            (D,).
+
+        Returns:
+          (B, T, D) in the dtype of the model, or in float32 if `outer` is given.
         """
-        dtype, units = self.config.dtype, x.shape[2:]
+        dtype, units = self.config.dtype, x.shape[2:]  # (H, d) or (F,)
         kernel = self.param("kernel", _INIT, (*units, self.config.hidden_size))
         bias = self.param("bias", nn.initializers.zeros, (self.config.hidden_size,))
         if inner is not None:
-            kernel = kernel * inner.reshape(-1, *(1,) * len(units))
+            kernel = kernel * inner.reshape(-1, *(1,) * len(units))  # (H, d, D), (F, D)
         axes = tuple(range(2, x.ndim)), tuple(range(len(units)))
         x = jax.lax.dot_general(x.astype(dtype), kernel.astype(dtype), (axes, ((), ())))
         x = x + bias.astype(dtype)  # (B, T, D)
@@ -80,7 +87,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with masked heads."""
+    """Multi-head self-attention with masked heads."""
 
     heads: int
     config: EncoderConfig
@@ -95,26 +102,28 @@ class Attention(nn.Module):
         *,
         train: bool,
     ) -> jax.Array:
-        """Attends from every token to all real tokens of its row; returns (B, T, D).
+        """Lets every token attend to all tokens of its row that are not padding.
 
         Args:
-          x: (B, T, D).
+          x: the hidden states, (B, T, D).
           attention_mask: (B, T), 0 for padding.
           head_masks: (H,).
-          outer: () or (D,), see `Projection`.
-          train: whether there is dropout.
+          outer: the masks of the output, () or (D,), as in `Projection`.
+          train: whether dropout is applied.
+
+        Returns:
+          The output of the block before the residual sum, (B, T, D).
         """
         config = self.config
 
-        def project(name):
+        def project(name):  # (B, T, D) -> (B, T, H, d)
             shape, dtype = (self.heads, config.head_size), config.dtype
             return nn.DenseGeneral(shape, dtype=dtype, kernel_init=_INIT, name=name)(x)
 
         query, key, value = project("query"), project("key"), project("value")
-        # Each of the three is (B, T, H, d); the scores are (B, H, T, T).
         scores = jnp.einsum("bthd,bshd->bhts", query, key) * config.head_size**-0.5
         padding = jnp.where(attention_mask > 0, 0.0, -1e9)[:, None, None, :]
-        scores = scores.astype(jnp.float32) + padding
+        scores = scores.astype(jnp.float32) + padding  # (B, H, T, T)
         weights = jax.nn.softmax(scores).astype(config.dtype)
         weights = Dropout(config.dropout)(weights, train=train)
         context = jnp.einsum("bhts,bshd->bthd", weights, value)  # (B, T, H, d)
@@ -122,7 +131,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two projections with masked units between them."""
+    """A feed-forward block with masked units between its two projections."""
 
     width: int
     config: EncoderConfig
@@ -131,12 +140,15 @@ class FeedForward(nn.Module):
     def __call__(
         self, x: jax.Array, unit_masks: jax.Array | None, outer: jax.Array | None
     ) -> jax.Array:
-        """Works on each token by itself; returns (B, T, D).
+        """Transforms each token independently of the others.
 
         Args:
-          x: (B, T, D).
+          x: the hidden states, (B, T, D).
           unit_masks: (F,).
-          outer: () or (D,), see `Projection`.
+          outer: the masks of the output, () or (D,), as in `Projection`.
+
+        Returns:
+          The output of the block before the residual sum, (B, T, D).
         """
         dtype = self.config.dtype
         x = nn.Dense(self.width, dtype=dtype, kernel_init=_INIT, name="up")(x)
@@ -145,7 +157,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """One Transformer layer, without the blocks whose width is 0."""
+    """One Transformer layer; a block of width 0 has no parameters and is left out."""
 
     heads: int
     intermediate: int
@@ -160,21 +172,25 @@ class Layer(nn.Module):
         *,
         train: bool,
     ) -> jax.Array:
-        """Adds what each block computes to `x` and normalises; returns (B, T, D).
+        """Adds the output of each block to `x` and normalises the sum.
 
         Args:
-          x: (B, T, D).
+          x: the hidden states, (B, T, D).
           attention_mask: (B, T), 0 for padding.
-          masks: this layer's rows; blocks that they close are computed all the same.
-          train: whether there is dropout.
+          masks: the masks of this layer. A block that they close is computed
+            nevertheless: `Encoder` is what skips it.
+          train: whether dropout is applied.
+
+        Returns:
+          The hidden states after the layer, (B, T, D).
         """
 
-        def join(x, y, name):
+        def add_and_norm(x, y, name):  # (B, T, D), (B, T, D) -> (B, T, D)
             y = Dropout(self.config.dropout)(y, train=train).astype(jnp.float32)
             norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=name)
             return norm(x + y, masks.get("hidden"))
 
-        def outer(block):
+        def outer(block):  # () or (D,)
             given = [masks[kind] for kind in (block, "hidden") if kind in masks]
             return functools.reduce(jnp.multiply, given) if given else None
 
@@ -182,12 +198,12 @@ class Layer(nn.Module):
             y = Attention(self.heads, self.config, name="attention")(
                 x, attention_mask, masks.get("head"), outer("mha"), train=train
             )
-            x = join(x, y, "attention_norm")
+            x = add_and_norm(x, y, "attention_norm")
         if self.intermediate:
             y = FeedForward(self.intermediate, self.config, name="ffn")(
                 x, masks.get("intermediate"), outer("ffn")
             )
-            x = join(x, y, "ffn_norm")
+            x = add_and_norm(x, y, "ffn_norm")
         return x
 
 
@@ -200,69 +216,71 @@ def _skip_absent(
     train: bool,
     make_rng: Callable[[str], jax.Array],
 ) -> jax.Array:
-    """`layer(x, attention_mask, masks, train=train)`, but skips its absent blocks.
+    """Returns `layer(x, attention_mask, masks, train=train)` but skips absent blocks.
 
-    All skipping passes through here: without it the encoder would call its layers also
-    when their parameters are there. Each block runs as a layer of its own, which is
-    traced once for all layers that have it in the same width: that halves the time of a
-    whole trace.
+    Each block runs as a layer that has no other block. Blocks of equal width in
+    different layers are then the same program, which `_apply` traces only once:
+    tracing the encoder takes half the time.
     """
-    parts = blocks(layer.config)
-    for block in parts:
-        others: dict[str, Any] = {
-            other.widths: 0 for other in parts if other.name != block.name
-        }
+    all_blocks = blocks(layer.config)
+    for block in all_blocks:
+        others: dict[str, Any] = {b.widths: 0 for b in all_blocks if b is not block}
         alone = layer.clone(parent=None, name=None, **others)
         if getattr(alone, block.widths):
             params = layer.variables["params"]
             params = {name: params[name] for name in (block.name, block.norm)}
             kinds = (block.outer, block.inner)
             given = {k: v for k, v in masks.items() if k in (*kinds, "hidden")}
-            noise = {"dropout": make_rng("dropout")} if train else {}
-            x = _run(alone, kinds, train, params, given, noise, x, attention_mask)
+            rngs = {"dropout": make_rng("dropout")} if train else {}
+            x = _apply(alone, kinds, train, params, given, rngs, x, attention_mask)
     return x
 
 
 @functools.partial(jax.jit, static_argnames=("layer", "kinds", "train"))
-def _run(layer, kinds, train, params, masks, noise, x, attention_mask):
-    def block(fixed, x, params, masks):
-        noise, attention_mask = fixed
-        variables = {"params": params}
-        return layer.apply(variables, x, attention_mask, masks, train=train, rngs=noise)
+def _apply(layer, kinds, train, params, masks, rngs, x, attention_mask):
+    """Applies a layer of one block to `x`, or returns `x` if the block is absent."""
 
-    inputs = (noise, attention_mask), x, params, masks
+    def apply(fixed, x, params, masks):
+        rngs, attention_mask = fixed
+        variables = {"params": params}
+        return layer.apply(variables, x, attention_mask, masks, train=train, rngs=rngs)
+
+    inputs = (rngs, attention_mask), x, params, masks
     open_ = [(masks[kind] > 0).any() for kind in kinds if kind in masks]
     if not open_:
-        return block(*inputs)
-    return if_present(functools.reduce(jnp.logical_and, open_), block, *inputs)
+        return apply(*inputs)
+    return if_present(functools.reduce(jnp.logical_and, open_), apply, *inputs)
 
 
 class Encoder(nn.Module):
-    """An encoder with a head on the first token or on every token."""
+    """An encoder with a classifier on the first token or on every token."""
 
     config: EncoderConfig
 
     @nn.compact
     def __call__(self, batch: Batch, *, train: bool = False) -> Output:
-        """Called as `apply({"params": params, "masks": masks}, batch)`.
+        """Runs the model, as `apply({"params": params, "masks": masks}, batch)`.
+
+        The masks have the shapes of `masks.mask_shapes`. Any subset of the kinds may be
+        given, and the collection may be left out.
 
         Args:
           batch: `input_ids`, `attention_mask` and `token_type_ids`, each (B, T) int32.
-          train: whether there is dropout; pass `rngs={"dropout": key}` then.
+          train: whether dropout is applied, which needs `rngs={"dropout": key}`.
 
-        The masks are those of `masks.mask_shapes`, or any subset of the kinds; the
-        collection may be left out.
+        Returns:
+          The logits and the hidden states.
 
         Raises:
-          ValueError: for a kind of mask that does not exist, and for heads or units
-            that are not the model's.
+          ValueError: if a kind of mask does not exist, or if the masks of heads or
+            feed-forward units do not have the shape that the model's sizes ask for.
         """
         config, attention_mask = self.config, batch["attention_mask"]
         masks = self.variables.get("masks", {})
         if unknown := set(masks) - set(KINDS):
             raise ValueError(f"masks {sorted(unknown)}: kinds are {KINDS}")
         for block in blocks(config):
-            shape = block.real(config)[block.inner].shape
+            shape = block.real(config)[block.inner].shape  # (L, H) or (L, F)
             if block.inner in masks and masks[block.inner].shape != shape:
                 raise ValueError(f"masks[{block.inner!r}]: the shape must be {shape}")
         hidden = masks.get("hidden")
@@ -272,9 +290,9 @@ class Encoder(nn.Module):
             layer = Layer(*widths, config, name=f"layer_{i}")
             own = {k: v if k == "hidden" else v[i] for k, v in masks.items()}
             for block in blocks(config):
-                if block.inner in own:  # without the row's padding
+                if block.inner in own:  # The row of a narrow layer ends with padding.
                     own[block.inner] = own[block.inner][: block.sizes(config)[i]]
-            if self.is_initializing():
+            if self.is_initializing():  # There are no parameters to take blocks from.
                 x = layer(x, attention_mask, own, train=train)
             else:
                 arguments = layer, x, attention_mask, own
@@ -284,15 +302,15 @@ class Encoder(nn.Module):
             first = nn.Dense(
                 config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
             )(x[:, 0])
-            x = Dropout(config.dropout)(jnp.tanh(first), train=train)
+            x = Dropout(config.dropout)(jnp.tanh(first), train=train)  # (B, pooler)
         logits = nn.Dense(config.num_labels, kernel_init=_INIT, name="classifier")(
             x.astype(jnp.float32)
-        )
+        )  # (B, C) or (B, T, C)
         return Output(logits, tuple(states))
 
 
 class Embeddings(nn.Module):
-    """The normalised sum of word, position and token type embeddings."""
+    """The normalised sum of the word, position and token type embeddings."""
 
     config: EncoderConfig
 
@@ -300,21 +318,24 @@ class Embeddings(nn.Module):
     def __call__(
         self, batch: Batch, hidden: jax.Array | None, *, train: bool
     ) -> jax.Array:
-        """Looks the tokens up; returns (B, T, D).
+        """Looks up the embeddings of the tokens.
 
         Args:
-          batch: as the encoder's.
-          hidden: (D,), the masks of the hidden dimensions.
-          train: whether there is dropout.
+          batch: the batch that `Encoder` takes.
+          hidden: the masks of the hidden dimensions, (D,).
+          train: whether dropout is applied.
+
+        Returns:
+          The first hidden states, (B, T, D).
         """
         config = self.config
         ids, start = batch["input_ids"], config.position_offset
 
-        def table(name, rows):
+        def table(name, rows):  # (rows, D)
             return self.param(name, _INIT, (rows, config.hidden_size))
 
         x = (
-            table("word", config.vocab_size)[ids]
+            table("word", config.vocab_size)[ids]  # (B, T, D)
             + table("position", config.max_positions)[start : start + ids.shape[1]]
             + table("type", config.type_vocab_size)[batch["token_type_ids"]]
         )
@@ -325,17 +346,22 @@ class Embeddings(nn.Module):
 
 
 def _example() -> Batch:
+    """Returns a batch of one row of two tokens, from which shapes are inferred."""
     ids = jnp.zeros((1, 2), jnp.int32)
     return {"input_ids": ids, "attention_mask": ids + 1, "token_type_ids": ids}
 
 
 def init_params(config: EncoderConfig, key: jax.Array) -> dict:
-    """Fresh float32 parameters: kernels from normal(0, 0.02), biases of zero."""
+    """Draws new float32 parameters.
+
+    Kernels and embeddings are drawn from a normal distribution with mean 0 and standard
+    deviation 0.02, biases are 0, and the scales of the LayerNorms are 1.
+    """
     return jax.jit(Encoder(config).init)(key, _example())["params"]
 
 
 @functools.cache
 def abstract_params(config: EncoderConfig) -> dict:
-    """The shapes and dtypes of the parameters; nothing is allocated."""
+    """Returns the parameters as `jax.ShapeDtypeStruct`s, without allocating memory."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(Encoder(config).init, key, _example())["params"]

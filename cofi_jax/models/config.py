@@ -1,4 +1,4 @@
-"""The sizes of an encoder; in a sliced one the layers differ in width."""
+"""The sizes of an encoder, whose layers differ in width once it has been sliced."""
 
 import dataclasses
 from typing import Any
@@ -6,25 +6,46 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of an encoder; a width of 0 means that the block is absent."""
+    """The sizes of an encoder.
+
+    Attributes:
+      vocab_size: the number of rows of the word table.
+      hidden_size: the number D of hidden dimensions.
+      heads: the number of attention heads of each layer; 0 is an absent block.
+      head_size: the width d of every head.
+      intermediate: the number of feed-forward units of each layer, likewise.
+      pooler_size: the width of the pooler, which slicing does not change.
+      num_labels: the number C of logits.
+      max_positions: the number of rows of the position table.
+      type_vocab_size: the number of token types.
+      layer_norm_eps: the number that LayerNorm adds to the variance.
+      dropout: the fraction of activations that dropout zeroes in training.
+      dtype: the dtype of the matrix products; parameters are always float32.
+      problem: the kind of task, a key of `data.problems.PROBLEMS`.
+      activation: the activation function, a key of `layers.ACTIVATIONS`.
+      model_type: the name of the model family in Hugging Face configs.
+      position_offset: the row of the position table that the first token takes.
+      head: the tokens that the classifier reads, "first" or "every"; if empty, the
+        problem decides.
+    """
 
     vocab_size: int
     hidden_size: int
-    heads: tuple[int, ...]  # per layer
+    heads: tuple[int, ...]
     head_size: int
-    intermediate: tuple[int, ...]  # per layer
+    intermediate: tuple[int, ...]
     pooler_size: int
     num_labels: int
-    max_positions: int = 512  # rows of the position table
+    max_positions: int = 512
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
-    dtype: str = "float32"  # of the matrix work; parameters stay float32
-    problem: str = "classification"  # a key of data.problems.PROBLEMS
-    activation: str = "gelu"  # a key of layers.ACTIVATIONS
-    model_type: str = "bert"  # as Hugging Face calls the family
-    position_offset: int = 0  # the position table's row for the first token
-    head: str = ""  # the tokens that the head reads: first, every, or "": by `problem`
+    dtype: str = "float32"
+    problem: str = "classification"
+    activation: str = "gelu"
+    model_type: str = "bert"
+    position_offset: int = 0
+    head: str = ""
 
     @classmethod
     def dense(
@@ -36,7 +57,7 @@ class EncoderConfig:
         intermediate_size: int,
         **others: Any,
     ) -> "EncoderConfig":
-        """Returns the sizes of a model of equal layers; `others` are further fields."""
+        """Returns the sizes of a model of equal layers; `others` sets more fields."""
         return cls(
             hidden_size=hidden_size,
             heads=(num_heads,) * num_layers,
@@ -48,30 +69,28 @@ class EncoderConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "EncoderConfig":
-        """The inverse of `dataclasses.asdict` after a passage through JSON."""
-        lists: dict[str, Any] = {
-            name: tuple(fields[name]) for name in ("heads", "intermediate")
-        }
-        return cls(**fields | lists)
+        """Inverts `dataclasses.asdict`, whose tuples JSON has turned into lists."""
+        widths = {name: tuple(fields[name]) for name in ("heads", "intermediate")}
+        return cls(**fields | widths)
 
     @property
     def longest(self) -> int:
-        """The most tokens that the position table has rows for."""
+        """The number of tokens of the longest text that the position table allows."""
         return self.max_positions - self.position_offset
 
     @property
     def reads_every_token(self) -> bool:
-        """Whether the head reads every token, not the first one through a pooler."""
-        # Descriptions that are older than `head` do not name it.
+        """Whether the classifier reads every token, not only the pooled first one."""
+        # Models that were saved before the field `head` existed leave it empty.
         return (self.head or {"span": "every"}.get(self.problem)) == "every"
 
     @property
     def pad_token_id(self) -> int:
-        """The padding token's id in the family's own vocabularies."""
+        """The id of the padding token in the vocabularies of the model family."""
         return max(self.position_offset - 1, 0)
 
     def widths(self) -> dict[str, int | list[int]]:
-        """JSON-able `hidden`, and `heads` and `intermediate` per layer."""
+        """Returns `hidden`, and per layer `heads` and `intermediate`, for JSON."""
         return {
             "hidden": self.hidden_size,
             "heads": list(self.heads),

@@ -1,8 +1,8 @@
 """The operations between the matrix products, and the skipping of absent blocks.
 
-For the backward pass an activation and a LayerNorm keep only what they were given:
-computing their results again is faster than writing and reading them. The backward pass
-of LayerNorm is written down, so forward mode (`jax.jvp`) does not work.
+The activations and LayerNorm keep only their inputs for the backward pass, because to
+compute a result again is faster than to write it to memory and to read it back. The
+gradient of LayerNorm is a custom VJP, so it has no forward-mode derivative (`jax.jvp`).
 """
 
 import dataclasses
@@ -16,48 +16,48 @@ import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The product of x and the normal distribution function at x, to 1e-6.
+    """Computes GELU, x times the normal distribution function at x, to within 1e-6.
 
-    It is computed in float32 by erf, as in PyTorch, which is twice as fast as by erfc
-    and less exact far below 0.
+    The computation is in float32 and uses erf, as PyTorch does. That is twice as fast
+    as `jax.nn.gelu`, which uses erfc to be more exact far below 0.
     """
     wide = x.astype(jnp.float32)
     return (wide * 0.5 * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
-# The activations by their names in Hugging Face configs.
-ACTIVATIONS = {
-    name: jax.checkpoint(activation)
-    for name, activation in {
+# The activation functions by their names in Hugging Face configs.
+ACTIVATIONS = jax.tree.map(
+    jax.checkpoint,
+    {
         "gelu": gelu,
         "gelu_new": nn.gelu,
         "gelu_pytorch_tanh": nn.gelu,
         "relu": nn.relu,
         "silu": nn.silu,
         "swish": nn.silu,
-    }.items()
-}
+    },
+)
 
 
 class Dropout(nn.Module):
-    """Dropout whose rate is rounded to a 65,536th.
+    """Dropout with a rate that is rounded to a multiple of 1 / 65,536.
 
-    Drawing random words is what dropout costs, so each word of 32 bits serves two
-    numbers: those at n and n + N/2 of the last axis, which has N.
+    Drawing random bits takes most of the time of dropout, so each word of 32 bits
+    decides for two elements, n and n + N / 2 of the last axis of length N.
     """
 
     rate: float
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Zeroes a fraction `rate` of `x` and scales up the rest.
+        """Zeroes elements at random and scales the others by 1 / (1 - rate).
 
         Args:
-          x: an array of one axis or more.
-          train: if False, `x` is returned as it is.
+          x: an array (..., N).
+          train: whether dropout is applied; if not, `x` is returned.
 
         Returns:
-          An array of the shape and the dtype of `x`.
+          An array of the same shape and dtype.
         """
         threshold = min(round(self.rate * 2**16), 2**16 - 1)
         if not train or not threshold:
@@ -69,22 +69,22 @@ class Dropout(nn.Module):
         return _drop(1 - threshold / 2**16, kept, x)
 
 
-# Without the checkpoint an array of zeros would be kept for the backward pass, too.
+# Without the checkpoint, the backward pass would also keep an array of zeros.
 @functools.partial(jax.checkpoint, static_argnums=0)
 def _drop(share, kept, x):
     return jnp.where(kept, x.astype(jnp.float32) / share, 0).astype(x.dtype)
 
 
 class Norm(nn.Module):
-    """LayerNorm over the open hidden dimensions, times the hidden masks.
+    """LayerNorm over the open hidden dimensions, multiplied by their masks.
 
-    With s the share of a dimension in the statistics, 1 / D or that of the open ones,
+    Each dimension has a share s of the statistics: 0 if it is closed, else 1 divided by
+    the number of open dimensions. The input x must be 0 in the closed dimensions. The
+    forward pass and, with g = scale * dy, the backward pass are
 
         mean = sum(s x)    variance = sum(s (x - mean)^2)
         n = (x - mean) / sqrt(variance + epsilon)    y = n scale + bias
-        dx = (g - s (sum(g) + n sum(g n))) / sqrt(variance + epsilon),  g = scale dy
-
-    and x is 0 in the closed dimensions, so that its plain sum is that of the open ones.
+        dx = (g - s (sum(g) + n sum(g n))) / sqrt(variance + epsilon)
     """
 
     epsilon: float
@@ -92,21 +92,21 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, masks: jax.Array | None) -> jax.Array:
-        """Normalises the last axis, with statistics in float32.
+        """Normalises the last axis; the statistics are computed in float32.
 
         Args:
-          x: (..., D).
-          masks: (D,) hidden masks, or None.
+          x: (..., D), 0 in the closed dimensions.
+          masks: the masks of the hidden dimensions, (D,), or None.
 
         Returns:
-          (..., D) of the module's dtype.
+          (..., D) in the dtype of the module.
         """
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         open_ = None
         if masks is not None:
             open_ = masks > 0
-            # Folding them here costs D products; slicing folds them likewise.
+            # To scale these two, as slicing does, is cheaper than to scale the result.
             scale, bias = scale * masks, bias * masks
         x = x.astype(jnp.float32)
         return _normalise(x, open_, scale, bias, self.epsilon).astype(self.dtype)
@@ -119,36 +119,37 @@ def _normalise(x, open_, scale, bias, epsilon):
 
 def _forward(x, open_, scale, bias, epsilon):
     count = x.shape[-1] if open_ is None else jnp.maximum(open_.sum(), 1)
-    mean = x.sum(-1, keepdims=True) / count
+    # The plain sum is that of the open dimensions, as x is 0 in the closed ones.
+    mean = x.sum(-1, keepdims=True) / count  # (..., 1)
     centred = x - mean if open_ is None else jnp.where(open_, x - mean, 0)
     variance = jnp.square(centred).sum(-1, keepdims=True) / count
     inverse = jax.lax.rsqrt(variance + epsilon)
-    result = (x - mean) * inverse * scale + bias
-    return result, (x, open_, scale, mean, inverse, count)
+    y = (x - mean) * inverse * scale + bias  # (..., D)
+    return y, (x, open_, scale, mean, inverse, count)
 
 
-def _backward(epsilon, kept, gradient):
+def _backward(epsilon, residuals, dy):
     del epsilon
-    x, open_, scale, mean, inverse, count = kept
+    x, open_, scale, mean, inverse, count = residuals
     share = 1 / count if open_ is None else open_ / count
-    normal = (x - mean) * inverse
-    rows = tuple(range(x.ndim - 1))
-    of_scale, of_bias = (gradient * normal).sum(rows), gradient.sum(rows)
-    scaled = gradient * scale
-    of_mean = scaled.sum(-1, keepdims=True)
-    of_spread = (scaled * normal).sum(-1, keepdims=True)
-    of_x = inverse * (scaled - share * (of_mean + normal * of_spread))
-    return of_x, None, of_scale, of_bias
+    n = (x - mean) * inverse  # (..., D)
+    batch_axes = tuple(range(x.ndim - 1))
+    dscale, dbias = (dy * n).sum(batch_axes), dy.sum(batch_axes)  # (D,), (D,)
+    g = dy * scale
+    sum_g = g.sum(-1, keepdims=True)
+    sum_gn = (g * n).sum(-1, keepdims=True)
+    dx = inverse * (g - share * (sum_g + n * sum_gn))
+    return dx, None, dscale, dbias
 
 
 _normalise.defvjp(_forward, _backward)
 
 
-# Skipping on a CPU. `if_present` and what it uses serve `bert._skip_absent` alone.
+# The rest of this module skips a block on a CPU; `bert._skip_absent` is its only user.
 #
-# jax.lax.cond by itself would hand everything that the backward pass needs, copies of
-# the parameters among it, from one branch to the other. Here only what the block
-# computes is handed over:
+# The gradient of a plain jax.lax.cond needs forward branches that return all residuals,
+# copies of the parameters among them. Here they return only those residuals that the
+# block has computed; its operands go to the backward pass directly:
 #
 #                     present                          absent
 #
@@ -156,44 +157,53 @@ _normalise.defvjp(_forward, _backward)
 #                        |                                 zeros
 #                        v computed (activations)            |
 #                        |                                   v
-#                 - - - - - - - - kept from here to there - - - - - - - -
-#                        |        x, params, masks: as they are
+#                 - - - - - - residuals of the custom VJP - - - - - - - -
+#                        |        x, params, masks: the operands
 #                        v
-#   backward   dx <--- block's <--- dy          dx <---------------- dy
-#              dparams pullback                 dparams = dmasks = 0
+#   backward   dx <--- pullback <--- dy          dx <---------------- dy
+#              dparams                           dparams = dmasks = 0
 #              dmasks
 #
-# The pullback of `jax.vjp` is a pytree: its arrays are either operands of the block or
-# computed by it. A `_Recipe` says which, so that the other branch can rebuild it.
+# The pullback that `jax.vjp` returns is a pytree, each of whose arrays is an operand of
+# the block or was computed by it. A `_Recipe` records which it is, so that the backward
+# branch can rebuild the pullback.
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recipe:
-    """The way to put a pullback together again.
+    """The instructions for rebuilding a pullback.
 
     Attributes:
-      structure: its tree.
-      places: for each of its arrays which operand it is, or None if it was computed.
+      structure: the tree structure of the pullback.
+      operand_of: for each array of the pullback the index of the operand that it is, or
+        None if the block computed the array.
     """
 
     structure: Any
-    places: tuple[int | None, ...]
+    operand_of: tuple[int | None, ...]
 
 
 def if_present(
     present: jax.Array, block: Callable, fixed: Any, x: jax.Array, *operands: Any
 ) -> jax.Array:
-    """`block(fixed, x, *operands)`, or x where `present` is False.
+    """Returns `block(fixed, x, *operands)`, or `x` if `present` is False.
+
+    On a CPU a block that is absent is not computed, in neither pass. A GPU would wait
+    for the host at a branch, so there the block is always computed.
 
     Args:
-      present: () bool.
-      block: keeps the shape and dtype of x; captures nothing that is differentiated.
+      present: a boolean, ().
+      block: a function whose result has the shape and the dtype of `x`, and that closes
+        over nothing that is differentiated.
       fixed: a pytree that is not differentiated.
       x: a floating point array.
-      *operands: pytrees of such arrays.
+      *operands: pytrees of floating point arrays.
+
+    Returns:
+      An array of the shape and the dtype of `x`.
     """
-    if jax.default_backend() != "cpu":  # a GPU would wait for the host at a branch
+    if jax.default_backend() != "cpu":
         return jnp.where(present, block(fixed, x, *operands), x)
 
     @jax.custom_vjp
@@ -203,37 +213,37 @@ def if_present(
     def forward(present, fixed, *operands):
         recipes = []
 
-        def there(fixed, *operands):
-            out, pull = jax.vjp(lambda *operands: block(fixed, *operands), *operands)
-            arrays, structure = jax.tree.flatten(pull)
-            place_of = {id(x): i for i, x in enumerate(jax.tree.leaves(operands))}
-            places = tuple(place_of.get(id(x)) for x in arrays)
-            recipes.append(_Recipe(structure, places))
-            return out, [x for x, i in zip(arrays, places, strict=True) if i is None]
+        def if_true(fixed, *operands):
+            y, pullback = jax.vjp(lambda *operands: block(fixed, *operands), *operands)
+            arrays, structure = jax.tree.flatten(pullback)
+            index_of = {id(x): i for i, x in enumerate(jax.tree.leaves(operands))}
+            operand_of = tuple(index_of.get(id(x)) for x in arrays)
+            recipes.append(_Recipe(structure, operand_of))
+            return y, [x for x, i in zip(arrays, operand_of, strict=True) if i is None]
 
-        # Under jit it is traced once, for both its shapes and the branch.
-        there = jax.jit(there, inline=True)
+        # Under jit the block is traced once, for its shapes and for the branch.
+        if_true = jax.jit(if_true, inline=True)
 
-        def absent(fixed, x, *_):
+        def if_false(fixed, x, *_):
             return x, [jnp.zeros(like.shape, like.dtype) for like in likes]
 
-        _, likes = jax.eval_shape(there, fixed, *operands)
-        out, computed = jax.lax.cond(present, there, absent, fixed, *operands)
-        return out, (recipes[-1], present, computed, operands)
+        _, likes = jax.eval_shape(if_true, fixed, *operands)
+        y, computed = jax.lax.cond(present, if_true, if_false, fixed, *operands)
+        return y, (recipes[-1], present, computed, operands)
 
-    def backward(kept, gradient):
-        recipe, present, computed, operands = kept
+    def backward(residuals, dy):
+        recipe, present, computed, operands = residuals
 
-        def there(gradient, computed, operands):
+        def if_true(dy, computed, operands):
             given, rest = jax.tree.leaves(operands), iter(computed)
-            arrays = [next(rest) if i is None else given[i] for i in recipe.places]
-            return jax.tree.unflatten(recipe.structure, arrays)(gradient)
+            arrays = [next(rest) if i is None else given[i] for i in recipe.operand_of]
+            return jax.tree.unflatten(recipe.structure, arrays)(dy)
 
-        def absent(gradient, computed, operands):
-            return gradient, *jax.tree.map(jnp.zeros_like, operands[1:])
+        def if_false(dy, computed, operands):
+            return dy, *jax.tree.map(jnp.zeros_like, operands[1:])
 
-        found = jax.lax.cond(present, there, absent, gradient, computed, operands)
-        return None, None, *found
+        gradients = jax.lax.cond(present, if_true, if_false, dy, computed, operands)
+        return None, None, *gradients
 
     run.defvjp(forward, backward)
     return run(present, fixed, x, *operands)

@@ -1,16 +1,16 @@
-"""The prunable axes of an architecture, as one table that everything else reads.
+"""The prunable axes of an architecture, in one table that everything else reads.
 
-The shapes of the masks, the cost, the multiply-adds, folding, slicing and the layers
-that are alive all follow from it. Each axis of an array has a letter:
+The shapes of the masks, the cost, the multiply-adds, folding and slicing all follow
+from the table. It describes each parameter by one letter for each of its axes:
 
-    D  hidden dimensions          kept where the mask `hidden` is open
-    H  heads of a layer           kept where `head` is open
-    F  feed-forward units         kept where `intermediate` is open
-    d  dimensions of a head       never cut
-    *  anything else              never cut
+    D  the hidden dimensions             kept where a `hidden` mask is open
+    H  the heads of a layer              kept where a `head` mask is open
+    F  the feed-forward units            kept where an `intermediate` mask is open
+    d  the dimensions within a head      never cut
+    *  any other axis                    never cut
 
-An array whose last axis is D writes to the hidden states, so the masks of what it
-writes are folded into it.
+A parameter whose last axis is D writes to the hidden states, so folding multiplies the
+masks of whatever it writes into it.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -23,16 +23,18 @@ from cofi_jax.models.config import EncoderConfig
 
 
 class Block(NamedTuple):
-    """A residual block of each layer: its masks, its units and its parameters.
+    """A residual block, of which each layer has one: its masks, units and parameters.
 
     Attributes:
-      name: the block's name in a layer's parameters; its LayerNorm is `{name}_norm`.
-      outer: the kind of mask that closes the whole block.
-      inner: the kind of mask that closes single units of it.
-      widths: the field of `EncoderConfig` that has the number of units per layer.
-      unit: the letter of the units.
-      modules: the axes of each module's kernel and bias; these count for the cost.
-      products: the axes of the matrix products without parameters; T is the tokens.
+      name: the name of the block in the parameters of a layer.
+      outer: the kind of the masks that close whole blocks.
+      inner: the kind of the masks that close single units of a block.
+      widths: the field of `EncoderConfig` with the number of units of each layer.
+      unit: the letter of the axis of the units.
+      modules: the axes of the kernel and the bias of each linear module by its name;
+        these parameters make up the cost.
+      products: the axes of the matrix products without a parameter, where T stands for
+        the tokens.
     """
 
     name: str
@@ -45,18 +47,18 @@ class Block(NamedTuple):
 
     @property
     def norm(self) -> str:
-        """The name of the block's LayerNorm in a layer's parameters."""
+        """The name of the LayerNorm of the block in the parameters of a layer."""
         return f"{self.name}_norm"
 
     def sizes(self, config: EncoderConfig) -> tuple[int, ...]:
-        """The number of units in each layer."""
+        """Returns the number of units of each layer."""
         return getattr(config, self.widths)
 
     def real(self, config: EncoderConfig) -> dict[str, np.ndarray]:
-        """Booleans by kind: which positions of its masks are there, not padding.
+        """Returns, for both kinds of masks, which positions are real, not padding.
 
-        They are (L,) for the outer kind and (L, W) for the inner one, where W is the
-        width of the widest layer.
+        The booleans are (L,) for the outer kind and (L, W) for the inner kind, where W
+        is the width of the widest layer.
         """
         sizes = np.asarray(self.sizes(config), int)
         units = np.arange(sizes.max(initial=0)) < sizes[:, None]
@@ -64,7 +66,12 @@ class Block(NamedTuple):
 
 
 class Architecture(NamedTuple):
-    """The blocks of each layer in their order, and the axes of all other parameters."""
+    """The table of an architecture.
+
+    Attributes:
+      blocks: the blocks of each layer, in the order in which they run.
+      outside: the axes of all parameters outside the layers, by their path.
+    """
 
     blocks: tuple[Block, ...]
     outside: Mapping[str, str]
@@ -103,29 +110,33 @@ BERT = Architecture(
         "embeddings/norm/bias": "D",
         "pooler/kernel": "D*",
         "pooler/bias": "*",
-        "classifier/kernel": "D*",  # "**" behind a pooler
+        "classifier/kernel": "D*",  # See `place`: "**" if it reads a pooler.
         "classifier/bias": "*",
     },
 )
 
-# By `EncoderConfig.model_type`.
+# The architectures by `EncoderConfig.model_type`.
 ARCHITECTURES: dict[str, Architecture] = dict.fromkeys(
     ("bert", "roberta", "xlm-roberta", "camembert"), BERT
 )
 
 KINDS = ("head", "mha", "intermediate", "ffn", "hidden")
 
-# The kind of the masks inside a block, by the kind of the masks on whole blocks.
+# The kind of the masks inside a block by the kind of the masks of whole blocks.
 INNER = {b.outer: b.inner for known in ARCHITECTURES.values() for b in known.blocks}
 
 
 def blocks(config: EncoderConfig) -> tuple[Block, ...]:
-    """The blocks of each layer of a model of these sizes."""
+    """Returns the blocks that each layer of a model of these sizes has."""
     return ARCHITECTURES[config.model_type].blocks
 
 
 def check_kinds(field: str, kinds: Sequence[str]) -> None:
-    """Raises UserError unless `kinds` are known, at least one and none twice."""
+    """Checks the kinds of masks that a user has named.
+
+    Raises:
+      UserError: if `kinds` names no kind, an unknown kind, or a kind twice.
+    """
     if isinstance(kinds, str) or not kinds:
         raise reject(field, kinds, f"must be a tuple of one or more of {KINDS}")
     for kind in kinds:
@@ -136,7 +147,13 @@ def check_kinds(field: str, kinds: Sequence[str]) -> None:
 
 
 class Place(NamedTuple):
-    """The place of a parameter: the letters of its axes and, in a layer, the block."""
+    """A parameter's place in the model.
+
+    Attributes:
+      axes: the letters of its axes.
+      layer: the number of its layer, or 0 outside the layers.
+      block: the block that it belongs to, or None outside the layers.
+    """
 
     axes: str
     layer: int = 0
@@ -144,17 +161,21 @@ class Place(NamedTuple):
 
 
 def place(path: Sequence[str], params: Container) -> Place:
-    """The place of the parameter that lies at `path`, among the paths `params`.
+    """Returns the place of a parameter.
+
+    Args:
+      path: the path of the parameter.
+      params: the paths of all parameters of the model.
 
     Raises:
-      KeyError: for a parameter that no table has.
+      KeyError: if no architecture has the parameter.
     """
     top, module, name = path[0], path[1], "/".join(path)
     for known in ARCHITECTURES.values():
         if name in known.outside:
             axes = known.outside[name]
-            behind = top == "classifier" and ("pooler", "kernel") in params
-            return Place(axes.replace("D", "*") if behind else axes)
+            pooled = top == "classifier" and ("pooler", "kernel") in params
+            return Place(axes.replace("D", "*") if pooled else axes)
         for block in known.blocks if top.startswith("layer_") else ():
             layer = int(top.removeprefix("layer_"))
             if module == block.norm:
@@ -165,12 +186,14 @@ def place(path: Sequence[str], params: Container) -> Place:
 
 
 def per_unit(block: Block, config: EncoderConfig) -> tuple[list[int], list[int]]:
-    """Weights of one unit, and those of the block that go with its last unit.
+    """Counts the parameters that belong to single units, and those that do not.
 
-    Each is a pair (a, b), which stands for a * hidden + b.
+    Returns:
+      Two pairs (a, b), each of which stands for a * D + b parameters: those of each
+      unit, and those of the block that remain as long as any of its units does.
     """
-    found = [0, 0], [0, 0]
+    counts = [0, 0], [0, 0]
     for axes in (axes for pair in block.modules.values() for axes in pair):
         size = config.head_size ** axes.count("d")
-        found[block.unit not in axes]["D" not in axes] += size
-    return found
+        counts[block.unit not in axes]["D" not in axes] += size
+    return counts

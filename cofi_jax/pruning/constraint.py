@@ -1,7 +1,8 @@
-"""The constraint on the cost, and masks that meet it.
+"""The sparsity constraint, in expectation while masks are learned and exact afterwards.
 
-Masks that meet a target come from one closing order and one bisection: masks close in
-the order of how open they are, and the fewest are closed whose removal is enough.
+Masks that meet a target exactly are found by bisection over a closing order. The order
+says which mask closes first, which is the least open one, and the bisection finds the
+smallest number of masks whose closing meets the target.
 """
 
 import sys
@@ -27,20 +28,25 @@ from cofi_jax.pruning.masks import (
 )
 from cofi_jax.pruning.transforms import MaskTransform
 
-# P(mask > 0) of a log-alpha that far from 0 is 0 or 1 in float32.
+# At this distance of a log-alpha from 0, P(mask > 0) is 0 or 1 in float32.
 _FAR = 20.0
 _BISECTIONS = 32
+# Of equally open masks, the kind that removes the least closes first.
+_FINE_TO_COARSE = ("intermediate", "head", "hidden", "mha", "ffn")
 
 
 def expected_sparsity(
     log_alpha: LogAlpha, config: EncoderConfig, cost: Cost = PARAMETERS
 ) -> jax.Array:
-    """The mean sparsity over samples: scalar, differentiable.
+    """Returns the mean sparsity over samples of the masks.
 
     Args:
-      log_alpha: of the pruned kinds.
+      log_alpha: the log-alphas of the pruned kinds.
       config: the sizes of the model that is pruned.
-      cost: what sparsity is a fraction of.
+      cost: the cost that sparsity is a fraction of.
+
+    Returns:
+      A scalar that is differentiable in the log-alphas.
     """
     left = cost.expected(prob_active(log_alpha), config)
     return 1 - left / float(cost.exact({}, config))
@@ -49,7 +55,7 @@ def expected_sparsity(
 def max_sparsity(
     config: EncoderConfig, kinds: Sequence[str] = KINDS, cost: Cost = PARAMETERS
 ) -> float:
-    """The highest expected sparsity that masks of these kinds can reach."""
+    """Returns the highest expected sparsity that masks of these kinds can reach."""
     lowest, _ = hard_concrete.LOG_ALPHA_RANGE
     least = float(hard_concrete.prob_active(jnp.float32(lowest)))
     shapes = mask_shapes(config, kinds).items()
@@ -60,25 +66,25 @@ def max_sparsity(
 def target_at(
     step: jax.Array, target: jax.Array, warmup_steps: jax.Array, start: ArrayLike = 0.0
 ) -> jax.Array:
-    """The target at `step`: linear from `start` to `target` over `warmup_steps`."""
+    """Returns the target at `step`, which rises linearly from `start` to `target`."""
     risen = step / jnp.maximum(warmup_steps, 1)
     return start + (target - start) * jnp.where(step < warmup_steps, risen, 1.0)
 
 
 def of_part(sparsity: ArrayLike, share: ArrayLike) -> Any:
-    """The sparsity of a part that has `share` of the whole's cost, from the whole's."""
+    """Returns the sparsity of a part that has `share` of the cost of the whole."""
     return 1 - (1 - sparsity) / share
 
 
 def of_whole(sparsity: ArrayLike, share: ArrayLike) -> Any:
-    """The inverse of `of_part`."""
+    """Returns the sparsity of the whole, given that of the part: inverts `of_part`."""
     return 1 - (1 - sparsity) * share
 
 
 def lagrangian(
     sparsity: jax.Array, target: jax.Array, multipliers: Mapping
 ) -> jax.Array:
-    """l1 * (s - t) + l2 * (s - t)**2 (paper, section 3.1); scalar."""
+    """Returns l1 * (s - t) + l2 * (s - t)**2, a scalar (paper, section 3.1)."""
     gap = sparsity - target
     return multipliers["linear"] * gap + multipliers["quadratic"] * gap**2
 
@@ -89,26 +95,27 @@ def at_target(
     target: ArrayLike,
     cost: Cost = PARAMETERS,
 ) -> LogAlpha:
-    """The log-alphas moved by a common offset, so that they meet the target exactly.
+    """Moves all log-alphas by a common offset so that they meet the target exactly.
 
-    The offset is found by bisection: the more is subtracted from all log-alphas, the
-    lower is the expected cost. It has no gradient, so what a mask gains by its own
-    gradient the others lose together, and no multiplier is needed.
+    The more is subtracted from the log-alphas, the lower is the expected cost, so the
+    offset is found by bisection. It has no gradient: when the gradient of one mask
+    raises its log-alpha, the offset lowers the others. No multiplier is needed.
 
     Args:
-      log_alpha: of the pruned kinds, without bounds; padding is -inf.
+      log_alpha: the log-alphas of the pruned kinds, which need not lie in the range of
+        `hard_concrete.LOG_ALPHA_RANGE`; -inf at padding.
       config: the sizes of the model that is pruned.
-      target: the expected sparsity, scalar; one that cannot be reached is missed by as
-        little as possible.
-      cost: what sparsity is a fraction of.
+      target: the expected sparsity, a scalar. A target that cannot be reached is missed
+        by as little as possible.
+      cost: the cost that sparsity is a fraction of.
 
     Returns:
-      Log-alphas of the same shapes. Their expected sparsity is the target to about
-      1e-5, which is what float32 leaves.
+      Log-alphas of the same shapes, whose expected sparsity differs from the target by
+      at most about 1e-5, the precision of float32.
     """
     fixed = jax.lax.stop_gradient(dict(log_alpha))
     finite = [jnp.where(jnp.isfinite(v), v, 0) for v in fixed.values()]
-    # Beyond this distance from all log-alphas every mask is open, or every one closed.
+    # An offset of this size opens all masks, or closes all of them.
     widest = _FAR + jnp.stack([jnp.abs(v).max() for v in finite]).max()
 
     def halve(_, bounds):
@@ -123,8 +130,8 @@ def at_target(
 
 
 def target_count(target: float, full: int) -> int:
-    """The most of `full` that may stay: the largest n with 1 - n / full >= target."""
-    near = int((1 - target) * full)  # float64 rounds it
+    """Returns the largest number n of `full` with 1 - n / full >= target."""
+    near = int((1 - target) * full)  # The product is rounded, so this may be 1 off.
     return max(n for n in (near - 1, near, near + 1) if 1 - n / full >= target)
 
 
@@ -135,66 +142,76 @@ def target_masks(
     tolerance: float = 1e-3,
     cost: Cost = PARAMETERS,
 ) -> Masks:
-    """Evaluation masks whose exact sparsity meets `target`.
+    """Returns evaluation masks whose exact sparsity meets the target.
 
-    Where the evaluation masks miss it by more than `tolerance`, the least open of them
-    close, or the most open of the closed ones open with their soft value, until the
-    target is just met. Where a mask of a coarse kind closes too much at that point (a
-    block of BERT-base is 3 or 6 % of it), it stays open and those after it close in its
-    place; where that is still too coarse, it closes and units open again. Masks that
-    were open and stay open keep their value, and one hidden dimension always stays.
+    If the evaluation masks miss the target by more than `tolerance`, the least open of
+    them close, or the most open of the closed ones open with their soft value, until
+    the target is just met. The last mask to close may be of a coarse kind and remove
+    too much: a block of BERT-base has 3 or 6 % of its cost. Then that mask stays open
+    and finer masks close in its place; if even that removes too much, the block closes
+    and units open again. Masks that stay open keep their value, and one hidden
+    dimension always stays open.
+
+    Args:
+      log_alpha: the log-alphas of the pruned kinds.
+      config: the sizes of the model that is pruned.
+      target: the sparsity to meet, in [0, 1).
+      tolerance: the largest distance from the target that needs no correction.
+      cost: the cost that sparsity is a fraction of.
+
+    Returns:
+      Masks of the same shapes.
     """
     learned = {k: np.asarray(v) for k, v in evaluation_masks(log_alpha).items()}
     soft = {k: np.asarray(hard_concrete.deterministic(v)) for k, v in log_alpha.items()}
     opened = {k: np.where(v > 0, v, soft[k]) for k, v in learned.items()}
-    # What evaluation closes is below 0 here, so it closes before all other masks.
+    # A mask that evaluation closes has a rank below 0, so it closes before all others.
     ranks = {kind: opened[kind] - (mask <= 0) for kind, mask in learned.items()}
     order = {kind: np.asarray(place) for kind, place in _closing_order(ranks).items()}
     total = sum(mask.size for mask in learned.values())
     finest = next(kind for kind in _FINE_TO_COARSE if kind in order)
 
-    def closed_to(number, order):
+    def close_first(number, order):
         return {k: np.where(order[k] < number, 0, v) for k, v in opened.items()}
 
-    def removed(*state):
-        return exact_sparsity(closed_to(*state), config, cost)
+    def excess(number, order):
+        return exact_sparsity(close_first(number, order), config, cost) - target
 
     def fewest(order):
-        return int(_fewest(lambda number: removed(number, order) >= target, total))
+        return int(_fewest(lambda number: excess(number, order) >= 0, total))
 
     best = sum(int((mask <= 0).sum()) for mask in learned.values()), order
-    missed = removed(*best) - target
-    if abs(missed) > tolerance:
+    if abs(excess(*best)) > tolerance:
         best = fewest(order), order
-        missed = removed(*best) - target
+    least = excess(*best)
     number, tried = best
-    while missed > tolerance and number > 0:
+    while least > tolerance and number > 0:
         last = {kind: place == number - 1 for kind, place in tried.items()}
-        if last[finest].any():  # a single unit is too much
+        if last[finest].any():  # A single unit removes too much; nothing is finer.
             break
         tried = {kind: np.where(last[kind], total, tried[kind]) for kind in tried}
-        if removed(total, tried) < target:  # no finer masks are left to close
-            best = _only_units(closed_to(*best), ranks, order, finest, total)
-            best = fewest(best), best
+        if excess(total, tried) < 0:  # No finer masks are left to close.
+            order = _units_alone(close_first(*best), ranks, order, finest, total)
+            best = fewest(order), order
             break
         number = fewest(tried)
-        if 0 <= removed(number, tried) - target < missed:
-            best, missed = (number, tried), removed(number, tried) - target
-    return {kind: jnp.asarray(mask) for kind, mask in closed_to(*best).items()}
+        if 0 <= excess(number, tried) < least:
+            best, least = (number, tried), excess(number, tried)
+    return {kind: jnp.asarray(mask) for kind, mask in close_first(*best).items()}
 
 
-def _only_units(masks, ranks, order, finest, total):
-    """The order in which units alone close, and what else `masks` close stays closed.
+def _units_alone(masks, ranks, order, finest, total):
+    """Returns an order in which only units close, and coarse masks stay as they are.
 
-    Where no block of such units is open, the most open one is opened.
+    If `masks` open no block of such units, the most open block is opened.
     """
-    units = {finest: order[finest]}
+    alone = {finest: order[finest]}
     for kind in set(order) - {finest}:
         stays = masks[kind] > 0
         if INNER.get(kind) == finest and not stays.any():
             stays = ranks[kind] == ranks[kind].max()
-        units[kind] = np.where(stays, total, -1)
-    return units
+        alone[kind] = np.where(stays, total, -1)
+    return alone
 
 
 def final_masks(
@@ -204,10 +221,11 @@ def final_masks(
     transform: MaskTransform,
     cost: Cost = PARAMETERS,
 ) -> Masks:
-    """Evaluation masks that meet the target after a transform that opens masks.
+    """Returns evaluation masks that meet the target after `transform` opens some.
 
-    More is closed before it, so in a model of few units the sparsity ends above the
-    target. A transform that opens too much for any is left out, with a warning.
+    More masks close beforehand to make up for those that open, so in a model of few
+    units the sparsity ends above the target. If the transform opens so many that the
+    target is out of reach, it is left out, with a warning.
     """
     aim = target
     for _ in range(20):
@@ -227,22 +245,23 @@ def final_masks(
 def meet_target(
     config: EncoderConfig, target: float, cost: Cost = PARAMETERS
 ) -> MaskTransform:
-    """Closes the least open masks until the exact sparsity is at least `target`.
+    """Closes the least open masks until the exact sparsity is at least the target.
 
-    No more close than it takes: with the last of them open the target would be missed.
-    Of equally open ones intermediate masks close first, then head, hidden, mha, ffn; in
-    a kind the first of every row, then the second of every row, and so on. None is
-    opened, masks that meet the target stay as they are, and so does one hidden
-    dimension. Where log-alphas are known, `target_masks` can open masks too.
+    It closes no more masks than that takes: if the last of them stayed open, the target
+    would be missed. Of equally open masks, `intermediate` masks close first, then
+    `head`, `hidden`, `mha` and `ffn`; within a kind, the first mask of every row, then
+    the second of every row, and so on. No mask opens, masks that meet the target do not
+    change, and one hidden dimension always stays open. If log-alphas are at hand, use
+    `target_masks`, which can also open masks.
 
     Args:
       config: the sizes of the model that is pruned.
-      target: in [0, 1).
-      cost: what sparsity is a fraction of.
+      target: the sparsity to reach, in [0, 1).
+      cost: the cost that sparsity is a fraction of.
 
     Raises:
-      UserError: for another target; when applied, for one that the masks' kinds
-        cannot reach.
+      UserError: if the target is not in [0, 1), and, when the transform is applied, if
+        the kinds of the masks cannot reach it.
     """
     if not 0 <= target < 1:
         raise reject("target", target, "must be in [0, 1)")
@@ -258,40 +277,36 @@ def meet_target(
             raise reject("target", target, legal)
         order = _closing_order(masks)
 
-        def closed_to(number):
+        def close_first(number):
             return {k: jnp.where(order[k] < number, 0, v) for k, v in masks.items()}
 
         def enough(number):
-            left = cost.exact(closed_to(number), config)
+            left = cost.exact(close_first(number), config)
             if not counted:
                 return 1 - left / full >= target
-            # This is exact under jit, too, where there is no float64.
+            # Integers make this exact under jit too, where there is no float64.
             return left <= np.asarray(target_count(target, full), left.dtype)
 
-        return closed_to(_fewest(enough, sum(mask.size for mask in masks.values())))
+        return close_first(_fewest(enough, sum(mask.size for mask in masks.values())))
 
     return apply
 
 
 def _fewest(enough: Callable[[Any], Any], most: int) -> Any:
-    """The smallest number up to `most` that is enough, where all above it are, too."""
+    """Bisects for the smallest number that is enough, of 0 to `most`, which must be."""
     low, high = 0, most
-    for _ in range(most.bit_length()):  # bisection
+    for _ in range(most.bit_length()):
         middle = (low + high) // 2
         found = enough(middle)
         low, high = jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
     return high
 
 
-# Of equally open masks the cheapest close first.
-_FINE_TO_COARSE = ("intermediate", "head", "hidden", "mha", "ffn")
-
-
 def _closing_order(masks: Masks) -> dict[str, jax.Array]:
-    """The number of masks that close before each one, by kind.
+    """Returns for each mask the number of masks that close before it.
 
-    The most open hidden dimension never closes, as a model without any cannot be
-    sliced: its number is that of all masks.
+    The number of the most open hidden dimension is the number of all masks, so that it
+    never closes: a model without hidden dimensions cannot be sliced.
     """
     kinds = [kind for kind in _FINE_TO_COARSE if kind in masks]
     if not kinds:

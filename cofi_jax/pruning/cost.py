@@ -1,19 +1,20 @@
-"""The cost that sparsity is a fraction of: what is expected and what is left exactly.
+"""The cost of an encoder, expected and exact; sparsity is the fraction removed of it.
 
-The cost of an encoder is the number of weights and biases in the blocks of its layers;
-embeddings, LayerNorms, pooler and classifier are left out. With a hidden width of h
-and units of a weights for each hidden dimension and b more (`models.spec` has them),
+The cost is the number of weights and biases in the blocks of all layers. Embeddings,
+LayerNorms, pooler and classifier do not count. If h hidden dimensions are left, and if
+each unit has a weights for each of them and b more (`models.spec.per_unit`), then
 
     cost = sum over blocks, over layers l:
            outer_l * (sum_i inner_li * (a h + b) + any_i(inner_li) * h)
 
-where any(z) = 1 - prod(1 - z): a block's output bias goes with its last unit. In BERT
-a = 4 d and b = 3 d for heads of width d, and a = 2 and b = 1 for feed-forward units.
-The cost is linear in each single mask, so with probabilities of independent masks in
-their place it is the expected cost.
+where any(z) = 1 - prod(1 - z), because the output bias of a block remains as long as
+any of its units does. In BERT, a = 4 d and b = 3 d for heads of width d, and a = 2 and
+b = 1 for feed-forward units. The cost is linear in each single mask. So probabilities
+of independent masks, in place of the masks, give the expected cost.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,14 +29,14 @@ from cofi_jax.pruning.masks import Masks, without_padding
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What pruning reduces, as two functions.
+    """The quantity that pruning reduces, as two functions.
 
     Attributes:
-      expected: takes probabilities that the masks are open, and the sizes of the model
-        that is pruned; returns a scalar, differentiable in the probabilities.
-      exact: takes masks, of which all above 0 are open, and the sizes; returns the
-        cost of the model that slicing leaves. Without masks it is the dense model's. A
-        cost that cannot be traced keeps `meet_target` out of `jax.jit`.
+      expected: maps the probabilities that the masks are open, and the sizes of the
+        model that is pruned, to a scalar that is differentiable in the probabilities.
+      exact: maps masks and the sizes to the cost of the model that slicing leaves;
+        without masks that is the cost of the model before pruning. If the function
+        cannot be traced, `meet_target` does not work under `jax.jit`.
     """
 
     expected: Callable[[Masks, EncoderConfig], Any]
@@ -43,14 +44,14 @@ class Cost:
 
 
 def _count(masks, config, number):
-    """The formula above; `number` is float, or int to count exactly."""
+    """Evaluates the formula above in the type `number`: float, or int to be exact."""
     masks = without_padding(masks, config)
     hidden, total = number(config.hidden_size), number(0)
     if "hidden" in masks:
         hidden = masks["hidden"].sum()
     for block in blocks(config):
         (a, b), (c, d) = per_unit(block, config)
-        units = np.asarray(block.sizes(config), number)  # (L,), as is what follows
+        units = np.asarray(block.sizes(config), number)  # (L,), like all that follow
         any_open = (units > 0).astype(number)
         if block.inner in masks:
             units = masks[block.inner].sum(-1)
@@ -60,14 +61,10 @@ def _count(masks, config, number):
     return total
 
 
-def _expected(probabilities: Masks, config: EncoderConfig) -> Any:
-    return _count(probabilities, config, float)
-
-
 def _exact(masks: Masks, config: EncoderConfig) -> Any:
     number = int
     if any(isinstance(mask, Tracer) for mask in masks.values()):
-        # Inside of a compiled program integers have 32 bits.
+        # A compiled program has integers of 32 bits only.
         number = int if _count({}, config, int) < 2**31 else float
     else:
         masks = {kind: np.asarray(mask) for kind, mask in masks.items()}
@@ -75,31 +72,31 @@ def _exact(masks: Masks, config: EncoderConfig) -> Any:
     return _count(masks, config, number)
 
 
-PARAMETERS = Cost(_expected, _exact)
+PARAMETERS = Cost(functools.partial(_count, number=float), _exact)
 
 
 def num_params(masks: Masks, config: EncoderConfig) -> int:
-    """The exact number of the counted weights that slicing with `masks` leaves."""
+    """Returns how many of the counted parameters slicing with `masks` leaves."""
     return int(PARAMETERS.exact(masks, config))
 
 
 def exact_sparsity(
     masks: Masks, config: EncoderConfig, cost: Cost = PARAMETERS
 ) -> float:
-    """The fraction of the cost that slicing with `masks` removes."""
+    """Returns the fraction of the cost that slicing with `masks` removes."""
     return float(1 - cost.exact(masks, config) / cost.exact({}, config))
 
 
 def multiply_adds(config: EncoderConfig, seq_length: int) -> int:
-    """Multiply-adds of all matrix products of a forward pass over one sequence.
+    """Counts the multiply-adds of the matrix products of a forward pass over one row.
 
-    These are the products with the blocks' kernels, those of `Block.products`, and
-    D P + P C for a head on the first token (P = pooler_size, C = num_labels) or T D C
-    for one on every token. A FLOP count is twice as large.
+    These are the products with the kernels of the blocks, the `Block.products`, and the
+    classifier: D P + P C if it reads the first token through a pooler of width P, or
+    T D C if it reads every token. The number of FLOPs is twice as large.
 
     Args:
-      config: of the dense or the sliced model.
-      seq_length: the number T of tokens, padding included.
+      config: the sizes of the dense or the sliced model.
+      seq_length: the number T of tokens, including padding.
     """
     sizes = {"T": seq_length, "D": config.hidden_size, "d": config.head_size}
     total = 0

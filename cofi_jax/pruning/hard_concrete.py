@@ -1,11 +1,13 @@
 """The hard-concrete distribution (Louizos et al., 2018), arrays to arrays.
 
-With noise `u` in (0, 1) and location `log_alpha`,
+A gate is a random variable whose value is a mask. Its distribution has one parameter,
+the location `log_alpha`: with noise `u` that is uniform in (0, 1),
 
     s = sigmoid((ln u - ln(1 - u) + log_alpha) / TEMPERATURE)
     gate = clip(low + (high - low) * s, 0, 1),      (low, high) = STRETCH
 
-so a gate is exactly 0 or exactly 1 with positive probability.
+so a mask is exactly 0, and exactly 1, with a probability above 0. Every function here
+works element by element, on arrays of any shape.
 """
 
 import math
@@ -16,38 +18,38 @@ import jax.numpy as jnp
 TEMPERATURE = 2 / 3
 STRETCH = _LOW, _HIGH = (-0.1, 1.1)
 
-# Log-alphas stay in this range: beyond it the gradient of P(gate > 0) vanishes, gates
-# never come back, and the sparsity constraint is missed.
+# Log-alphas stay in this range. Beyond it the gradient of P(gate > 0) vanishes, so a
+# closed gate would never open again and training would miss the sparsity target.
 LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))
 
-# sigmoid(log_alpha - _CLOSING) = P(gate > 0)
-_CLOSING = TEMPERATURE * math.log(-_LOW / _HIGH)
+# The log-alpha at which P(gate > 0) = 1/2, from P(gate > 0) = sigmoid(log_alpha - it).
+_HALF_OPEN = TEMPERATURE * math.log(-_LOW / _HIGH)
 
-# The way from fully open to P(gate > 0) = 1/2, about 6.2: Adam moves a log-alpha by at
-# most its learning rate in a step.
-CLOSING_DISTANCE = LOG_ALPHA_RANGE[1] - _CLOSING
+# The distance from fully open to P(gate > 0) = 1/2, about 6.2. Adam covers at most the
+# learning rate in a step, so this bounds the steps that closing a gate takes.
+CLOSING_DISTANCE = LOG_ALPHA_RANGE[1] - _HALF_OPEN
 
 
 def quantile(u: jax.Array, log_alpha: jax.Array) -> jax.Array:
-    """Gate values in [0, 1] for uniform noise `u` in (0, 1), elementwise."""
+    """Returns the masks in [0, 1] that uniform noise `u` in (0, 1) gives."""
     s = jax.nn.sigmoid((jnp.log(u) - jnp.log1p(-u) + log_alpha) / TEMPERATURE)
     return jnp.clip(_LOW + (_HIGH - _LOW) * s, 0.0, 1.0)
 
 
 def prob_active(log_alpha: jax.Array) -> jax.Array:
-    """P(gate > 0), elementwise."""
-    return jax.nn.sigmoid(log_alpha - _CLOSING)
+    """Returns the probability that a gate is above 0."""
+    return jax.nn.sigmoid(log_alpha - _HALF_OPEN)
 
 
 def deterministic(log_alpha: jax.Array) -> jax.Array:
-    """The soft value in (0, 1) of a gate that stays open at evaluation.
+    """Returns the soft mask in (0, 1) of a gate that stays open at evaluation.
 
-    The original's `sigmoid(0.8 / TEMPERATURE * log_alpha)`, neither the mean nor
-    the median of the distribution.
+    The formula is that of the original implementation; it is neither the mean nor the
+    median of the distribution.
     """
     return jax.nn.sigmoid(0.8 / TEMPERATURE * log_alpha)
 
 
 def clamp(log_alpha: jax.Array) -> jax.Array:
-    """`log_alpha` kept in `LOG_ALPHA_RANGE`, elementwise."""
+    """Clips `log_alpha` to `LOG_ALPHA_RANGE`."""
     return jnp.clip(log_alpha, *LOG_ALPHA_RANGE)

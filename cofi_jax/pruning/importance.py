@@ -1,10 +1,10 @@
-"""From the importance of each mask to an order, to log-alphas, and to a structure.
+"""Masks and log-alphas in the order of importance.
 
-The importance of a mask is the mean squared gradient of a loss by it, at masks of 1
-(`training.importance` measures it). To second order, this is proportional to what
-closing the mask alone adds to the loss (optimal brain damage, with Fisher's information
-in place of the Hessian). Divided by the cost that the mask removes, it says what a unit
-of cost is worth there.
+The importance of a mask is the mean squared gradient of a loss with respect to it, at
+masks of 1; `training.importance` measures it. To second order, it is proportional to
+the loss that closing this mask alone adds: this is optimal brain damage with the Fisher
+information in place of the Hessian. Importance divided by the cost that closing the
+mask removes says what a unit of cost is worth there.
 """
 
 import jax
@@ -14,24 +14,28 @@ import numpy as np
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import INNER
 from cofi_jax.pruning.cost import PARAMETERS, Cost
-from cofi_jax.pruning.masks import LogAlpha, Masks, padded
+from cofi_jax.pruning.masks import LogAlpha, Masks, real_positions
 
-# The log-alpha of the most important mask: just inside the range of the sampler.
+# The log-alpha of the most important unit, just inside `LOG_ALPHA_RANGE`.
 _OPEN = 4.5
+# The offset of the masks of whole blocks, which close after most masks inside them.
 _BLOCKS_LATER = 10.0
 
 
 def removed_alone(
     config: EncoderConfig, masks: Masks, cost: Cost = PARAMETERS
 ) -> dict[str, np.ndarray]:
-    """The cost that closing each mask removes while all others are open, by kind.
+    """Returns the cost that closing each mask removes while all others are open.
 
     Args:
       config: the sizes of the model that is pruned.
-      masks: any of the kinds; their shapes alone are read.
-      cost: what is counted.
+      masks: arrays of any of the kinds, of which only the shapes are read.
+      cost: the cost that is meant.
+
+    Returns:
+      For each kind an array of the shape of its masks.
     """
-    real = padded(config)
+    real = real_positions(config)
     ones = {k: jnp.ones(v.shape) * real.get(k, 1.0) for k, v in masks.items()}
 
     def left(masks):
@@ -43,37 +47,42 @@ def removed_alone(
 def ranks(
     importance: Masks, config: EncoderConfig, cost: Cost = PARAMETERS
 ) -> dict[str, jax.Array]:
-    """Masks in (0, 1] whose order is that of importance per removed cost.
+    """Returns masks in (0, 1] in the order of their importance per removed cost.
 
-    Heads, feed-forward units and hidden dimensions are ranked together: the rank is the
-    share of their cost that is worth no more than the mask's own. Masks of whole blocks
-    are ranked among the blocks of their kind, each with the same share.
+    Heads, feed-forward units and hidden dimensions are ranked together. The rank of one
+    is the share of all their cost that is worth no more than the cost it removes. The
+    masks of whole blocks are ranked within their kind, where each has the same share.
 
     Args:
-      importance: as from `training.importance`, by kind.
+      importance: the importance of each mask, as `training.importance` measures it.
       config: the sizes of the model that was measured.
-      cost: what a mask costs.
+      cost: the cost that closing masks removes.
+
+    Returns:
+      For each kind a float32 array of the shape of its masks.
     """
-    removes, real, found = removed_alone(config, importance, cost), padded(config), {}
+    removes, real = removed_alone(config, importance, cost), real_positions(config)
     worth = {
         kind: np.where(real.get(kind, True), value, 0) / np.maximum(removes[kind], 1e-9)
         for kind, value in importance.items()
     }
-    fine = [kind for kind in importance if kind not in INNER]
-    if fine:
+    found = {
+        kind: _ranked(value, np.ones_like(value))
+        for kind, value in worth.items()
+        if kind in INNER
+    }
+    if fine := [kind for kind in worth if kind not in INNER]:
         values = np.concatenate([np.ravel(worth[kind]) for kind in fine])
         shares = np.concatenate([np.ravel(removes[kind]) for kind in fine])
-        ranked = _ranked(values, shares)
-        for kind in fine:
-            part, ranked = np.split(ranked, [np.size(worth[kind])])
+        ends = np.cumsum([worth[kind].size for kind in fine])
+        parts = np.split(_ranked(values, shares), ends[:-1])
+        for kind, part in zip(fine, parts, strict=True):
             found[kind] = part.reshape(worth[kind].shape)
-    for kind in set(importance) - set(fine):
-        found[kind] = _ranked(worth[kind], np.ones_like(worth[kind]))
     return {kind: jnp.asarray(found[kind], jnp.float32) for kind in importance}
 
 
 def _ranked(values, shares):
-    """The share of all `shares` that belongs to values up to each one, (N,)."""
+    """Returns for each value the part of all shares that values up to it have, (N,)."""
     order = np.argsort(values, kind="stable")
     found = np.empty(len(values))
     found[order] = np.cumsum(shares[order]) / max(shares.sum(), 1e-9)
@@ -87,25 +96,25 @@ def seed_log_alpha(
     spread: float = 30.0,
     cost: Cost = PARAMETERS,
 ) -> LogAlpha:
-    """Log-alphas in the order of importance, for a constraint that moves them together.
+    """Returns log-alphas in the order of importance, to start pruning from.
+
+    They suit a constraint that moves all log-alphas by a common offset, such as
+    `constraint.at_target`.
 
     Args:
-      importance: as from `training.importance`, by kind.
+      importance: the importance of each mask, as `training.importance` measures it.
       config: the sizes of the model that was measured.
       spread: the distance between the most and the least important mask. A mask is
-        undecided over a distance of about 6, so the wider they are spread, the fewer
-        are undecided at a time, and the less their order is learned anew.
-      cost: what a mask costs.
+        undecided over a distance of about 6, so with a wider spread fewer masks are
+        undecided at a time, and training changes their order less.
+      cost: the cost that closing masks removes.
 
     Returns:
-      float32 arrays of the masks' shapes, -inf for padding.
+      float32 arrays of the shapes of the masks, -inf at padding.
     """
-    real = padded(config)
-    seeds = {}
+    real, seeds = real_positions(config), {}
     for kind, rank in ranks(importance, config, cost).items():
-        # A block closes after most of what is inside of it.
         most = _OPEN + (_BLOCKS_LATER if kind in INNER else 0)
-        seeds[kind] = jnp.where(
-            real.get(kind, True), most - spread * (1 - rank), -jnp.inf
-        )
+        seed = most - spread * (1 - rank)
+        seeds[kind] = jnp.where(real.get(kind, True), seed, -jnp.inf)
     return seeds

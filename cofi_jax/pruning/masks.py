@@ -1,13 +1,15 @@
-"""Masks at five granularities, as one dict of stacked arrays.
+"""Masks of five kinds, as one dict of stacked arrays.
 
     head (L, H)   mha (L,)   intermediate (L, F)   ffn (L,)   hidden (D,)
 
-Log-alphas, probabilities, samples and gradients all have this structure. A kind that
-is missing is not pruned. H and F are the widths of the widest layer: the rows of
-narrower layers are padded at their end, and the masks of absent blocks are padding as
-well. The log-alpha of padding is -inf, so its probability, its samples and its
-evaluation mask are 0, and whatever knows the model's sizes ignores what masks hold
-there.
+A mask is a number in [0, 1]; it is open if it is above 0, and otherwise closed. The
+log-alphas, probabilities, samples and gradients of masks have the same structure. A
+kind that is missing is not pruned.
+
+H and F are the widths of the widest layer. The rows of narrower layers end with
+padding, and the masks of absent blocks are padding, too. The log-alpha of padding is
+-inf, so its probability, its samples and its evaluation mask are 0. A function that
+takes the sizes of the model ignores the values of padding.
 """
 
 import functools
@@ -25,7 +27,8 @@ from cofi_jax.pruning import hard_concrete
 Masks = Mapping[str, jax.Array | np.ndarray]
 LogAlpha = Mapping[str, jax.Array]
 
-# The mean is just inside the clamp, so that the noise which breaks ties survives it.
+# The mean is just inside `LOG_ALPHA_RANGE`, so that clamping keeps the noise, which
+# breaks ties between masks.
 _INIT_MEAN, _INIT_STD = 4.5, 0.01
 
 _UNIFORM_MARGIN = 1e-6
@@ -34,14 +37,14 @@ _UNIFORM_MARGIN = 1e-6
 def mask_shapes(
     config: EncoderConfig, kinds: Sequence[str] = KINDS
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of each kind's array.
+    """Returns the shape of the array of each kind.
 
     Args:
       config: the sizes of the model that is pruned.
       kinds: the kinds that are pruned.
 
     Raises:
-      UserError: for an unknown kind, or none.
+      UserError: if a kind is unknown or if there is none.
     """
     check_kinds("kinds", kinds)
     shapes: dict[str, tuple[int, ...]] = {"hidden": (config.hidden_size,)}
@@ -52,22 +55,22 @@ def mask_shapes(
     return {kind: shapes[kind] for kind in KINDS if kind in kinds}
 
 
-def padded(config: EncoderConfig) -> dict[str, np.ndarray]:
-    """The kinds whose masks have padding, each with booleans that are False there."""
+def real_positions(config: EncoderConfig) -> dict[str, np.ndarray]:
+    """Returns booleans that are False at padding, for the kinds that have padding."""
     real = {k: v for block in blocks(config) for k, v in block.real(config).items()}
     return {kind: there for kind, there in real.items() if not there.all()}
 
 
 def without_padding(masks: Masks, config: EncoderConfig) -> dict:
-    """The masks with 0 in place of padding."""
-    real = padded(config)
+    """Returns the masks with 0 at padding."""
+    real = real_positions(config)
     return {k: v * real[k] if k in real else v for k, v in masks.items()}
 
 
 def present_blocks(masks: Masks, config: EncoderConfig) -> dict[str, jax.Array]:
-    """Which layers have a block that is not absent: (L,) booleans by block's name.
+    """Returns in which layers each block is present: (L,) booleans by its name.
 
-    A block is absent when its own mask is 0, or all masks of its units are.
+    A block is absent if its own mask is 0 or if the masks of all its units are 0.
     """
     masks, present = without_padding(masks, config), {}
     for block in blocks(config):
@@ -82,25 +85,35 @@ def present_blocks(masks: Masks, config: EncoderConfig) -> dict[str, jax.Array]:
 def init_log_alpha(
     config: EncoderConfig, key: jax.Array, kinds: Sequence[str] = KINDS
 ) -> LogAlpha:
-    """Log-alphas of open masks: normal around 4.5 with deviation 0.01, float32."""
+    """Draws the log-alphas of open masks.
+
+    Args:
+      config: the sizes of the model that is pruned.
+      key: the random key.
+      kinds: the kinds that are pruned.
+
+    Returns:
+      float32 arrays of the shapes of the masks, drawn from a normal distribution with
+      mean 4.5 and standard deviation 0.01; -inf at padding.
+
+    Raises:
+      UserError: if a kind is unknown or if there is none.
+    """
     log_alpha = _init(key, tuple(mask_shapes(config, kinds).items()))
-    real = padded(config)
-    return {
-        k: jnp.where(real[k], v, -jnp.inf) if k in real else v
-        for k, v in log_alpha.items()
-    }
+    real = real_positions(config)
+    return {k: jnp.where(real.get(k, True), v, -jnp.inf) for k, v in log_alpha.items()}
 
 
 @functools.partial(jax.jit, static_argnames="shapes")
 def _init(key, shapes):
     return {
-        kind: _INIT_MEAN + _INIT_STD * jax.random.normal(_named(key, kind), shape)
+        kind: _INIT_MEAN + _INIT_STD * jax.random.normal(_key_of(key, kind), shape)
         for kind, shape in shapes
     }
 
 
 def clamp(log_alpha: LogAlpha) -> LogAlpha:
-    """The log-alphas kept in `hard_concrete.LOG_ALPHA_RANGE`; padding stays -inf."""
+    """Clips log-alphas to `hard_concrete.LOG_ALPHA_RANGE`; padding stays -inf."""
     return {
         kind: jnp.where(jnp.isneginf(value), value, hard_concrete.clamp(value))
         for kind, value in log_alpha.items()
@@ -109,12 +122,19 @@ def clamp(log_alpha: LogAlpha) -> LogAlpha:
 
 @jax.jit
 def sample(log_alpha: LogAlpha, key: jax.Array) -> Masks:
-    """One draw of every mask, shared by the whole batch.
+    """Draws every mask once; a whole batch shares the draw.
 
-    Keys are derived from the kind's name, so that leaving one kind out does not
-    change the draws of the others.
+    The key of a kind is derived from its name, so the draws of one kind do not depend
+    on which other kinds are pruned.
+
+    Args:
+      log_alpha: the log-alphas of the pruned kinds.
+      key: the random key.
+
+    Returns:
+      Masks in [0, 1] of the same shapes.
     """
-    return {kind: _sample(la, _named(key, kind)) for kind, la in log_alpha.items()}
+    return {kind: _sample(v, _key_of(key, kind)) for kind, v in log_alpha.items()}
 
 
 def _sample(log_alpha, key):
@@ -124,29 +144,30 @@ def _sample(log_alpha, key):
     return hard_concrete.quantile(u, log_alpha)
 
 
-def _named(key, name):
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+def _key_of(key, kind):
+    return jax.random.fold_in(key, zlib.crc32(kind.encode()))
 
 
 def prob_active(log_alpha: LogAlpha) -> Masks:
-    """The probability that each mask is above 0."""
+    """Returns the probability that each mask is open."""
     return jax.tree.map(hard_concrete.prob_active, dict(log_alpha))
 
 
 @jax.jit
 def evaluation_masks(log_alpha: LogAlpha) -> Masks:
-    """The deterministic masks that evaluation and slicing use.
+    """Returns the deterministic masks that evaluation and slicing use.
 
-    In each row of n masks the round(n - sum of P(mask > 0)) smallest become 0, of
-    equals the one with the lowest index first; the rest keep their soft value. The
-    mask of a whole block (mha, ffn) is a row of one: it closes when P < 1/2.
+    In each row, as many masks close as are expected to be 0 in a sample, rounded to a
+    whole number: those with the smallest log-alphas, and of equal ones those with the
+    lowest index. The other masks take their soft value. The mask of a whole block (mha
+    or ffn) is a row of its own, which closes if P(mask > 0) < 1/2.
     """
-    return {kind: _evaluate(kind, la) for kind, la in log_alpha.items()}
+    return {kind: _evaluate(kind, v) for kind, v in log_alpha.items()}
 
 
 def _evaluate(kind, log_alpha):
     rows = log_alpha[:, None] if kind in INNER else jnp.atleast_2d(log_alpha)
-    padding = jnp.isneginf(rows)  # closed in any case, so it does not compete
+    padding = jnp.isneginf(rows)  # It is closed anyway, besides those counted here.
     expected = jnp.where(padding, 0, 1 - hard_concrete.prob_active(rows))
     closed = jnp.round(jnp.sum(expected, -1, keepdims=True))
     closed += jnp.sum(padding, -1, keepdims=True)

@@ -1,9 +1,10 @@
-"""Slicing: from masks and parameters to a smaller model of the same function.
+"""Slicing: parameters and masks become a smaller model that computes the same.
 
-`fold` multiplies each soft mask into the parameters that carry it, `take` gathers the
-rows and columns whose masks are open. For every mask
+First `fold` multiplies each mask into the parameters that carry it. Then `take` gathers
+the rows and columns whose masks are open. For all masks,
 
-    model(config)(params, masks) == model(spec.config(config))(prune(params, masks))
+    small_params, spec = prune(params, masks, config)
+    model(config)(params, masks) == model(spec.config(config))(small_params)
 """
 
 import dataclasses
@@ -20,12 +21,12 @@ from cofi_jax.pruning.masks import Masks, present_blocks
 
 @dataclasses.dataclass(frozen=True)
 class PrunedSpec:
-    """Which heads, feed-forward units and hidden dimensions of a model stay.
+    """The heads, feed-forward units and hidden dimensions of a model that stay.
 
     Attributes:
-      heads: the heads that stay, per layer; () is an absent block.
-      intermediate: the feed-forward units that stay, likewise.
-      hidden: the hidden dimensions that stay.
+      heads: for each layer the indices of the heads that stay; () is an absent block.
+      intermediate: for each layer the indices of the feed-forward units, likewise.
+      hidden: the indices of the hidden dimensions that stay.
     """
 
     heads: tuple[tuple[int, ...], ...]
@@ -33,7 +34,7 @@ class PrunedSpec:
     hidden: tuple[int, ...]
 
     def config(self, config: EncoderConfig) -> EncoderConfig:
-        """The sizes of the smaller model that is cut from one of `config`."""
+        """Returns the sizes of the sliced model, given those of the dense one."""
         return dataclasses.replace(
             config,
             hidden_size=len(self.hidden),
@@ -42,9 +43,9 @@ class PrunedSpec:
         )
 
     def masks(self, config: EncoderConfig) -> Masks:
-        """Hard masks of all kinds on a model of `config` that keep just this."""
+        """Returns masks of all kinds that are 1 at what stays, and 0 elsewhere."""
 
-        def row(kept, size):
+        def row(kept, size):  # (size,)
             return np.isin(np.arange(size), kept).astype(np.float32)
 
         masks = {"hidden": row(self.hidden, config.hidden_size)}
@@ -56,7 +57,7 @@ class PrunedSpec:
         return {kind: jnp.asarray(mask) for kind, mask in masks.items()}
 
     def compose(self, second: "PrunedSpec") -> "PrunedSpec":
-        """What stays of the model that this one cuts when `second` cuts the result.
+        """Returns the spec that slices like this one and then `second` on the result.
 
         `take(take(params, first), second) == take(params, first.compose(second))`.
         """
@@ -72,16 +73,16 @@ class PrunedSpec:
 
     @classmethod
     def from_json(cls, fields: dict) -> "PrunedSpec":
-        """The inverse of `dataclasses.asdict` after a passage through JSON."""
+        """Inverts `dataclasses.asdict`, whose tuples JSON has turned into lists."""
         nested = {k: tuple(map(tuple, fields[k])) for k in ("heads", "intermediate")}
         return cls(hidden=tuple(fields["hidden"]), **nested)
 
 
 def spec_of(masks: Masks, config: EncoderConfig) -> PrunedSpec:
-    """What `masks` keep of a model of `config`.
+    """Returns what `masks` leave of a model with the sizes `config`.
 
     Raises:
-      ValueError: where no hidden dimension is left.
+      ValueError: if no hidden dimension is left.
     """
     hidden = _open(masks.get("hidden", np.ones(config.hidden_size)))
     if not hidden:
@@ -94,23 +95,25 @@ def spec_of(masks: Masks, config: EncoderConfig) -> PrunedSpec:
 
 
 def _open(masks):
+    """Returns the indices of the open masks of a row."""
     return tuple(np.flatnonzero(np.asarray(masks) > 0).tolist())
 
 
 def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
-    """`params` with every mask multiplied into them; shapes stay.
+    """Multiplies every mask into the parameters, whose shapes do not change.
 
-    A parameter carries the masks of the axes that it writes to. So head and mha go
-    into the attention output kernel (mha also into its bias), intermediate and ffn into
-    the down kernel (ffn also into its bias), hidden into the embeddings, both output
-    projections and the scale and bias of each LayerNorm.
+    The masks of heads and of attention blocks scale the kernel of the attention output,
+    and the latter also its bias. Likewise, the masks of feed-forward units and blocks
+    scale the kernel of the down projection, and the latter also its bias. The masks of
+    hidden dimensions scale whatever writes to the hidden states: the embeddings, both
+    output projections, and the scale and bias of each LayerNorm.
     """
     flat = _flat(params)
     for path, array in flat.items():
         axes, layer, block = place(path, flat)
         if not axes.endswith("D"):
             continue
-        if block is not None and path[1] == block.name:  # not its LayerNorm
+        if block is not None and path[1] == block.name:  # It is not the LayerNorm.
             if block.inner in masks and block.unit in axes:
                 units = masks[block.inner][layer][: block.sizes(config)[layer]]
                 array = array * units.reshape(-1, *(1,) * (len(axes) - 1))
@@ -121,17 +124,18 @@ def fold(params: dict, masks: Masks, config: EncoderConfig) -> dict:
 
 
 def _flat(params: dict) -> dict[tuple[str, ...], Any]:
+    """Returns the parameters by their paths."""
     return dict(traverse_util.flatten_dict(params))
 
 
 def take(params: dict, spec: PrunedSpec) -> dict:
-    """The rows and columns of `params` that `spec` keeps, as new arrays."""
+    """Gathers the rows and columns of the parameters that stay, as new arrays."""
     flat, kept = _flat(params), {}
     for path, array in flat.items():
         of = place(path, flat)
         indices = _indices(spec, of)
         if of.block is not None and not len(indices[of.block.unit]):
-            continue  # the block is absent
+            continue  # The block is absent.
         for axis, letter in enumerate(of.axes):
             if letter in indices:
                 array = jnp.take(array, indices[letter], axis=axis)
@@ -140,14 +144,17 @@ def take(params: dict, spec: PrunedSpec) -> dict:
 
 
 def expand(params: dict, spec: PrunedSpec, dense: dict) -> dict:
-    """The inverse of `take`: NumPy arrays of the dense shapes, 0 where nothing stayed.
+    """Inverts `take`: puts sliced parameters back to their places in the dense ones.
 
-    With them and `spec.masks` the dense model computes what the sliced one does.
+    With the result and `spec.masks`, the dense model computes what the sliced one does.
 
     Args:
-      params: of the sliced model.
-      spec: what it kept of the dense one.
-      dense: the dense parameters, or what `abstract_params` says of them.
+      params: the parameters of the sliced model.
+      spec: what the sliced model has of the dense one.
+      dense: the parameters of the dense model, or their `abstract_params`.
+
+    Returns:
+      NumPy arrays of the dense shapes, 0 at everything that was cut.
     """
     sliced, whole = _flat(params), {}
     flat = _flat(dense)
@@ -162,7 +169,7 @@ def expand(params: dict, spec: PrunedSpec, dense: dict) -> dict:
 
 
 def _indices(spec: PrunedSpec, of: Place) -> dict[str, np.ndarray]:
-    """What stays of each prunable axis around a parameter, by the axis's letter."""
+    """Returns the indices that stay of the prunable axes at a place, by letter."""
     kept = {"D": spec.hidden}
     if of.block is not None:
         kept[of.block.unit] = getattr(spec, of.block.widths)[of.layer]
@@ -170,18 +177,19 @@ def _indices(spec: PrunedSpec, of: Place) -> dict[str, np.ndarray]:
 
 
 def prune(params: dict, masks: Masks, config: EncoderConfig) -> tuple[dict, PrunedSpec]:
-    """A smaller model that computes what `params` under `masks` compute.
+    """Slices a model to a smaller one that computes the same as the masked model.
 
     Args:
-      params: the model's parameters; it may be a sliced one itself.
-      masks: values in [0, 1], any subset of the kinds.
-      config: the model's sizes.
+      params: the parameters of the model, which may have been sliced before.
+      masks: masks in [0, 1] of any subset of the kinds.
+      config: the sizes of the model.
 
     Returns:
-      The smaller model's parameters and the spec; `spec.config(config)` are its sizes.
+      The parameters of the sliced model, and the spec; `spec.config(config)` gives the
+      sizes of the sliced model.
 
     Raises:
-      ValueError: where no hidden dimension is left.
+      ValueError: if no hidden dimension is left.
     """
     spec = spec_of(masks, config)
     return take(fold(params, masks, config), spec), spec

@@ -1,7 +1,7 @@
-"""Transforms from masks to masks.
+"""Transforms, which are functions from masks to masks.
 
-Those that open masks take the model's sizes: where its layers differ in width, the
-masks have padding (see `masks`), which stays closed and does not count.
+A transform that opens masks takes the sizes of the model if its layers differ in width.
+The masks then have padding (see `masks`), which stays closed and does not count.
 """
 
 import functools
@@ -14,40 +14,41 @@ import numpy as np
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import INNER, check_kinds
-from cofi_jax.pruning.masks import Masks, padded
+from cofi_jax.pruning.masks import Masks, real_positions
 
 MaskTransform = Callable[[Masks], Masks]
 
-# A mask of this value is open for slicing and too little to show in any float32 sum.
+# A mask of this value is open, but what it scales is too small to change a float32 sum.
 _TINY = 1e-12
 
 
 def chain(*transforms: MaskTransform) -> MaskTransform:
-    """Applies `transforms` from left to right; `chain()` is the identity."""
+    """Applies the transforms from left to right; `chain()` is the identity."""
     return lambda masks: functools.reduce(lambda m, f: f(m), transforms, dict(masks))
 
 
 def only(*kinds: str) -> MaskTransform:
-    """Keeps the named kinds; the others are no longer pruned."""
+    """Keeps the named kinds; the other kinds are then not pruned."""
     check_kinds("kinds", kinds)
     return lambda masks: {k: v for k, v in masks.items() if k in kinds}
 
 
 def without(*kinds: str) -> MaskTransform:
-    """Drops the named kinds, which are then no longer pruned."""
+    """Drops the named kinds, which are then not pruned."""
     check_kinds("kinds", kinds)
     return lambda masks: {k: v for k, v in masks.items() if k not in kinds}
 
 
 def harden() -> MaskTransform:
-    """Makes every open mask 1."""
+    """Sets every open mask to 1."""
     return lambda masks: {k: (v > 0).astype(v.dtype) for k, v in masks.items()}
 
 
 def drop_empty() -> MaskTransform:
-    """Closes a block whose inner masks are all 0, and the masks inside a closed block.
+    """Closes each block whose inner masks are all 0, and all masks in closed blocks.
 
-    The model's outputs stay the same; the masks then say what slicing removes.
+    The outputs of the model do not change, and exactly those masks are then closed that
+    slicing removes.
     """
 
     def apply(masks):
@@ -63,43 +64,44 @@ def drop_empty() -> MaskTransform:
 
 
 def keep_at_least(config: EncoderConfig | None = None, **counts: int) -> MaskTransform:
-    """Opens masks (value 1) until each row of a kind has at least the given number.
+    """Opens masks until each row of a kind has at least the given number of open ones.
 
-    The first closed masks of a row are opened, e.g. `keep_at_least(hidden=8)`. For
-    mha and ffn, whose rows have one mask, the number counts layers. Layers that differ
-    in width need `config`.
+    An example is `keep_at_least(hidden=8)`. The first closed masks of a row are set to
+    1. For `mha` and `ffn`, whose arrays are one row, the number is that of the layers.
+
+    Args:
+      config: the sizes of the model that is pruned, if its layers differ in width.
+      **counts: the least number of open masks by kind.
+
+    Raises:
+      UserError: if a kind is unknown or if there is none.
     """
     check_kinds("kinds", tuple(counts))
-
-    def apply(masks):
-        masks, real = dict(masks), padded(config) if config else {}
-        for kind, count in counts.items():
-            if kind in masks:
-                there = real.get(kind, True)
-                missing = count - _number_open(masks[kind] * there)
-                masks[kind] = _reopen(masks[kind], missing, 1.0, there)
-        return masks
-
-    return apply
+    return _open_more(config, lambda kind, number: counts[kind] - number, counts, 1.0)
 
 
 def round_to_multiple(
     config: EncoderConfig | None = None, **multiples: int
 ) -> MaskTransform:
-    """Opens masks until each row's number of open ones is a multiple, up to all of it.
+    """Opens masks until the number of open masks of each row is a multiple, or all.
 
-    E.g. `round_to_multiple(intermediate=64, head=2)`, for hardware that likes such
-    widths. A row without an open mask stays so: an absent block stays absent. The
-    first closed masks of a row are opened, to 1e-12: heads and units then weigh
-    nothing, so the model's outputs stay the same, but their weights are there for
-    fine-tuning to take up. This is not so with `hidden`: LayerNorm takes its statistics
-    over all open dimensions, so k more beside n change what the model computes, by
-    about k / 2n of it; fine-tune afterwards. `harden`, if wanted, comes before. Layers
-    that differ in width need `config`.
+    An example is `round_to_multiple(intermediate=64, head=2)`, for hardware that likes
+    such widths. A row without an open mask stays closed, so an absent block stays
+    absent.
+
+    The first closed masks of a row are set to 1e-12. Their heads and units then remain
+    for fine-tuning but contribute nothing, so the outputs of the model do not change.
+    With `hidden` they do, because LayerNorm computes its statistics over all open
+    dimensions: k more beside n change them by about k / 2n, and the model needs
+    fine-tuning. If masks are to be hardened, `harden` comes before this transform.
+
+    Args:
+      config: the sizes of the model that is pruned, if its layers differ in width.
+      **multiples: the number by kind that each row is rounded to a multiple of.
 
     Raises:
-      UserError: for a kind that is not head, intermediate or hidden, and a multiple
-        that is not a whole number above 0.
+      UserError: if a kind is not `head`, `intermediate` or `hidden`, or if a multiple
+        is not a whole number above 0.
     """
     check_kinds("kinds", tuple(multiples))
     for kind, multiple in multiples.items():
@@ -109,62 +111,67 @@ def round_to_multiple(
         if type(multiple) is not int or multiple < 1:
             raise reject(kind, multiple, "must be a whole number above 0")
 
+    def missing(kind, number):
+        return -number % multiples[kind]  # This is 0 for a row without an open mask.
+
+    return _open_more(config, missing, multiples, _TINY)
+
+
+def _open_more(config, missing, kinds, value):
+    """Sets the first `missing(kind, number)` closed masks of each row to `value`.
+
+    Here `number` is the number of open masks of each row, (..., 1).
+    """
+
     def apply(masks):
-        masks, real = dict(masks), padded(config) if config else {}
-        for kind, multiple in multiples.items():
+        masks, real = dict(masks), real_positions(config) if config else {}
+        for kind in kinds:
             if kind in masks:
-                there = real.get(kind, True)
-                missing = -_number_open(masks[kind] * there) % multiple  # 0 of none
-                masks[kind] = _reopen(masks[kind], missing, _TINY, there)
+                mask, there = masks[kind], real.get(kind, True)
+                number = jnp.sum((mask * there) > 0, -1, keepdims=True)
+                closed = (mask <= 0) & there
+                opens = closed & (jnp.cumsum(closed, -1) <= missing(kind, number))
+                masks[kind] = jnp.where(opens, value, mask)
         return masks
 
     return apply
 
 
-# Multiples of 64 fill the tiles that a GPU's matrix units work on; a CPU runs all
-# widths alike. Heads have the width they have, and no hidden dimension comes for free.
+# The multiples by platform. A GPU multiplies matrices in tiles, which multiples of 64
+# fill; a CPU runs all widths equally well. Heads are not rounded, as slicing does not
+# change their width, nor are hidden dimensions, as opening some changes the outputs.
 WIDTHS = {"gpu": {"intermediate": 64}}
 
 
 def round_to_device(
     platform: str = "", config: EncoderConfig | None = None
 ) -> MaskTransform:
-    """`round_to_multiple` of what the device runs well, at no loss: see `WIDTHS`.
+    """Rounds widths to those in `WIDTHS`, which the device runs well, without a loss.
 
     Args:
-      platform: as jax names them, gpu or cpu; the one in use if not given.
-      config: the sizes of the model that is pruned, where its layers differ in width.
+      platform: the platform as JAX names it, "gpu" or "cpu"; if empty, the one in use.
+      config: the sizes of the model that is pruned, if its layers differ in width.
     """
     multiples = WIDTHS.get(platform or jax.default_backend())
     return round_to_multiple(config, **multiples) if multiples else chain()
 
 
-def _number_open(masks):
-    return jnp.sum(masks > 0, -1, keepdims=True)
-
-
-def _reopen(masks, number, value, there):
-    """Gives `value` to the first `number` closed masks of each row that are `there`."""
-    closed = (masks <= 0) & there
-    return jnp.where(closed & (jnp.cumsum(closed, -1) <= number), value, masks)
-
-
 def keep_layers(*layers: int) -> MaskTransform:
-    """Closes all layers but the named ones, counted from 0; see `drop_layers`."""
+    """Closes all layers but the named ones, counted from 0, as `drop_layers` does."""
     return _close_layers(layers, named=False)
 
 
 def drop_layers(*layers: int) -> MaskTransform:
-    """Closes both blocks of the named layers, counted from 0 (reports do from 1).
+    """Closes both blocks of the named layers, which count from 0 (in reports, from 1).
 
-    The masks of the blocks close and all masks inside them. Where there is neither for
-    one of the blocks, say attention, its own kind (mha) is added, open for the other
-    layers.
+    The masks of the blocks close, and so do all masks inside them. If the masks have
+    neither kind for one of the blocks, its outer kind (`mha` or `ffn`) is added; it is
+    open for the other layers.
 
     Raises:
-      UserError: where no layer is named, or something that is no layer; when
-        applied, for a layer that the masks do not have, and for masks of no kind
-        that tells how many layers there are.
+      UserError: if no layer is named or if a layer is not a whole number from 0 on;
+        when the transform is applied, if the masks do not have the layer or if none of
+        their kinds tells the number of layers.
     """
     return _close_layers(layers, named=True)
 

@@ -1,1 +1,1 @@
-"""Losses, objectives, the step and the loop around it."""
+"""Training: the losses, the objectives, the step, and the loop around it."""

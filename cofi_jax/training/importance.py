@@ -1,4 +1,4 @@
-"""The importance of each mask: the mean squared gradient of a loss by it."""
+"""The importance of masks: the mean squared gradient of a loss with respect to each."""
 
 import dataclasses
 import functools
@@ -21,28 +21,29 @@ def importance(
     kinds: Sequence[str] = KINDS,
     labels: bool = True,
 ) -> Masks:
-    """Measures what each mask means to a model, without dropout and at masks of 1.
+    """Measures the importance of each mask, at masks of 1 and without dropout.
 
-    The result goes to `ranks`, which makes masks of it whose order is that of
-    importance, or to `seed_log_alpha`.
+    `pruning.importance` turns the result into `ranks`, which are masks in the order of
+    importance, or into log-alphas, by `seed_log_alpha`.
 
     Args:
       model: the module, dense or sliced.
       params: its parameters.
-      batches: as of `data.batches.stream`, without the row numbers. About 40 batches of
-        32 rows are enough.
-      kinds: the kinds of masks.
-      labels: whether the loss is the task's own. Otherwise the labels are not read: the
-        loss is the distance of the logits from themselves with unit normal noise on
-        them, whose mean squared gradient is that of distillation from the model itself
-        (that loss alone is 0 there, and so is its gradient).
+      batches: the batches of `data.batches.stream`, without the row numbers. About 40
+        batches of 32 rows are enough.
+      kinds: the kinds of masks that are measured.
+      labels: whether the loss is that of the task. If not, the labels are not read, and
+        the loss is the distance of the logits from the same logits with normal noise of
+        variance 1. Its mean squared gradient is that of distillation from the model
+        itself, a loss whose own gradient is 0 here.
 
     Returns:
-      For each kind an array of the masks' shape, float32, at least 0, 0 for padding.
+      For each kind a float32 array of the shape of its masks, at least 0, and 0 at
+      padding.
 
     Raises:
-      UserError: for an unknown kind, or none.
-      ValueError: where there is no batch.
+      UserError: if a kind is unknown or if there is none.
+      ValueError: if there is no batch.
     """
     config = dataclasses.replace(model.config, dropout=0.0)
     shapes = mask_shapes(config, kinds)
@@ -50,12 +51,11 @@ def importance(
     total, count = None, 0
     for count, batch in enumerate(batches, start=1):
         key = jax.random.fold_in(jax.random.key(0), count)
-        found = _squared_gradient(Encoder(config), labels, params, ones, batch, key)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        squares = _squared_gradient(Encoder(config), labels, params, ones, batch, key)
+        total = squares if total is None else jax.tree.map(jnp.add, total, squares)
     if total is None:
         raise ValueError("batches: there must be at least one")
-    mean = {kind: value / count for kind, value in total.items()}
-    return without_padding(mean, config)
+    return without_padding(jax.tree.map(lambda x: x / count, total), config)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

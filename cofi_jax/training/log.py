@@ -1,4 +1,4 @@
-"""The log of a run: one line of JSON for each event, and a copy for TensorBoard."""
+"""The log of a run, one line of JSON for each event, and its copy for TensorBoard."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from cofi_jax.files import write_atomically
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without one that is cut off at the end.
+    """Returns the lines of a `metrics.jsonl`, except a last line that is cut off.
 
     Raises:
-      UserError: where a line before the last is damaged.
+      UserError: if a line before the last is damaged.
     """
     lines = pathlib.Path(path).read_bytes().splitlines()
     metrics = []
@@ -33,25 +33,25 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """Appends to a `metrics.jsonl`, one JSON object a line.
+    """A `metrics.jsonl` that lines are appended to, each a JSON object.
 
     Each line goes to the operating system at once, so a killed run loses at most the
-    line that it was writing; the `MetricsLog` of the next run removes a broken one.
+    line that it was writing. The next `MetricsLog` of the file removes a broken line.
     """
 
     def __init__(self, path: str | os.PathLike, mirror: "Events | None" = None):
-        """Opens the log at `path`, new or continued; `mirror` repeats what it says."""
+        """Opens a new or an existing log at `path`; `mirror` receives a copy of it."""
         self.path, self._mirror = pathlib.Path(path), mirror
         self._rewrite(read_metrics(path) if self.path.exists() else [])
 
     def rewind(self, stage: str, step: int) -> float:
-        """Forgets the lines of `stage` after `step`, where the stage goes on.
+        """Removes the lines of a stage after the step from which it goes on.
 
-        The lines of `step` itself stay, because a run logs a step before it saves it.
-        A stage that starts over passes -1.
+        The lines of `step` itself stay, because a run logs a step before it saves it. A
+        stage that starts over passes -1.
 
         Returns:
-          The seconds that the stage had taken at the last of its lines, or 0.
+          The seconds that the stage had taken at the last line that stays, or 0.
         """
         lines = [
             line
@@ -63,7 +63,7 @@ class MetricsLog:
         return max(taken, default=0.0)
 
     def write(self, *, stage: str, step: int, **values: Any) -> None:
-        """Adds a line; its scalars may be Python's, NumPy's or JAX's."""
+        """Appends a line of scalars, which may be of Python, NumPy or JAX."""
         line = _line({"stage": stage, "step": step} | values)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line)
@@ -81,7 +81,11 @@ def _line(values: dict[str, Any]) -> str:
 
 
 def check() -> None:
-    """Raises a UserError where tensorboardX is not installed."""
+    """Checks that tensorboardX is installed.
+
+    Raises:
+      UserError: if it is not.
+    """
     try:
         import tensorboardX.event_file_writer  # noqa: F401
     except ImportError as error:
@@ -90,11 +94,11 @@ def check() -> None:
 
 
 class Events:
-    """TensorBoard's event files for a `MetricsLog`, whose `mirror` it is.
+    """The event files of TensorBoard, as the `mirror` of a `MetricsLog`.
 
-    TensorBoard does not forget what it has read when a file changes or goes. So where
-    lines were taken back or a run goes on, a new file begins, which voids all steps
-    from 0 on and repeats the lines that stand.
+    TensorBoard does not forget what it has read if a file changes or disappears. So if
+    lines were removed or a run goes on, a new file begins, which declares all steps
+    from 0 on void and repeats the lines that remain.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -104,7 +108,7 @@ class Events:
         self._lines: list[dict[str, Any]] = []
 
     def rewrite(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Makes these the only lines, from the next `write` on."""
+        """Replaces all lines by these, as soon as the next line is written."""
         lines = list(lines)
         if self._writer and lines != self._lines:
             self._writer.close()
@@ -112,9 +116,9 @@ class Events:
         self._lines = lines
 
     def write(self, line: dict[str, Any]) -> None:
-        """Adds a line, which is on the disk when this returns."""
-        # Not by tensorboardX.SummaryWriter, whose flush does not wait for its queue: a
-        # killed run would lose its last lines.
+        """Appends a line and writes it to the disk."""
+        # The flush of tensorboardX.SummaryWriter does not wait for its queue, so with
+        # it a killed run would lose its last lines.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
@@ -123,7 +127,7 @@ class Events:
         new, now = [line], time.time()
         if not self._writer:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # File names count seconds; the suffix tells two of one second apart.
+            # The names of two files from the same second differ in the suffix only.
             prefix, suffix = str(self._folder / "events"), f".{time.time_ns()}"
             self._writer, new = EventsWriter(prefix, suffix), self._lines
             void = SessionLog(status=SessionLog.START)

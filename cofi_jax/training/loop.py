@@ -1,4 +1,4 @@
-"""The loop around the step: batches in; evaluations, checkpoints and log lines out."""
+"""The loop around the step, which evaluates, saves checkpoints and writes the log."""
 
 import dataclasses
 import sys
@@ -17,7 +17,13 @@ from cofi_jax.training.step import TrainState
 
 
 class Evaluation(NamedTuple):
-    """The result of an evaluation; only one that `counts` may become the best."""
+    """The result of an evaluation.
+
+    Attributes:
+      score: the number that the best result is chosen by.
+      counts: whether the result may become the best.
+      values: further values for the log.
+    """
 
     score: float
     counts: bool = True
@@ -25,7 +31,7 @@ class Evaluation(NamedTuple):
 
 
 class Every(NamedTuple):
-    """The steps between log lines, evaluations and checkpoints; each ends a stage."""
+    """The steps between log lines, evaluations and checkpoints, all due at the end."""
 
     log: int
     evaluation: int
@@ -34,22 +40,24 @@ class Every(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """A stage of a run, but for its state.
+    """Everything that makes a stage of a run, except its state.
 
     Attributes:
-      stage: its name, in the log and on the progress bar.
+      stage: the name of the stage, in the log and on the progress bar.
       step: the jitted step, from `step.make_step`.
       context: the pytree that the objective reads, on the device.
-      batches: maps `first_step` to the batches from there on: a `data.batches.stream`.
-      total_steps: the step at which the stage ends.
-      evaluate: maps (trainable, frozen) to an `Evaluation`.
-      checkpoints: the `state.Checkpoints` of the stage.
-      log: a `log.MetricsLog`.
-      every: how often to log, to evaluate and to save.
-      teacher_outputs: maps (rows, batch) to the teacher's outputs, see `teacher`; None
-        where there is no teacher.
-      start_counts: whether the start is evaluated and may be the best: wherever it is
-        a legal result, so that a stage never returns a worse model than it was given.
+      batches: a function from `first_step` to the batches from that step on, such as
+        `data.batches.stream`.
+      total_steps: the number of steps of the stage.
+      evaluate: a function from (trainable, frozen) to an `Evaluation`.
+      checkpoints: the `checkpoints.state.Checkpoints` of the stage.
+      log: the `log.MetricsLog` of the run.
+      every: the steps between log lines, evaluations and checkpoints.
+      teacher_outputs: a function from (rows, batch) to the outputs of the teacher, from
+        `teacher.TeacherCache`; None if there is no teacher.
+      start_counts: whether the state at step 0 is evaluated and may be the best. This
+        must hold if that state is a legal result, so that a stage never returns a worse
+        model than it was given.
     """
 
     stage: str
@@ -65,30 +73,30 @@ class Loop:
     start_counts: bool = False
 
     def due(self, now: int, every: int) -> bool:
-        """Whether something is due after step `now` that is due `every` so often."""
+        """Returns whether something that is due every `every` steps is due now."""
         return now % every == 0 or now == self.total_steps
 
 
 def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
-    """Runs a stage to its end, from its newest checkpoint where it has one.
+    """Runs a stage to its end, from its newest checkpoint if it has one.
 
     Args:
-      state: the stage's state at step 0.
+      state: the state of the stage at step 0.
       loop: the stage.
 
     Returns:
-      The last state, and the seconds that the stage took, restarts included.
+      The last state, and the seconds that the stage took, including earlier attempts.
 
     Raises:
-      UserError: at a loss that is not finite (the last good checkpoint stays), and
-        where there are checkpoints but none can be read.
+      UserError: if a metric is not finite, in which case the last good checkpoint
+        stays, or if there are checkpoints but none can be read.
     """
-    # A stage goes on in this order, to end with the same bits as if it had never been
-    # interrupted:
-    # 1. The newest checkpoint that can be read gives the state.
-    # 2. The log forgets the lines after the state's step.
-    # 3. The batches follow from the step; random keys follow from state and step.
-    # 4. Only a stage that starts over evaluates its start; else it is in the state.
+    # A stage that is resumed ends with the same bits as if it had never been
+    # interrupted. This needs four things in this order:
+    # 1. The state is that of the newest checkpoint that can be read.
+    # 2. The log forgets the lines after the step of the state.
+    # 3. The batches follow from the step, and the random keys from the state.
+    # 4. Only a stage that starts over evaluates its start, which is in the state later.
     stage, log, every = loop.stage, loop.log, loop.every
     restored = _restore(state, loop)
     state = state if restored is None else restored
@@ -135,7 +143,7 @@ def fit(state: TrainState, loop: Loop) -> tuple[TrainState, float]:
 
 
 def _restore(state, loop):
-    """The newest state that can be read, or None where the stage has none."""
+    """Returns the newest state that can be read, or None if the stage has none."""
     restored, skipped = loop.checkpoints.restore(state), loop.checkpoints.skipped
     if skipped and restored is None:
         raise UserError(
@@ -149,7 +157,7 @@ def _restore(state, loop):
 
 
 def _progress_bar(stage, first, total_steps):
-    interval = 0.5 if sys.stderr.isatty() else 20  # seconds; a file would fill up
+    interval = 0.5 if sys.stderr.isatty() else 20  # Seconds; a file would fill up.
     return tqdm(
         total=total_steps,
         initial=first,
@@ -163,21 +171,21 @@ def _progress_bar(stage, first, total_steps):
 
 
 def _evaluate(state, loop, now):
-    """Evaluates and logs the state; returns it with the best that is now known."""
+    """Evaluates the state, logs the result, and returns the state with its best."""
     found = loop.evaluate(state.trainable, state.frozen)
     loop.log.write(stage=loop.stage, step=now, score=found.score, **found.values)
     return _with_best(state, found)
 
 
 def _with_best(state, found):
-    # Scores are compared as they are stored: a float64 might seem to be above an equal
-    # one that was rounded down.
+    # Scores are compared in the float32 that they are stored in. A float64 could seem
+    # to be above an equal score that was rounded down.
     score = np.float32(found.score)
     if not (found.counts and score > jax.device_get(state.best_score)):
         return state
-    # The next step donates `trainable`, so the best is a copy. The score is written by
-    # a maximum, whose result lies where the old score lay: jax would compile the step
-    # again for an array that is placed otherwise.
+    # The next step donates `trainable`, so the best is a copy. The new score is computed
+    # as a maximum to have the sharding of the old one, because with another sharding
+    # JAX would compile the step again.
     return state.replace(
         best=jax.tree.map(jnp.copy, state.trainable),
         best_score=jnp.maximum(state.best_score, jax.device_put(score)),
@@ -185,9 +193,9 @@ def _with_best(state, found):
 
 
 def _check_finite(stage, before, window):
-    """Raises at the first step of the window with a term that is not finite."""
+    """Raises a UserError at the first step with a value that is not finite."""
     for number, metrics in enumerate(window, start=before + 1):
-        # The terms come first: they are the cause where the sums are not finite.
+        # The terms of the loss come first, as they are what makes a sum not finite.
         for name in sorted(metrics, key=lambda n: n in ("loss", "gradient_norm")):
             if not np.isfinite(metrics[name]):
                 raise UserError(

@@ -1,17 +1,19 @@
-"""Objectives: imitation of a teacher, the task's own loss, and the pruning game.
+"""The objectives: distillation from a teacher, the loss of the task, and pruning.
 
     distillation = a * distill(logits) + b * sum_k mse(t_k, W s_m(k))
     pruning      = distillation under sampled masks + lagrangian(s, target)
 
-t_k is the output of the k-th taught teacher layer, s_m(k) that of the student layer
-which it is matched with, and W a learned D x D map (paper, section 3.2). Where a and b
-are both 0 there is no teacher, and the task's own loss takes the place of distillation.
+Here t_k is the output of the k-th taught layer of the teacher, s_m(k) the output of the
+student layer that is matched with it, and W a learned D x D map (paper, section 3.2).
+If the weights a and b are both 0, there is no teacher, and the loss of the task takes
+the place of distillation.
 
-An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics).
-`trainable` holds what is trained, and `frozen` the embeddings where they are not
-trained. `context` is the pytree of everything else that the loss needs, so that
-nothing of it is a constant of the compiled program. `batch["teacher_outputs"]` holds
-the teacher's outputs for the batch: they are split among its parts as the rows are.
+An `Objective` maps (trainable, frozen, context, batch, key) to (loss, metrics). The
+dict `trainable` holds everything that is trained, and `frozen` holds the embeddings if
+they are not. The pytree `context` holds the numbers that vary between steps and runs:
+constants of the compiled program would need a new compilation for each value. The
+teacher's outputs are `batch["teacher_outputs"]`, so that a batch is split into parts
+together with them.
 """
 
 import dataclasses
@@ -42,24 +44,30 @@ Objective = Callable[..., tuple[jax.Array, Metrics]]
 
 
 def whole_params(trainable: dict, frozen: dict) -> dict:
-    """The model's parameters, put together from the trained and the frozen part."""
+    """Joins the trained and the frozen parameters to those of the whole model."""
     return {**trainable["params"], **frozen}
 
 
 def key_for(key: jax.Array, use: str) -> jax.Array:
-    """The random key of one use in a step: "masks", "layers" or "dropout".
+    """Derives the random key for one use in a step: "masks", "layers" or "dropout".
 
-    Keys are derived by name, so that a draw does not depend on which others are made.
+    The key depends on the name alone, so a draw does not depend on which others are
+    made.
     """
     return jax.random.fold_in(key, zlib.crc32(use.encode()))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes what it compiles
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit needs a hash: the identity
 class DistillationObjective:
-    """The imitation of a teacher by a dense or a sliced student.
+    """The distillation of a teacher into a dense or a sliced student.
 
-    Where both weights of `distill` are 0, the loss is that of the labels. `trainable`
-    holds `params` and, for the layer term, `distill_projection` (D', D).
+    If both weights of `distill` are 0, the loss is that of the task. The dict
+    `trainable` holds `params` and, for the distillation of layers, the map
+    `distill_projection` (D', D) from the student's width D' to the teacher's width D.
+
+    Attributes:
+      student: the module that is trained.
+      distill: the weights of the two terms, and the settings of distillation.
     """
 
     student: Encoder
@@ -74,11 +82,11 @@ class DistillationObjective:
         key: jax.Array,
         masks: masks_lib.Masks | None = None,
     ) -> tuple[jax.Array, Metrics]:
-        """The loss of a batch, and its terms before they are weighted."""
+        """Computes the loss of a batch, and as metrics its terms without weights."""
         del context
         config, distill, masks = self.student.config, self.distill, masks or {}
-        # Each part of a batch has dropout of its own; masks and taught layers are
-        # drawn once for all parts.
+        # Each part of a batch has its own dropout. The parts share the draws of the
+        # masks and of the taught layers.
         dropout = key_for(key, "dropout")
         if "part" in batch:
             dropout = jax.random.fold_in(dropout, batch["part"])
@@ -113,16 +121,17 @@ class DistillationObjective:
         return loss, metrics
 
     def _layers_loss(self, outputs, projection, batch, alive, key):
+        """Computes the loss of the L layers, whose `outputs` are (B, T, D') each."""
         config, distill = self.student.config, self.distill
         states = jnp.moveaxis(batch["teacher_outputs"]["states"], 2, 0)  # (K, B, T, D)
         count = len(outputs), distill.num_layers
-        taught = jnp.asarray(taught_layers(*count))
-        if distill.taught == "random":
+        taught = jnp.asarray(taught_layers(*count))  # (K,)
+        if distill.taught == "random":  # The teacher's outputs are those of all layers.
             taught = draw_layers(key, *count)
             states = take_layers(states, taught)
         present = list(range(len(outputs)))
         if distill.match != "fixed":
-            # Layers that slicing has emptied are never matched: no need to compare.
+            # A layer that slicing has emptied is never matched, so it is left out.
             widths = enumerate(zip(config.heads, config.intermediate, strict=True))
             present = [i for i, width in widths if any(width)] or [0]
         return distill_layers(
@@ -138,19 +147,24 @@ class DistillationObjective:
 
 
 def task_objective(model: Encoder) -> DistillationObjective:
-    """The loss of the labels alone, by which the teacher is trained."""
+    """Returns the objective of the task alone, by which the teacher is trained."""
     return DistillationObjective(model, Distill(logits=0.0, layers=0.0))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes what it compiles
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit needs a hash: the identity
 class PruningObjective:
-    """Imitation under sampled masks whose expected sparsity is held at a target.
+    """Distillation under sampled masks whose expected sparsity follows a target.
 
-    Where `trainable` holds `multipliers`, the Lagrangian of the paper holds it there;
-    otherwise a common offset of all log-alphas does, see `constraint.at_target`. The
-    context holds the scalars `step`, `target_sparsity`, `warmup_steps`, and `share`:
-    the part of the dense model's cost that the student has, as sparsity is always that
-    of the dense model.
+    If `trainable` holds `multipliers`, the Lagrangian of the paper is the constraint.
+    Otherwise a common offset of all log-alphas is, see `constraint.at_target`. The
+    context holds the scalars `step`, `target_sparsity`, `warmup_steps` and `share`. As
+    sparsity always refers to the dense model, `share` is the fraction of the cost of
+    the dense model that the student has.
+
+    Attributes:
+      student: the module that is pruned.
+      distill: the settings of distillation.
+      cost: the cost that sparsity is a fraction of.
     """
 
     student: Encoder
@@ -160,7 +174,7 @@ class PruningObjective:
     def __call__(
         self, trainable: dict, frozen: dict, context: dict, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """The loss of a batch; its terms, the sparsity and the multipliers."""
+        """Computes the loss; the metrics add the sparsity and the multipliers."""
         config, share = self.student.config, context["share"]
         log_alpha, multipliers = trainable["log_alpha"], trainable.get("multipliers")
         target = constraint.target_at(
@@ -173,8 +187,8 @@ class PruningObjective:
             own_target = constraint.of_part(target, share)
             log_alpha = constraint.at_target(log_alpha, config, own_target, self.cost)
         masks = masks_lib.sample(log_alpha, key_for(key, "masks"))
-        imitate = DistillationObjective(self.student, self.distill)
-        loss, metrics = imitate(trainable, frozen, context, batch, key, masks)
+        distillation = DistillationObjective(self.student, self.distill)
+        loss, metrics = distillation(trainable, frozen, context, batch, key, masks)
         expected = constraint.expected_sparsity(log_alpha, config, self.cost)
         expected = constraint.of_whole(expected, share)
         metrics |= {"expected_sparsity": expected, "target_sparsity": target}

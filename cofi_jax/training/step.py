@@ -1,12 +1,11 @@
-"""The state and the step that all stages share; they differ in their objective alone.
+"""The state and the step that all stages share; only their objectives differ.
 
-    gradients = grad(objective)(trainable)        one backward pass
-    weights and masks descend: Adam against their gradients
-    the multipliers ascend: Adam along theirs
-    log_alpha is clamped
+A step computes the gradient of the objective with respect to everything that is
+trained, in one backward pass. Adam then moves the weights and the masks down the
+gradient and the Lagrange multipliers up, and the log-alphas are clamped.
 
-Learning rates, the target and the seed are arrays in the state or the context, not
-constants of the compiled program: another value is no reason to compile again.
+Learning rates, the target and the seed are arrays in the state or the context. As
+constants of the compiled program, they would need a new compilation for each value.
 """
 
 import functools
@@ -24,12 +23,12 @@ from optax import microbatching
 
 from cofi_jax.models.bert import Batch
 from cofi_jax.pruning import masks
-from cofi_jax.training.objectives import Metrics, Objective
+from cofi_jax.training.objectives import Objective
 
 _MAX_GRADIENT_NORM = 1.0
 _ADAM_EPS = 1e-8
 
-# The hyperparameters of a learning rate, see `learning_rate`.
+# The hyperparameters of a learning rate schedule: peak, warmup_steps and decay.
 Rate = dict[str, np.float32]
 _CONSTANT_ZERO = {"peak": 0.0, "warmup_steps": 0.0, "decay": 0.0}
 
@@ -37,13 +36,13 @@ _CONSTANT_ZERO = {"peak": 0.0, "warmup_steps": 0.0, "decay": 0.0}
 def learning_rate(
     peak: float, schedule: str, total_steps: int, warmup_steps: int = 0
 ) -> Rate:
-    """The hyperparameters of `rate_at` for a stage of `total_steps`.
+    """Returns the hyperparameters of `rate_at` for a stage.
 
     Args:
-      peak: the rate that the warm-up ends at.
-      schedule: "constant", or "linear": falling from the peak to 0 at `total_steps`.
-      total_steps: the length of the stage.
-      warmup_steps: the steps in which the rate rises to the peak.
+      peak: the rate at the end of the warm-up.
+      schedule: "constant", or "linear" for a rate that falls to 0 at `total_steps`.
+      total_steps: the number of steps of the stage.
+      warmup_steps: the number of steps in which the rate rises to the peak.
     """
     decay = 1 / max(total_steps - warmup_steps, 1) if schedule == "linear" else 0.0
     values = {"peak": peak, "warmup_steps": warmup_steps, "decay": decay}
@@ -53,11 +52,12 @@ def learning_rate(
 def rate_at(
     step: ArrayLike, peak: jax.Array, warmup_steps: jax.Array, decay: jax.Array
 ) -> jax.Array:
-    """An optax schedule: the learning rate of the 0-based `step`.
+    """Returns the learning rate of a step; this is a schedule for optax.
 
-    Step n of a warm-up of w steps has (n + 1) / w of the peak, because a first step
-    of rate 0 would be wasted. Afterwards the rate falls by `decay` of the peak a step.
-    optax's own schedules want their lengths as constants of the compiled program.
+    Step n, counted from 0, of a warm-up of w steps has (n + 1) / w of the peak, because
+    a first step with a rate of 0 would be wasted. Afterwards the rate falls by `decay`
+    times the peak in each step. The schedules of optax itself do not fit, because their
+    lengths are constants of the compiled program.
     """
     step = jnp.asarray(step)
     rise = (step + 1) / jnp.maximum(warmup_steps, 1)
@@ -65,15 +65,15 @@ def rate_at(
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step reads and changes, and the best result so far.
+    """Everything that a step changes, and the best result so far.
 
     Attributes:
       step: the number of steps done, int32.
-      key: the root of the stage's randomness; step n uses fold_in(key, n).
-      trainable: `params` (the part that is trained), and where the objective has them
-        `distill_projection`, `log_alpha` and `multipliers`.
-      frozen: the parameters that are not trained (the embeddings, or nothing).
-      optimizer: the state of `optimizer`, the learning rates included.
+      key: the random key of the stage; step n uses fold_in(key, n).
+      trainable: the parameters that are trained, as `params`, and if the objective has
+        them `distill_projection`, `log_alpha` and `multipliers`.
+      frozen: the parameters that are not trained: the embeddings, or none.
+      optimizer: the state of `optimizer`, including the learning rates.
       best: `trainable` at the best evaluation so far.
       best_score: the score of that evaluation, -inf before the first that counts.
     """
@@ -88,13 +88,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def optimizer(rates: dict[str, Rate] | None = None) -> optax.GradientTransformation:
-    """Adam for all that is trained: weights and masks descend, multipliers ascend.
+    """Returns the optimizers of the weights, the masks and the multipliers.
 
-    The gradient of the weights is clipped to a global norm of 1.
+    Each is Adam. The weights and the masks descend, and the multipliers ascend. The
+    gradient of the weights is clipped to a global norm of 1.
 
     Args:
-      rates: the learning rates of "weights", "masks" and "multipliers" that `init`
-        writes into the state. `update` reads them from there.
+      rates: the learning rates of "weights", "masks" and "multipliers". Only `init`
+        needs them, which writes them to the state; `update` reads them from there.
     """
 
     @functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
@@ -128,17 +129,17 @@ def create_state(
     freeze_embeddings: bool,
     **trainable: Any,
 ) -> TrainState:
-    """A state at step 0.
+    """Returns the state of a stage at step 0.
 
     Args:
       params: the parameters of the whole model, which are copied.
       seed: the seed of the run.
-      stage: the stage's name, which gives it randomness of its own.
-      rates: the `learning_rate` of `weights`, and of `masks` and `multipliers` where
-        these are trained.
+      stage: the name of the stage, from which its random key is derived.
+      rates: the `learning_rate` of "weights", and if they are trained also that of
+        "masks" and "multipliers".
       freeze_embeddings: whether the embeddings and their LayerNorm are not trained.
-      **trainable: `distill_projection` (D', D), `log_alpha` and `multipliers`, where
-        the objective has them.
+      **trainable: `distill_projection` (D', D), `log_alpha` and `multipliers`, if the
+        objective has them.
     """
     frozen = {"embeddings": params["embeddings"]} if freeze_embeddings else {}
     trainable["params"] = {k: v for k, v in params.items() if k not in frozen}
@@ -146,9 +147,9 @@ def create_state(
     return _create(key, trainable, frozen, rates)
 
 
-@jax.jit  # one program instead of one for each shape
+@jax.jit  # This makes one program instead of one for each shape.
 def _create(key, trainable, frozen, rates):
-    # A weakly typed scalar would have the second step compiled again.
+    # With weakly typed scalars, the second step would be compiled again.
     trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -161,44 +162,56 @@ def _create(key, trainable, frozen, rates):
     )
 
 
-def train_step(
-    objective: Objective,
-    micro_batches: int,
-    state: TrainState,
-    context: dict,
-    batch: Batch,
-) -> tuple[TrainState, Metrics]:
-    """One step of a stage, and its loss, metrics and gradient norm; see `make_step`."""
-    key = jax.random.fold_in(state.key, state.step)
-    context = dict(context, step=state.step)
-    differentiate = functools.partial(
-        jax.value_and_grad(objective, has_aux=True),
-        state.trainable,
-        state.frozen,
-        context,
-    )
-    if micro_batches == 1:
-        (loss, metrics), gradients = differentiate(batch, key)
-    else:
-        (loss, metrics), gradients = _in_parts(differentiate, micro_batches, batch, key)
-    updates, optimizer_state = optimizer().update(
-        gradients, state.optimizer, state.trainable
-    )
-    trainable: Any = optax.apply_updates(state.trainable, updates)
-    if "multipliers" in trainable:
-        # Where the constraint is exact, no gradient goes through the probabilities.
-        trainable["log_alpha"] = masks.clamp(trainable["log_alpha"])
-    state = state.replace(
-        step=state.step + 1, trainable=trainable, optimizer=optimizer_state
-    )
-    # A finite loss may have an infinite gradient, which would spoil the state.
-    descending = {k: v for k, v in gradients.items() if k != "multipliers"}
-    norm = optax.tree.norm(descending)
-    return state, {"loss": loss, **metrics, "gradient_norm": norm}
+def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
+    """Returns the jitted `step(state, context, batch) -> (state, metrics)`.
+
+    The metrics are the loss, the metrics of the objective, and the norm of the gradient
+    without that of the multipliers. The memory of the old state is donated to the new.
+
+    Args:
+      objective: the objective that is differentiated.
+      micro_batches: the number of parts that a batch is worked through in, one after
+        the other, if the whole does not fit into memory; it divides B. The loss and the
+        gradient are those of the whole batch, except for rounding, for dropout, and for
+        the matching of layers, in which each part considers its own rows only.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, context: dict, batch: Batch):
+        key = jax.random.fold_in(state.key, state.step)
+        differentiate = functools.partial(
+            jax.value_and_grad(objective, has_aux=True),
+            state.trainable,
+            state.frozen,
+            dict(context, step=state.step),
+        )
+        if micro_batches == 1:
+            (loss, metrics), gradients = differentiate(batch, key)
+        else:
+            (loss, metrics), gradients = _in_parts(
+                differentiate, micro_batches, batch, key
+            )
+        updates, optimizer_state = optimizer().update(
+            gradients, state.optimizer, state.trainable
+        )
+        trainable: Any = optax.apply_updates(state.trainable, updates)
+        if "multipliers" in trainable:
+            # Clamping keeps the gradient of P(mask > 0) alive. The exact constraint,
+            # which has no multipliers, does not use that gradient.
+            trainable["log_alpha"] = masks.clamp(trainable["log_alpha"])
+        state = state.replace(
+            step=state.step + 1, trainable=trainable, optimizer=optimizer_state
+        )
+        # A finite loss may have an infinite gradient, which would spoil the state.
+        descending = {k: v for k, v in gradients.items() if k != "multipliers"}
+        norm = optax.tree.norm(descending)
+        return state, {"loss": loss, **metrics, "gradient_norm": norm}
+
+    return step
 
 
 def _in_parts(differentiate, parts, batch, key):
-    """The means of `differentiate` over `parts` of the batch, one after the other."""
+    """Returns the means of `differentiate` over parts of the batch, one by one."""
     weight = batch["weight"]
     total = {"rows": weight, "tokens": batch["attention_mask"] * weight[:, None]}
     total = {name: x.sum() / parts for name, x in total.items()}
@@ -206,24 +219,10 @@ def _in_parts(differentiate, parts, batch, key):
     def of_part(rows, part):
         return differentiate(rows | {"total": total, "part": part[0]}, key)
 
-    # Part m has the rows m, m + parts, ...: no row leaves its device.
+    # Part m has the rows m, m + parts, and so on, so that no row leaves its device.
     return microbatching.microbatch(
         of_part,
         argnums=(0, 1),
         microbatch_size=len(weight) // parts,
         accumulator=microbatching.AccumulationType.MEAN,
     )(batch, jnp.arange(len(weight)) % parts)
-
-
-def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
-    """The jitted `step(state, context, batch) -> (state, metrics)`; donates `state`.
-
-    Args:
-      objective: the loss that is differentiated.
-      micro_batches: the number of parts that a batch is worked through in, one after
-        the other, where the whole does not fit into memory; it divides B. Losses and
-        gradients are those of the whole batch, except for rounding, for dropout, and
-        for the matching of layers, which each part does by its own rows.
-    """
-    step = functools.partial(train_step, objective, micro_batches)
-    return jax.jit(step, donate_argnums=0)

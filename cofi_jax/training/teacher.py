@@ -1,11 +1,10 @@
 """The teacher's outputs for each batch, and the cache that keeps them between epochs.
 
-    batch["teacher_outputs"] = teacher_forward(teacher's params, batch)
-
 The teacher never changes, and its outputs for a row do not depend on the other rows of
-the batch: outputs that were kept have the same bits as outputs that are computed again.
-They do depend on the padded length. So only batches whose rows are all in their own
-bucket are kept; a batch with a row that `epoch_plan` moved up is computed each time.
+the batch. Therefore cached outputs have the same bits as computed ones. The outputs do
+depend on the padded length, so the cache keeps only batches whose rows are all in their
+own bucket. A batch with a row that `epoch_plan` has moved to a longer bucket is
+computed every time.
 """
 
 import math
@@ -33,11 +32,11 @@ TeacherOutputs = dict[str, jax.Array]
 def make_teacher_forward(
     teacher: Encoder, distill: Distill
 ) -> Callable[[dict, Batch], TeacherOutputs]:
-    """Makes the jitted `teacher_forward(params, batch)`.
+    """Returns the jitted `teacher_forward(params, batch)`.
 
-    Its result holds what `distill` needs: `logits`, which are those of the model, and
-    `states` (B, T, K, D), the outputs of the taught layers, or of all layers where the
-    taught ones are drawn at random.
+    Its result holds the outputs that `distill` needs: `logits`, as in `bert.Output`,
+    and `states` (B, T, K, D), the outputs of the K taught layers, or of all layers if
+    the taught layers are drawn at random.
     """
     layers = len(teacher.config.heads)
     taught = taught_layers(layers, distill.num_layers)
@@ -59,16 +58,17 @@ def make_teacher_forward(
 
 
 class TeacherCache:
-    """A teacher and what it has said about the training rows.
-
-    Args:
-      teacher: the module.
-      params: its parameters.
-      distill: the outputs that are needed; `cache` says where they are kept: "none",
-        "host" or "device".
-    """
+    """A teacher, and its outputs for the training rows so far."""
 
     def __init__(self, teacher: Encoder, params: dict, distill: Distill):
+        """Starts with an empty cache.
+
+        Args:
+          teacher: the module.
+          params: its parameters.
+          distill: the settings of distillation, which say what outputs are needed, and
+            by `cache` where they are kept: "none", "host" or "device".
+        """
         self._teach = make_teacher_forward(teacher, distill)
         self._params, self._cache = distributed.replicate(params), distill.cache
         self._key: Any = None
@@ -77,31 +77,37 @@ class TeacherCache:
     def of(
         self, examples: batches.Examples, buckets: Sequence[int], batch_size: int
     ) -> Callable[[np.ndarray, Batch], TeacherOutputs]:
-        """`(rows, batch) -> teacher_outputs` for batches of `examples`, on the device.
+        """Returns a function from (rows, batch) to the outputs, on the device.
 
-        Stages of the same rows and the same batch size share what is kept (a batch of
-        another shape may be rounded otherwise); for others, it is forgotten.
+        Stages with the same examples and batch size share the cached outputs. Other
+        stages start with an empty cache, because the outputs in a batch of another
+        shape may be rounded differently.
+
+        Args:
+          examples: the N rows that the batches are made of.
+          buckets: the padded lengths in rising order.
+          batch_size: the number B of rows of a batch.
         """
         if self._cache == "none":
             return lambda rows, batch: self._teach(self._params, batch)
         key = distributed.digest(examples.input_ids), len(examples), batch_size
         if key != self._key:
-            places = _Places(self._teach, self._params, examples)
-            # The memory of the stage before is freed first.
+            layout = _Layout(self._teach, self._params, examples)
+            # The memory of the previous stage is freed before the new arrays are made.
             self._key, self._store = key, None
             make_store = _DeviceStore if self._cache == "device" else _HostStore
             kept = np.zeros(len(examples), bool)
-            self._store = places, make_store(places.shapes()), kept
-        places, store, kept = self._store
+            self._store = layout, make_store(layout.shapes()), kept
+        layout, store, kept = self._store
         own_bucket = np.asarray(buckets)[np.searchsorted(buckets, examples.lengths)]
 
         def teacher_outputs(rows, batch):
             fits = (own_bucket[rows] == batch["input_ids"].shape[1]).all()
             if fits and kept[rows].all():
-                return store.read(places.of(rows, batch))
+                return store.read(layout.index(rows, batch))
             outputs = self._teach(self._params, batch)
             if fits:
-                store.write(places.of(rows, batch), outputs)
+                store.write(layout.index(rows, batch), outputs)
                 kept[rows] = True
             return outputs
 
@@ -111,17 +117,18 @@ class TeacherCache:
 def check_teacher_cache(
     config: Config, sizes: EncoderConfig, train: batches.Examples
 ) -> None:
-    """Checks that the teacher's outputs fit into memory, and prints their size.
+    """Checks that the outputs of the teacher fit into memory, and prints their size.
 
-    Those of one stage are kept at a time, so the stage that needs the most decides.
+    Only the outputs of one stage are kept at a time, so the largest stage decides.
 
     Args:
-      config: the run's.
-      sizes: those of the teacher.
+      config: the configuration of the run.
+      sizes: the sizes of the teacher.
       train: the training rows that the stages choose from.
 
     Raises:
-      UserError: where less memory is free.
+      UserError: if less memory is free than that, or if the cache is on the device in a
+        run of several processes.
     """
     distill = config.distill
     if distill.cache == "none" or not (distill.logits or distill.layers):
@@ -134,7 +141,7 @@ def check_teacher_cache(
     for field in ("prune", "finetune"):
         count = getattr(config, field).train_rows
         rows = batches.first_rows(train, count, field=f"{field}.train_rows")
-        arrays = _Places(teach, params, rows).shapes().values()
+        arrays = _Layout(teach, params, rows).shapes().values()
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
         needs.append((size, len(rows), int(rows.lengths.sum())))
     (size, count, tokens), free = max(needs), _free_memory(distill.cache)
@@ -151,23 +158,27 @@ def check_teacher_cache(
 
 
 def _free_memory(where):
-    """Bytes that can still be had, as far as the system says."""
+    """Returns the number of free bytes, as far as the system knows it."""
     stats = jax.local_devices()[0].memory_stats()
-    if where == "device" and stats:  # a CPU has none: its memory is the host's
+    if where == "device" and stats:  # A CPU has none; its memory is the host's.
         return stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
     free = psutil.virtual_memory().available
-    # A container may have less, as version 2 or 1 of Linux's control groups says.
+    # The limit of a container is in the control groups of Linux, version 2 or 1.
     for group, limit, used, prefix in (
         ("memory", "max", "current", ""),
         ("memory/memory", "limit_in_bytes", "usage_in_bytes", "total_"),
     ):
         try:
-            # The kernel counts the page cache as used, but gives it up when it must.
+            # The page cache counts as used, but the kernel frees it when it must.
             parts = dict(map(str.split, _group(f"{group}.stat").splitlines()))
             cache = (parts[f"{prefix}{kind}_file"] for kind in ("inactive", "active"))
             used = int(_group(f"{group}.{used}")) - sum(map(int, cache))
             free = min(free, int(_group(f"{group}.{limit}")) - used)
-        except (OSError, ValueError, KeyError):  # no such group, or no limit
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+        ):  # There is no such group, or it has no limit.
             continue
     return free
 
@@ -176,11 +187,12 @@ def _group(name):
     return pathlib.Path("/sys/fs/cgroup", name).read_text()
 
 
-class _Places:
-    """Where outputs stand in arrays of all N rows or, if of tokens, of all tokens.
+class _Layout:
+    """The layout of the arrays that hold the outputs of all N rows or all their tokens.
 
-    There is one place more than there are tokens: padding is written to and read from
-    it. It has weight 0 in every loss, but must be finite.
+    The arrays for tokens have one more position than there are tokens. All padding is
+    written to it and read from it. Padding has weight 0 in every loss, but it must be
+    finite.
     """
 
     def __init__(self, teach, params, examples):
@@ -192,7 +204,7 @@ class _Places:
         self._like = jax.eval_shape(teach, params, batch)
 
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """The arrays that hold all outputs, by name."""
+        """Returns the shapes and dtypes of the arrays by the names of the outputs."""
 
         def of_all(x):
             if x.ndim > 2:
@@ -201,8 +213,8 @@ class _Places:
 
         return {name: of_all(x) for name, x in self._like.items()}
 
-    def of(self, rows: np.ndarray, batch: Batch) -> dict[str, np.ndarray]:
-        """The index of a batch's outputs in these arrays, (B,) or (B, T)."""
+    def index(self, rows: np.ndarray, batch: Batch) -> dict[str, np.ndarray]:
+        """Returns where the outputs of a batch are in the arrays, (B,) or (B, T)."""
         size, length = batch["input_ids"].shape
         rows, column = batches.fill_up(rows, size), np.arange(length)
         tokens = self._starts[rows][:, None] + column
@@ -211,19 +223,19 @@ class _Places:
 
 
 class _HostStore:
-    """Outputs in the host's memory."""
+    """A store of outputs in the memory of the host."""
 
     def __init__(self, shapes):
         self._arrays = {n: np.zeros(x.shape, x.dtype) for n, x in shapes.items()}
         self._pending = None
 
     def read(self, index):
-        """The outputs at `index`, on the device."""
+        """Returns the outputs at `index`, on the device."""
         self._fetch_pending()
         return distributed.shard({n: x[index[n]] for n, x in self._arrays.items()})
 
     def write(self, index, outputs):
-        """Keeps the outputs; they are waited for when the device works on the step."""
+        """Keeps the outputs; the next call copies them, while the device is at work."""
         self._fetch_pending()
         self._pending = index, outputs
 
@@ -236,7 +248,7 @@ class _HostStore:
 
 
 class _DeviceStore:
-    """Outputs in the memory of every device."""
+    """A store of outputs in the memory of each device."""
 
     def __init__(self, shapes):
         self._arrays = distributed.replicate(
@@ -247,7 +259,7 @@ class _DeviceStore:
         )
 
     def read(self, index):
-        """The outputs at `index`."""
+        """Returns the outputs at `index`."""
         return distributed.shard(_get(self._arrays, distributed.replicate(index)))
 
     def write(self, index, outputs):
