@@ -43,8 +43,6 @@ def main(argv: list[str]) -> int:
         raise reject("devices", jax.device_count(), legal)
     # The number of processes that wanted a core in the last minute.
     load_average = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load_average > timing.cores() / 4:
-        print("warning: other processes were at work on these cores", file=sys.stderr)
     found, rows = measure(**{k: v for k, v in settings.items() if k != "command"})
     there = [name for name in _PACKAGES if not baselines.missing(name)]
     conditions = {
@@ -56,6 +54,8 @@ def main(argv: list[str]) -> int:
     result = settings | conditions | found
     lines = [f"{name}: {value}" for name, value in result.items()]
     print("\n".join([*lines, "", table(rows)]))
+    if load_average > timing.cores() / 4:
+        print("warning: other processes were at work on these cores", file=sys.stderr)
     if target:
         files.write_json(target, result | {"rows": rows})
     return 0
