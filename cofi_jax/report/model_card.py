@@ -5,6 +5,8 @@ tests run the lines that load a folder.
 """
 
 import json
+import pathlib
+import tomllib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,63 +16,14 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
 from cofi_jax.report.tables import escape
 
-_SNIPPETS = {
-    "": """\
-import cofi_jax
-model = cofi_jax.pipeline("path/to/this/folder")
-print(model([{example}]))""",
-    "transformers": """\
-from transformers import {auto}, AutoTokenizer
-folder = "path/to/this/folder/transformers"
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = {auto}.from_pretrained(folder, trust_remote_code=True)
-print(model(**tokenizer({texts}, return_tensors="pt")))""",
-    "onnx": """\
-import onnxruntime
-from transformers import AutoTokenizer
-folder = "path/to/this/folder/onnx"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
-inputs = dict(tokenizer({texts}, return_tensors="np"))
-print(session.run(None, inputs))""",
-    "stablehlo": """\
-from jax import export
-from transformers import AutoTokenizer
-folder = "path/to/this/folder/stablehlo"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-with open(f"{{folder}}/model.stablehlo", "rb") as file:
-    model = export.deserialize(file.read()).call
-inputs = tokenizer({texts}, return_tensors="np", return_token_type_ids=True)
-names = ("input_ids", "attention_mask", "token_type_ids")
-print(model(*(inputs[name].astype("int32") for name in names)))""",
-    "stock": """\
-from transformers import {auto}, AutoTokenizer
-folder = "path/to/this/folder/stock"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = {auto}.from_pretrained(folder)
-print(model(**tokenizer({texts}, return_tensors="pt")))""",
-}
+# For each folder: who can load it, what it holds, and the code that loads it.
+_PARTS = tomllib.loads(pathlib.Path(__file__).with_suffix(".toml").read_text())
 
 # The names that the hub has for our metrics, where they differ.
 _METRICS = {
     "matthews": "matthews_correlation",
     "spearman": "spearmanr",
     "pearson": "pearsonr",
-}
-
-# For each folder, who can load it and what it holds.
-_WHAT = {
-    "": ("cofi-jax", "`model.json`, `params/` (orbax), `tokenizer/`"),
-    "transformers": (
-        "transformers",
-        "safetensors and a small PyTorch file of its own, hence `trust_remote_code`",
-    ),
-    "onnx": ("onnxruntime", "an ONNX graph, any batch and length"),
-    "stablehlo": ("jax alone", "a StableHLO program for CPUs and CUDA GPUs"),
-    "stock": (
-        "transformers, servers that know BERT",
-        "the same function as a plain BERT: padded, so slower than the others",
-    ),
 }
 
 
@@ -101,8 +54,9 @@ def text(
         rows = (f"- {escape(k)}: {value:.4f}" for k, value in tables.score_rows(scores))
         parts.append("\n".join(rows))
     parts += [_structure(config, about), "## Use it"]
-    for part in ("", *(name for name in _SNIPPETS if name and name in checks)):
-        parts.append(_usage(part, config, task, about))
+    for part in _PARTS:
+        if part == "saved" or part in checks:
+            parts.append(_usage(part, config, task, about))
     if any(checks.values()):
         parts += ["## What was checked", checked(checks)]
     return "\n\n".join(parts) + "\n"
@@ -155,14 +109,17 @@ def _usage(part, config, task, about):
     problem = PROBLEMS[config.problem]
     words = problem.example[: len(columns)]
     texts = ", ".join(json.dumps(word) for word in words)
-    snippet = _SNIPPETS[part].format(
+    said = _PARTS[part]
+    snippet = said["code"].format(
+        part=part,
         auto=f"AutoModelFor{problem.auto_model}",
+        trust=", trust_remote_code=True" if part == "transformers" else "",
         texts=texts,
         example=f"({texts})" if len(words) > 1 else texts,
     )
-    user, what = _WHAT[part]
-    folder = f"`{part}/`" if part else "This folder"
-    return f"{folder}, for {user}: {what}.\n\n```python\n{snippet}\n```"
+    folder = "This folder" if part == "saved" else f"`{part}/`"
+    what = f"{folder}, for {said['user']}: {said['holds']}."
+    return f"{what}\n\n```python\n{snippet}\n```"
 
 
 def checked(checks: Mapping[str, Any]) -> str:
@@ -170,22 +127,15 @@ def checked(checks: Mapping[str, Any]) -> str:
     rows, places = [], {}
     for part, check in checks.items():
         metric, score = next(iter(check["scores"].items()))
-        fast = "-"
+        name, size = part or "this folder", f"{check['bytes'] / 1e6:.1f} MB"
+        difference, fast = f"{check['max_abs_difference']:.1e}", "-"
         if "speedup" in check:
             how = check["benchmark"]
             fast = f"{check['speedup']:.1f}x ({tables.spread(check)}), "
             fast += f"{how['batch_size']} x {how['seq_length']}"
             places[f"{escape(how['device'])}, {how['dtype']}"] = None  # in order
-        rows.append(
-            (
-                part or "this folder",
-                f"{check['rows']:,}",
-                f"{check['max_abs_difference']:.1e}",
-                f"{metric} {score:.4f}",
-                f"{check['bytes'] / 1e6:.1f} MB",
-                fast,
-            )
-        )
+        scored = f"{check['rows']:,}", difference, f"{metric} {score:.4f}"
+        rows.append((name, *scored, size, fast))
     head = ("part", "rows", "largest difference", "score", "size", "speedup, batch")
     against = " and ".join(sorted({c["checked_against"] for c in checks.values()}))
     note = f"Each part was loaded by its own runtime and compared with {against}."

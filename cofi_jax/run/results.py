@@ -14,7 +14,7 @@ from cofi_jax.data.metrics import main_score
 from cofi_jax.evaluation import latency
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost
-from cofi_jax.report import figures, pages
+from cofi_jax.report import pages
 from cofi_jax.run.stages import Run
 from cofi_jax.training.log import read_metrics
 
@@ -90,12 +90,6 @@ def collect(
 
 def write(run: Run, report: dict[str, Any]) -> None:
     """Writes pictures and pages, and last the report, which says that all is there."""
-    workdir, settings = run.workdir, config_lib.to_json(run.config)
-    metrics = read_metrics(workdir / "metrics.jsonl")
-    figures.plot_sparsity(metrics, workdir / "sparsity.png")
-    figures.plot_structure(report, workdir / "structure.png")
-    text = pages.markdown(report, metrics, settings)
-    files.write_atomically(workdir / "report.md", text)
-    text = pages.run_page(report, metrics, settings)
-    files.write_atomically(workdir / "report.html", text)
-    files.write_json(workdir / "report.json", report)
+    metrics = read_metrics(run.workdir / "metrics.jsonl")
+    pages.write_run(run.workdir, report, metrics, config_lib.to_json(run.config))
+    files.write_json(run.workdir / "report.json", report)
