@@ -4,6 +4,7 @@ import statistics
 
 import numpy as np
 import pytest
+from test_plots import draw
 from test_report import make_report
 
 from cofi_jax.report import compare, figures
@@ -80,7 +81,7 @@ def test_no_line_has_a_target_twice_and_no_two_titles_are_one():
     lines = {k: [p.target for p in v] for k, v in compare.series(group).items()}
     assert lines == {"a_60": [0.6], "a_95": [0.95], "a-95": [0.95]}
     titles = [title for title, _ in compare.columns(group)]
-    assert titles == ["a_60", "a_95", "a-95"]
+    assert titles == ["a_60 60 %", "a_95 95 %", "a-95 95 %"]
 
 
 SEEDS = [
@@ -92,7 +93,7 @@ SEEDS = [
 
 
 def test_trade_off_shows_means_deviations_and_the_dense_model():
-    (axes,) = figures.small(compare.trade_panel, points(*SEEDS), "speedup").axes
+    (axes,) = draw(compare.trade_panel, points(*SEEDS), "speedup").axes
     curves = {line.get_label(): line.get_xydata() for line in axes.lines}
     expected = [[2.0, 0.91], [12.0, 0.84]]
     np.testing.assert_allclose(curves["pruned"], expected)
@@ -102,10 +103,10 @@ def test_trade_off_shows_means_deviations_and_the_dense_model():
     sd = statistics.stdev([9.0, 12.0, 15.0]), statistics.stdev([0.80, 0.84, 0.88])
     np.testing.assert_allclose(across, [[12 - sd[0], 0.84], [12 + sd[0], 0.84]])
     np.testing.assert_allclose(up, [[12, 0.84 - sd[1]], [12, 0.84 + sd[1]]])
-    seeds = [line for line in axes.lines if line.get_alpha() and len(line.get_xdata())]
-    assert sorted(line.get_xdata()[0] for line in seeds) == [9.0, 12.0, 15.0]
+    pale = [line.get_xdata() for line in axes.lines if line.get_alpha()]
+    assert sorted(np.concatenate(pale)) == [9.0, 12.0, 15.0]
     assert {text.get_text() for text in axes.texts} == {"60 %", "95 %"}
-    assert axes.get_xlim()[0] == 0 and axes.get_ylabel() == "accuracy"
+    assert axes.get_xlim()[0] == 0 and axes.get_ylabel() == "sst2: accuracy"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == [
         "pruned",
         "bars: sd of the seeds; pale: each",
@@ -114,7 +115,7 @@ def test_trade_off_shows_means_deviations_and_the_dense_model():
 
 
 def test_size_is_that_of_the_encoder():
-    (axes,) = figures.small(compare.trade_panel, points(*SEEDS), "size").axes
+    (axes,) = draw(compare.trade_panel, points(*SEEDS), "encoder parameters").axes
     curves = {line.get_label(): line.get_xdata() for line in axes.lines}
     np.testing.assert_allclose(curves["pruned"], [4.25e6, 34e6])
     np.testing.assert_allclose(curves["dense"], [85e6])
@@ -126,7 +127,7 @@ def test_labels_that_would_overlap_are_left_out():
         ("x", run(target=target, score=0.9, speedup=speedup))
         for target, speedup in ((0.6, 5.0), (0.7, 5.01), (0.95, 12.0))
     ]
-    (axes,) = figures.small(compare.trade_panel, points(*runs), "speedup").axes
+    (axes,) = draw(compare.trade_panel, points(*runs), "speedup").axes
     assert [text.get_text() for text in axes.texts] == ["95 %", "60 %"]
 
 
@@ -136,7 +137,7 @@ def test_labels_stay_inside_of_the_panel(key, speedups):
     targets = 0.6, 0.9525
     pairs = zip(targets, speedups, strict=True)
     runs = [("x", run(target=t, score=1 - t, speedup=s)) for t, s in pairs]
-    figure = figures.small(compare.trade_panel, points(*runs), key)
+    figure = draw(compare.trade_panel, points(*runs), key)
     figure.draw_without_rendering()
     (axes,) = figure.axes
     assert axes.texts
@@ -149,7 +150,7 @@ def test_labels_stay_inside_of_the_panel(key, speedups):
 @pytest.mark.parametrize("target", [0.001, 0.01, 0.05, 0.3, 0.6, 0.95, 0.9999])
 def test_ticks_of_sizes_differ_and_are_where_they_say(target):
     runs = points(("x", run(target=target)))
-    figure = figures.small(compare.trade_panel, runs, "size")
+    figure = draw(compare.trade_panel, runs, "encoder parameters")
     figure.draw_without_rendering()
     (axes,) = figure.axes
     units = {"k": 1e3, "M": 1e6, "B": 1e9}
@@ -170,14 +171,16 @@ def test_kept_structure_is_the_mean_of_the_seeds():
         ("x", run(target=0.95, heads=(1, 0), widths=(33, 2), seed=2)),
     ]
     table = compare.columns(points(*runs))
-    figure = figures.small(compare.kept_panel, table, "heads")
+    figure = draw(compare.kept_panel, table, "heads")
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["4", "4", "1.5", "\N{EN DASH}"]  # down the columns
-    cells = [cell.get_facecolor()[:3] for cell in figure.axes[0].patches]
-    assert sum(cells[0]) < sum(cells[2]) < sum(cells[3]) and cells[0] == cells[1]
-    wide = figures.small(compare.kept_panel, table, "intermediate").axes[0]
+    (cells,) = figure.axes[0].collections
+    assert cells.get_array().tolist() == [[1, 1.5 / 4], [1, 0]]
+    pale, full = cells.get_cmap()([0.0, 1.0])
+    assert sum(full) < sum(pale)
+    wide = draw(compare.kept_panel, table, "intermediate").axes[0]
     assert [text.get_text() for text in wide.texts] == ["256", "100", "32", "1"]
-    totals = figures.small(compare.kept_panel, table, "totals").axes[0]
+    totals = draw(compare.kept_panel, table, "totals").axes[0]
     assert [text.get_text() for text in totals.texts] == [
         *("8", "356", "61", "2", "2"),
         *("1.5", "32", "61", "1", "1.5"),
@@ -189,12 +192,24 @@ def test_kept_structure_is_the_mean_of_the_seeds():
 
 def test_pictures_of_several_tasks(tmp_path):
     runs = [*SEEDS, ("y", run(task="mrpc", heads=(1, 2, 3), widths=(1, 2, 3)))]
-    by_task = compare.tasks(runs)
-    trades = compare.plot_trades(by_task, tmp_path / "a.png")
-    kept = compare.plot_kept(by_task, tmp_path / "b.png")
+    groups = compare.tasks(runs).values()
+    trades = [chart for points in groups for chart in compare.trades(points)]
+    kept = [chart for points in groups for chart in compare.structures(points)]
+    trades, kept = figures.draw(trades, 2), figures.draw(kept, 3)
     assert len(trades.axes) == 4 and len(kept.axes) == 12  # with the colour bars
-    assert [axes.get_ylabel() for axes in trades.axes[::2]] == list(by_task)
+    names = [axes.get_ylabel() for axes in trades.axes[::2]]
+    assert names == ["mrpc: accuracy", "sst2: accuracy"]
+    names = [axes.get_ylabel().split(":")[0] for axes in kept.axes]
+    assert list(filter(None, names)) == [*3 * ["mrpc"], *3 * ["sst2"]]
     for axes in trades.axes:
         assert axes.get_xlabel() and axes.get_legend().get_texts()
-    for path in tmp_path.iterdir():
-        assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    for figure in (trades, kept):
+        figures.save(figure, tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_models_of_one_task_may_differ_in_their_layers():
+    runs = [("x", run(heads=(1, 2))), ("y", run(heads=(1, 2, 3), widths=(1, 2, 3)))]
+    table = compare.columns(points(*runs))
+    texts = draw(compare.kept_panel, table, "heads").axes[0].texts
+    assert [text.get_text() for text in texts] == ["1", "2", "1", "2", "3"]

@@ -44,6 +44,8 @@ def make_report(heads=(2, 0, 1, 4), widths=(30, 64, 0, 1), num_heads=4, width=25
             "batch_size": 128,
             "seq_length": 64,
             "repeats": 30,
+            "latency_spread_ms": {"dense": [40, 43], "pruned": [3.1, 4]},
+            "examples_per_second": {"dense": 3104.0, "pruned": 38195.0},
         },
         "masked_vs_sliced_max_abs_diff": 3.24e-6,
         "seconds": {"teacher": 90.0, "prune": 3906.0},
@@ -162,7 +164,7 @@ def test_resumed_log_equals_one_that_was_never_interrupted(tmp_path):
 
 def test_table_holds_the_numbers():
     rows = cells(tables_lib.table(make_report()))
-    assert rows[:1] + rows[2:12] == [
+    assert rows[:1] + rows[2:14] == [
         ["", "dense", "pruned", "note"],
         ["accuracy", "0.9243", "0.9060", "-0.0183; 0.8933 before fine-tuning"],
         ["sparsity", "-", "95.0 %", "target 95.0 %"],
@@ -179,8 +181,10 @@ def test_table_holds_the_numbers():
             "3.35 ms",
             "12.3x as fast (11.9x to 12.7x)",
         ],
+        ["5th to 95th percentile", "40–43 ms", "3.1–4 ms", ""],
+        ["examples per second", "3,104", "38,195", ""],
     ]
-    assert rows[12:13] + rows[14:] == [
+    assert rows[14:15] + rows[16:] == [
         ["layer", "heads kept", "FFN width kept"],
         ["1", "2 / 4", "30 / 256"],
         ["2", "absent", "64 / 256"],
@@ -383,14 +387,22 @@ def assert_png(path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_sparsity_picture_shows_the_pruning_stage(tmp_path):
+def draw_course(metrics):
+    return figures.draw(figures.course(make_report(), metrics, 0.94), columns=2)
+
+
+def test_course_shows_the_pruning_stage(tmp_path):
     path = tmp_path / "sparsity.png"
-    top, middle, bottom = figures.plot_sparsity(make_metrics(), path).axes
+    figure = figures.save(draw_course(make_metrics()), path)
     assert_png(path)
-    labels = [axes.get_ylabel() for axes in (top, middle, bottom)]
+    first, second, _, fourth, fifth = figure.axes
+    panels = first, second, fourth
+    labels = [axes.get_ylabel() for axes in panels]
     assert labels == ["sparsity", "multiplier", "loss"]
-    assert bottom.get_xlabel() == "optimizer step of the pruning stage"
-    curves = {line.get_label(): line for line in top.lines}
+    for axes in panels:
+        assert axes.get_xlabel() == "optimizer step of the pruning stage"
+    assert fifth.get_xlabel() == "optimizer step of the fine-tuning stage"
+    curves = {line.get_label(): line for line in first.lines}
     assert set(curves) == {"expected", "exact, as evaluated", "target"}
     assert curves["expected"].get_xydata().tolist() == [
         [100, 0.2],
@@ -398,27 +410,26 @@ def test_sparsity_picture_shows_the_pruning_stage(tmp_path):
         [300, 0.6],
     ]
     assert curves["exact, as evaluated"].get_xydata().tolist() == [[200, 0.4]]
-    assert [line.get_label() for line in middle.lines] == ["linear", "quadratic"]
-    assert [line.get_label() for line in bottom.lines] == ["total", "layers"]
-    for axes in (top, middle, bottom):
+    assert [line.get_label() for line in second.lines] == ["linear", "quadratic"]
+    assert [line.get_label() for line in fourth.lines] == ["total", "layers"]
+    for axes in panels:
         legend = [text.get_text() for text in axes.get_legend().get_texts()]
         assert legend == [line.get_label() for line in axes.lines]
 
 
-def test_loss_below_zero_is_drawn_on_a_linear_scale(tmp_path):
+def test_loss_below_zero_is_drawn_on_a_linear_scale():
     metrics = make_metrics()
-    figure = figures.plot_sparsity(metrics, tmp_path / "a.png")
-    assert figure.axes[2].get_yscale() == "log"
+    assert draw_course(metrics).axes[3].get_yscale() == "log"
     metrics[0]["loss"] = -1.0
-    figure = figures.plot_sparsity(metrics, tmp_path / "a.png")
-    assert figure.axes[2].get_yscale() == "linear"
+    assert draw_course(metrics).axes[3].get_yscale() == "linear"
 
 
-def test_sparsity_picture_of_nothing_is_empty(tmp_path, recwarn):
+def test_course_of_nothing_is_empty(tmp_path, recwarn):
     path = tmp_path / "sparsity.png"
-    figure = figures.plot_sparsity([], path)
+    sparsity, multipliers, scores = figures.save(draw_course([]), path).axes
     assert_png(path)
-    assert not any(axes.lines for axes in figure.axes) and not recwarn
+    assert not sparsity.lines and not multipliers.lines and not recwarn
+    assert [line.get_label() for line in scores.lines] == ["dense"]
 
 
 @pytest.mark.parametrize("layers", [4, 12])

@@ -4,20 +4,23 @@ A run is a name and the content of its `report.json`. Runs of one name, task and
 are seeds of one config, and make one point of a chart and one column of a heat map.
 """
 
-import os
 import pathlib
 import re
 import statistics
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from cofi_jax import files
 from cofi_jax.report import figures, tables
-from cofi_jax.report.figures import GREY, INK
-from cofi_jax.report.tables import TOTALS, Report, Table, percent
+from cofi_jax.report.figures import GREY, INK, Chart
+from cofi_jax.report.tables import TOTALS, Report, Table, count, percent
 
 Runs = Sequence[tuple[str, Report]]
+
+_COLUMNS = 8  # the most configs in one heat map
 
 
 class Point(NamedTuple):
@@ -33,23 +36,44 @@ class Point(NamedTuple):
         return statistics.fmean(map(of, self.reports))
 
     def sd(self, of: Callable[[Report], float]) -> float:
-        """The standard deviation over the seeds; 0 for a single one."""
-        values = list(map(of, self.reports))
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        """The standard deviation over the seeds, of which there are several."""
+        return statistics.stdev(map(of, self.reports))
 
 
-# What the score is traded for: the label of the axis, its value, and the dense model's.
+def score(report: Report) -> float:
+    """The score of the pruned model."""
+    return report["pruned"]["score"]
+
+
+def dense_score(report: Report) -> float:
+    """The score of the dense model."""
+    return report["teacher"]["score"]
+
+
+# What the score is traded for: the label of the axis, its value, that of the dense
+# model, and how a value is written.
 TRADES = {
     "speedup": (
         "times as fast as the dense model",
         lambda report: report["speedup"],
         lambda _: 1.0,
+        "{:g}x".format,
     ),
-    "size": (
+    "encoder parameters": (
         "encoder parameters, logarithmic scale",
         lambda report: report["params"]["encoder"]["pruned"],
         lambda report: report["params"]["encoder"]["dense"],
+        lambda size: count(size, ".9g"),
     ),
+}
+
+
+# What a heat map shows of the configs: a row for each layer, or one for each total. For
+# each, its title and what is counted.
+KEPT = {
+    "heads": ("Attention heads by layer", "heads"),
+    "intermediate": ("Feed-forward width by layer", "FFN width"),
+    "totals": ("In all", "counts"),
 }
 
 
@@ -60,92 +84,83 @@ def names(paths: Sequence[pathlib.Path], reports: Sequence[Report]) -> list[str]
     by side, and all but the seed agrees. All other names differ, by as many of the last
     parts of the path as it takes.
     """
-    groups: dict[pathlib.Path, list[Report]] = {}
     cut = [path.parent / re.sub(r"(?<=.)-seed\d+$", "", path.name) for path in paths]
-    for path, report in zip(cut, reports, strict=True):
-        groups.setdefault(path, []).append(report)
-    keys = ("task", "metric", "target_sparsity")
-    alike = {
-        path
-        for path, group in groups.items()
-        if path not in paths
-        and len({str([report[key] for key in keys]) for report in group}) == 1
-        and len({str(report["seed"]) for report in group}) == len(group)
-    }
+    keys = ("task", "metric", "target_sparsity", "dense")
+
+    def alike(path):
+        """Whether it is no run itself, and its runs differ by their seed alone."""
+        pairs = zip(cut, reports, strict=True)
+        group = [report for other, report in pairs if other == path]
+        kinds = {str([report[key] for key in keys]) for report in group}
+        seeds = {str(report["seed"]) for report in group}
+        return path not in paths and len(kinds) == 1 and len(seeds) == len(group)
+
     pairs = zip(cut, paths, strict=True)
-    return files.short_names([short if short in alike else p for short, p in pairs])
+    return files.short_names([short if alike(short) else path for short, path in pairs])
 
 
-def runs_table(runs: Runs) -> Table:
-    """A row for each run."""
-    rows = []
+def points(runs: Runs) -> list[Point]:
+    """The points of the runs, sorted by target, then as the runs are."""
+    found: dict[tuple, Point] = {}
     for name, report in runs:
-        dense, pruned = report["teacher"]["score"], report["pruned"]["score"]
-        kept, encoder = report["kept"], report["params"]["encoder"]
-        rows.append(
-            {
-                "run": name,
-                "task": report["task"],
-                "metric": report["metric"],
-                "dense": f"{dense:.4f}",
-                "pruned": f"{pruned:.4f}",
-                "change": f"{pruned - dense:+.4f}",
-                "sparsity": percent(report["sparsity"]),
-                "speedup": f"{report['speedup']:.1f}x",
-                "its 5th to 95th percentile": tables.spread(report),
-                "encoder parameters": f"{tables.count(encoder['pruned'])} of "
-                f"{tables.count(encoder['dense'])}",
-                **{
-                    name: f"{TOTALS[name](kept)} of {len(kept['heads'])}"
-                    for name in ("attention blocks", "FFN blocks")
-                },
-                "hidden width": f"{kept['hidden']} of {report['dense']['hidden']}",
-                "target": percent(report["target_sparsity"]),
-                "seed": str(report["seed"]),
-                "timed on": tables.where(report),
-            }
-        )
-    return Table("<<<>>>>>>>>>>>><", list(rows[0]), [list(r.values()) for r in rows])
-
-
-def configs_table(points: Sequence[Point]) -> Table:
-    """A row for each config: means over its seeds, and deviations if it has several."""
-
-    def show(point, of, form, unit=""):
-        sd = f" \N{PLUS-MINUS SIGN} {point.sd(of):{form}}"
-        return f"{point.mean(of):{form}}{unit}{sd if len(point.reports) > 1 else ''}"
-
-    rows = [
-        (
-            point.name,
-            point.task,
-            str(len(point.reports)),
-            show(point, score, ".4f"),
-            percent(point.mean(lambda report: report["sparsity"])),
-            show(point, lambda report: report["speedup"], ".1f", "x"),
-            percent(point.target),
-        )
-        for point in points
-    ]
-    head = ("config", "task", "seeds", "score", "sparsity", "speedup", "target")
-    return Table("<<>>>>>", head, rows)
-
-
-def score(report: Report) -> float:
-    """The score of the pruned model."""
-    return report["pruned"]["score"]
+        key = (name, f"{report['task']}: {report['metric']}", report["target_sparsity"])
+        found.setdefault(key, Point(*key, [])).reports.append(report)
+    return sorted(found.values(), key=lambda point: point.target)
 
 
 def tasks(runs: Runs) -> dict[str, list[Point]]:
-    """The points of each task and metric, sorted by target, then as the runs are."""
-    points: dict[tuple, Point] = {}
-    for name, report in runs:
-        key = (name, f"{report['task']}: {report['metric']}", report["target_sparsity"])
-        points.setdefault(key, Point(*key, [])).reports.append(report)
+    """The points of each task and metric."""
     by_task: dict[str, list[Point]] = {}
-    for point in sorted(points.values(), key=lambda point: point.target):
+    for point in points(runs):
         by_task.setdefault(point.task, []).append(point)
     return dict(sorted(by_task.items()))
+
+
+def table(points: Sequence[Point]) -> Table:
+    """A row for each config: means over its seeds, and deviations if it has several."""
+    rows = [_row(point) for point in points]
+    cells = [list(row.values()) for row in rows]
+    return Table("<<<>>>>>>>>>>>><", list(rows[0]), cells)
+
+
+def _row(point):
+    """The cells of a row by the title of their column."""
+    _, size, dense_size, _ = TRADES["encoder parameters"]
+    spreads = [report["speedup_spread"] for report in point.reports]
+    dense = point.reports[0]["dense"]
+    layers = len(dense["heads"])
+
+    def mean(of, form):
+        sd = f" ± {form(point.sd(of))}" if len(point.reports) > 1 else ""
+        return f"{form(point.mean(of))}{sd}"
+
+    def kept(total):
+        return f"{point.mean(lambda report: TOTALS[total](report['kept'])):.4g}"
+
+    def each(of):
+        return ", ".join(dict.fromkeys(str(of(report)) for report in point.reports))
+
+    return {
+        "run": point.name,
+        "task": each(lambda report: report["task"]),
+        "metric": each(lambda report: report["metric"]),
+        "dense": mean(dense_score, "{:.4f}".format),
+        "pruned": mean(score, "{:.4f}".format),
+        "change": f"{point.mean(score) - point.mean(dense_score):+.4f}",
+        "sparsity": percent(point.mean(lambda report: report["sparsity"])),
+        "speedup": mean(lambda report: report["speedup"], "{:.1f}x".format),
+        "target": percent(point.target),
+        "seed": each(lambda report: report["seed"]),
+        "speedup, 5th to 95th percentile": tables.spread(
+            {"speedup_spread": np.mean(spreads, axis=0)}
+        ),
+        "encoder parameters": f"{count(point.mean(size))} of "
+        f"{count(point.mean(dense_size))}",
+        "attention blocks": f"{kept('attention blocks')} of {layers}",
+        "FFN blocks": f"{kept('FFN blocks')} of {layers}",
+        "hidden width": f"{kept('hidden width')} of {dense['hidden']}",
+        "timed on": each(tables.where),
+    }
 
 
 def series(points: Sequence[Point]) -> dict[str, list[Point]]:
@@ -171,6 +186,51 @@ def _without_target(point):
     return name.strip("-_,") or point.name
 
 
+def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
+    """The points of one task with their titles: line, if there are several; target."""
+    lines = series(points)
+    return [
+        (f"{line} {_target(point)}" if len(lines) > 1 else _target(point), point)
+        for line, group in lines.items()
+        for point in group
+    ]
+
+
+def _target(point):
+    return f"{100 * point.target:.4g} %"
+
+
+def trades(points: Sequence[Point]) -> list[Chart]:
+    """The score of one task against speedup and against size."""
+    charts = []
+    for key, (_, of, _, form) in TRADES.items():
+        places = (
+            f"{point.name} {point.mean(score):.4f} at {form(point.mean(of))}"
+            for point in points
+        )
+        alt = f"Chart of {points[0].task}: score against {key}. {'; '.join(places)}."
+        height = 3.2 + 0.2 * len(series(points))
+        data = (points, key)
+        charts.append(Chart(f"Score against {key}", trade_panel, data, alt, height))
+    return charts
+
+
+def structures(points: Sequence[Point]) -> list[Chart]:
+    """What the configs of one task keep, a few of them in each heat map."""
+    charts = []
+    titled = columns(points)
+    for start in range(0, len(titled), _COLUMNS):
+        group = titled[start : start + _COLUMNS]
+        names = [figures.plain(title) for title, _ in group]
+        for key, (title, _) in KEPT.items():
+            rows = max(len(_counts(point.reports[0], key)) for _, point in group)
+            height = 1.7 + 0.3 * rows + 0.075 * max(map(len, names))
+            alt = f"Heat map of {points[0].task}: what is kept in the runs "
+            alt += f"{', '.join(title for title, _ in group)}."
+            charts.append(Chart(title, kept_panel, (group, key), alt, height))
+    return charts
+
+
 def trade_panel(axes, points: Sequence[Point], key: str) -> None:
     """Draws the scores of one task against speedup or size (paper, figure 2).
 
@@ -181,39 +241,47 @@ def trade_panel(axes, points: Sequence[Point], key: str) -> None:
       points: the configs of the task.
       key: a key of `TRADES`.
     """
-    label, of, of_dense = TRADES[key]
+    label, of, of_dense, form = TRADES[key]
     lines = series(points)
     reports = [report for point in points for report in point.reports]
-    dense = sorted({(of_dense(r), r["teacher"]["score"]) for r in reports})
+    dense = sorted({(of_dense(report), dense_score(report)) for report in reports})
     level = statistics.fmean(value for _, value in dense)
-    axes.axhline(level, color=GREY, ls="--", lw=1, label="_")
     colors = figures.BLUE, figures.RED, figures.GREEN, figures.PURPLE, figures.ORANGE
+    axes.axhline(level, color=GREY, ls="--", lw=1, label="_")
+    pale = {"ls": "none", "alpha": 0.4, "mew": 0}
     for number, (name, group) in enumerate(lines.items()):
-        color, marker = (*colors, INK)[number % 6], "osD^vPX"[number % 7]
+        look = {"color": (*colors, INK)[number % 6], "marker": "osD^vPX"[number % 7]}
         group = sorted(group, key=lambda point: point.mean(of))
         x, y = ([point.mean(what) for point in group] for what in (of, score))
-        look = {"color": color, "marker": marker, "mec": "white", "ms": 7}
-        axes.plot(x, y, label=figures.plain(name), lw=1.4, zorder=3, **look)
-        for point, *place in zip(group, x, y, strict=True):
-            if len(point.reports) == 1:
-                continue
-            bars = {"yerr": point.sd(score), "xerr": point.sd(of), "elinewidth": 1}
-            axes.errorbar(*place, color=color, capsize=2, label="_", **bars)
-            for report in point.reports:
-                dot = {"color": color, "alpha": 0.4, "mew": 0, "ms": 5, "label": "_"}
-                axes.plot(of(report), score(report), marker, **dot)
+        axes.plot(
+            x, y, label=figures.plain(name), lw=1.4, zorder=3, mec="white", ms=7, **look
+        )
+        for point in (point for point in group if len(point.reports) > 1):
+            place = [(of(report), score(report)) for report in point.reports]
+            axes.plot(*zip(*place, strict=True), ms=5, label="_", **look, **pale)
+            axes.errorbar(
+                point.mean(of),
+                point.mean(score),
+                point.sd(score),
+                point.sd(of),
+                color=look["color"],
+                capsize=2,
+                elinewidth=1,
+                label="_",
+            )
     if len(reports) > len(points):
-        look = {"ls": "none", "marker": "o", "color": GREY, "alpha": 0.4, "mew": 0}
-        axes.plot([], [], label="bars: sd of the seeds; pale: each", **look)
-    look = {"ls": "none", "marker": "*", "ms": 13, "color": INK, "mec": "white"}
-    axes.plot(*zip(*dense, strict=True), label="dense", **look)
-    figures.finish(axes, label, figures.plain(reports[0]["metric"]))
+        axes.plot(
+            [], [], "o", color=GREY, label="bars: sd of the seeds; pale: each", **pale
+        )
+    star = {"ls": "none", "marker": "*", "ms": 13, "color": INK, "mec": "white"}
+    axes.plot(*zip(*dense, strict=True), label="dense", **star)
+    figures.finish(axes, label, figures.plain(points[0].task))
     axes.margins(0.25, 0.14)  # the targets beside the points need room
-    if key == "size":
-        figures.log_scale(axes, "x", lambda size: tables.count(size, ".9g"))
-    else:
+    if key == "speedup":
         axes.set_xlim(0, 1.25 * axes.dataLim.xmax)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}x")
+        axes.xaxis.set_major_formatter(lambda x, _: form(x))
+    else:
+        figures.log_scale(axes, "x", form)
     if len(lines) == 1:
         _annotate(axes, points, of, side=1 if key == "speedup" else -1)
 
@@ -230,8 +298,7 @@ def _annotate(axes, points, of, side):
             taken.append((x, y))
             style = {"textcoords": "offset points", "color": INK, "fontsize": 9}
             style["ha"] = "left" if side > 0 else "right"
-            text = f"{100 * point.target:.4g} %"
-            axes.annotate(text, place, (6 * side, 5), **style)
+            axes.annotate(_target(point), place, (6 * side, 5), **style)
 
 
 def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
@@ -240,105 +307,45 @@ def kept_panel(axes, columns: Sequence[tuple[str, Point]], key: str) -> None:
     Args:
       axes: the `matplotlib.axes.Axes` to draw into.
       columns: the titled configs of one task, from `columns`.
-      key: `heads` or `intermediate` for a row per layer, `totals` for one per total.
+      key: a key of `KEPT`.
     """
-    from matplotlib.cm import ScalarMappable  # slow to import
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import LinearSegmentedColormap  # slow to import
 
     hue = LinearSegmentedColormap.from_list("kept", ["#F1F5F8", figures.BLUE])
-    rows = list(range(1, _layers(columns) + 1))
-    if key == "totals":
-        rows = [textwrap.fill(name, 12) for name in TOTALS]
-    for column, (_, point) in enumerate(columns):
-        for row, (kept, dense) in enumerate(_cells(point, key)):
-            share = kept / dense if dense else 0.0
-            box = {"fc": hue(share), "ec": "white", "lw": 1.5}
-            axes.bar(column, 1, 1, row - 0.5, **box)
+    cells = [np.mean([_counts(r, key) for r in p.reports], axis=0) for _, p in columns]
+    size = max(map(len, cells)), len(cells)
+    shares = np.full(size, np.nan)  # models may differ in their number of layers
+    for column, rows in enumerate(cells):
+        for row, (kept, dense) in enumerate(rows):
+            share = shares[row, column] = kept / dense if dense else 0.0
             text = f"{kept:.0f}" if kept >= 10 else f"{kept:.2g}"
             ink = "white" if share > 0.55 else INK if kept else GREY
             middle = {"ha": "center", "va": "center", "fontsize": 9}
             axes.text(column, row, text if kept else "\N{EN DASH}", color=ink, **middle)
-    ylabel = "all layers" if key == "totals" else "layer"
-    figures.finish(axes, "run, by target sparsity", ylabel)
+    edges = (np.arange(n + 1) - 0.5 for n in size[::-1])
+    mesh = axes.pcolormesh(*edges, shares, cmap=hue, vmin=0, vmax=1, ec="white", lw=1.5)
+    task = columns[0][1].reports[0]["task"]
+    ylabel = f"{task}: {'all layers' if key == 'totals' else 'layer'}"
+    figures.finish(axes, "run, by target sparsity", figures.plain(ylabel))
+    axes.invert_yaxis()
     axes.grid(visible=False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    rows = list(TOTALS) if key == "totals" else range(1, size[0] + 1)
+    axes.set_yticks(range(size[0]), [textwrap.fill(str(name), 12) for name in rows])
     names = [figures.plain(name) for name, _ in columns]
     turn = {"rotation": 90} if max(map(len, names)) > 7 else {}
-    axes.set_xticks(range(len(columns)), names, **turn)
-    bar = axes.figure.colorbar(
-        ScalarMappable(cmap=hue), ax=axes, location="top", aspect=40, shrink=0.9
-    )
+    axes.set_xticks(range(size[1]), names, **turn)
+    bar = axes.figure.colorbar(mesh, ax=axes, location="top", aspect=40, shrink=0.9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelcolor=INK)
     bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    what = {"heads": "heads", "intermediate": "FFN width", "totals": "counts"}[key]
-    bar.set_label(f"kept share of the dense {what}", color=INK)
+    bar.set_label(f"kept share of the dense {KEPT[key][1]}", color=INK)
 
 
-def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
-    """The points of one task with their titles: the targets, if these all differ."""
-    targets = [f"{100 * point.target:.4g} %" for point in points]
-    for form in ("{0}", "{1} {0}", "{2}", "{2} {0}"):
-        titles = [
-            form.format(target, _without_target(point), point.name)
-            for point, target in zip(points, targets, strict=True)
-        ]
-        if len(set(titles)) == len(titles):
-            break
-    return list(zip(titles, points, strict=True))
-
-
-def height(columns: Sequence[tuple[str, Point]], key: str) -> float:
-    """The inches that a `kept_panel` of these columns needs."""
-    names = max(len(figures.plain(name)) for name, _ in columns)
-    rows = len(TOTALS) if key == "totals" else _layers(columns)
-    return 1.7 + 0.3 * rows + (0.075 * names if names > 7 else 0)
-
-
-def _layers(columns):
-    reports = (report for _, point in columns for report in point.reports)
-    return max(len(report["kept"]["heads"]) for report in reports)
-
-
-def _cells(point, key):
-    """The kept and the dense count of each row, as means over the seeds."""
-    columns = []
-    for report in point.reports:
-        pair = report["kept"], report["dense"]
-        if key == "totals":
-            columns.append([[of(widths) for widths in pair] for of in TOTALS.values()])
-        else:
-            columns.append(list(zip(*(widths[key] for widths in pair), strict=True)))
-    return [
-        [statistics.fmean(x) for x in zip(*row, strict=True)]
-        for row in zip(*columns, strict=False)
-    ]
-
-
-def plot_trades(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Writes and returns a figure of score against speedup and size, a row per task."""
-    lines = max(len(series(points)) for points in by_task.values())
-    figure = figures.new_figure(9, (3.3 + 0.2 * lines) * len(by_task))
-    rows = figure.subplots(len(by_task), 2, sharey="row", squeeze=False)
-    for (task, points), row in zip(by_task.items(), rows, strict=True):
-        for axes, key in zip(row, TRADES, strict=True):
-            trade_panel(axes, points, key)
-        row[0].set_ylabel(figures.plain(task))
-        row[1].set_ylabel("")
-    return figures.save(figure, path)
-
-
-def plot_kept(by_task: Mapping[str, Sequence[Point]], path: str | os.PathLike):
-    """Writes and returns a figure of what the runs keep, a row for each task."""
-    tables = list(map(columns, by_task.values()))
-    heights = [height(table, "heads") for table in tables]
-    figure = figures.new_figure(8 + 1.3 * max(map(len, tables)), sum(heights))
-    rows = figure.subplots(len(by_task), 3, squeeze=False, height_ratios=heights)
-    for task, table, row in zip(by_task, tables, rows, strict=True):
-        for axes, key in zip(row, ("heads", "intermediate", "totals"), strict=True):
-            kept_panel(axes, table, key)
-        row[0].set_ylabel(figures.plain(f"{task.partition(':')[0]}: layer"))
-    return figures.save(figure, path)
+def _counts(report, key):
+    """The kept and the dense count of each row."""
+    pair = report["kept"], report["dense"]
+    if key == "totals":
+        return [[of(widths) for widths in pair] for of in TOTALS.values()]
+    return list(zip(*(widths[key] for widths in pair), strict=True))

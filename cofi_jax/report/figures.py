@@ -1,33 +1,30 @@
 """The pictures of a run: how it went and what it left.
 
-A panel is a function that draws one chart into given axes. Pages show one panel in each
-figure (`small`), which is still legible on a phone; the PNG files that lie beside a
-report (`plot_...`) put several panels together.
+A panel is a function that draws into given axes, and a chart is a panel with its data.
+Pages show each chart in a figure of its own, which is still legible on a phone; the PNG
+files that lie beside a report show the same charts side by side.
 """
 
 import io
 import os
+import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cofi_jax.files import write_atomically
+from cofi_jax.report.tables import STAGES, Metrics, Report, layers, percent, stages
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00".split()
 INK, GREY, PALE = "#333333", "#757575", "#E4E8EA"
 
+_STYLE = pathlib.Path(__file__).with_name("figures.mplstyle")
 _MANY = 150  # the points of a curve from which on single ones cannot be seen
 
-# The stages in their order, each with its name for readers, colour and marker.
-STAGES = {
-    "teacher": ("teacher", INK, "o"),
-    "prepruning": ("pre-pruning", ORANGE, "s"),
-    "prune": ("pruning", BLUE, "D"),
-    "finetune": ("fine-tuning", GREEN, "^"),
-}
-_LOSSES = {
+_STAGE_COLORS = {"teacher": INK, "prepruning": ORANGE, "prune": BLUE, "finetune": GREEN}
+_LOSS_COLORS = {
     "loss": INK,
     "loss_lagrangian": ORANGE,
     "loss_layers": BLUE,
@@ -35,12 +32,76 @@ _LOSSES = {
     "loss_task": PURPLE,
 }
 _WIDTHS = {
-    "heads": ("attention heads kept", BLUE),
-    "intermediate": ("feed-forward width kept", ORANGE),
+    "heads": ("attention heads", BLUE),
+    "intermediate": ("feed-forward width", ORANGE),
 }
 
 
-def sparsity_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
+class Chart(NamedTuple):
+    """A panel with its data, its title, and what it shows in words."""
+
+    title: str
+    panel: Callable[..., None]  # takes a `matplotlib.axes.Axes` and the data
+    data: tuple
+    alt: str
+    height: float = 3.5  # inches
+
+
+def structure(report: Report) -> list[Chart]:
+    """What each layer keeps, given the content of a `report.json`."""
+    rows = layers(report).rows
+    charts = []
+    for column, (key, (name, _)) in enumerate(_WIDTHS.items(), start=1):
+        kept = "; ".join(f"layer {row[0]}: {row[column]}" for row in rows)
+        alt = f"Bar chart of what each layer keeps. {kept}."
+        data, height = (report, key), 1.5 + 0.28 * len(rows)
+        charts.append(Chart(name.capitalize(), width_panel, data, alt, height))
+    return charts
+
+
+def course(report: Report, metrics: Metrics, least: float) -> list[Chart]:
+    """How a run went.
+
+    Args:
+      report: the content of its `report.json`.
+      metrics: the lines of its `metrics.jsonl`.
+      least: the sparsity from which on an evaluation of the pruning stage counts.
+    """
+    expected = [x["expected_sparsity"] for x in metrics if "expected_sparsity" in x]
+    reached = f", which ends at {percent(expected[-1])}" if expected else ""
+    best = ", ".join(f"{row[0]} {row[4]}" for row in stages(metrics, least).rows)
+    charts = [
+        Chart(
+            "Sparsity and its target while pruning",
+            sparsity_panel,
+            (metrics,),
+            f"Line chart over the steps: the expected sparsity{reached}; the exact one "
+            "at each evaluation; the target, which rises to "
+            f"{percent(report['target_sparsity'])}.",
+        ),
+        Chart(
+            "Lagrange multipliers while pruning",
+            multiplier_panel,
+            (metrics,),
+            "Line chart over the steps: the linear and the quadratic multiplier.",
+        ),
+        Chart(
+            f"Validation {report['metric']}",
+            score_panel,
+            (metrics, report, least),
+            f"Line chart of the evaluations of all stages; the best of each: {best}.",
+        ),
+    ]
+    for stage, name in STAGES.items():
+        losses = [line["loss"] for line in _of_stage(metrics, stage) if "loss" in line]
+        if losses:
+            alt = "Line chart over the steps: the training loss and its terms; in all "
+            alt += f"{losses[0]:.3g} at first and {losses[-1]:.3g} in the end."
+            charts.append(Chart(f"Losses, {name}", loss_panel, (metrics, stage), alt))
+    return charts
+
+
+def sparsity_panel(axes, metrics: Metrics) -> None:
     """Draws the sparsity and its target over the steps of the pruning stage."""
     lines = _of_stage(metrics, "prune")
     dots = {"color": RED, "ls": "none", "marker": "o", "mec": "white", "zorder": 4}
@@ -54,7 +115,7 @@ def sparsity_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
     axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.0f} %")
 
 
-def multiplier_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
+def multiplier_panel(axes, metrics: Metrics) -> None:
     """Draws the Lagrange multipliers over the steps of the pruning stage."""
     lines = _of_stage(metrics, "prune")
     _line(axes, lines, "multiplier_linear", "linear", color=GREEN)
@@ -62,7 +123,7 @@ def multiplier_panel(axes, metrics: Sequence[dict[str, Any]]) -> None:
     finish(axes, "optimizer step of the pruning stage", "multiplier")
 
 
-def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") -> None:
+def loss_panel(axes, metrics: Metrics, stage: str = "prune") -> None:
     """Draws the loss and its terms, unweighted, over the steps of a stage.
 
     A curve of many points is a running mean, over a pale line of what was logged.
@@ -74,19 +135,17 @@ def loss_panel(axes, metrics: Sequence[dict[str, Any]], stage: str = "prune") ->
     many = len(lines) > _MANY
     for key in keys:
         label = "total" if key == "loss" else key.removeprefix("loss_")
-        color, window = _LOSSES.get(key, RED), len(lines) // 50 if many else 1
+        color, window = _LOSS_COLORS.get(key, RED), len(lines) // 50 if many else 1
         if many:
             _line(axes, lines, key, "_", color=color, lw=0.5, alpha=0.25)
         _line(axes, lines, key, label, window, color=color)
     ylabel = "loss, running mean" if many else "loss"
-    finish(axes, f"optimizer step of the {STAGES[stage][0]} stage", ylabel)
+    finish(axes, f"optimizer step of the {STAGES[stage]} stage", ylabel)
     if all(line[key] > 0 for line in lines for key in keys if key in line):
         log_scale(axes, "y", "{:g}".format)
 
 
-def score_panel(
-    axes, metrics: Sequence[dict[str, Any]], report: dict[str, Any], least: float = 0.0
-) -> None:
+def score_panel(axes, metrics: Metrics, report: Report, least: float = 0.0) -> None:
     """Draws validation scores over the steps of all stages, one after another.
 
     Args:
@@ -96,104 +155,84 @@ def score_panel(
       least: the sparsity from which on an evaluation of the pruning stage counts; the
         markers of those that do not count are hollow.
     """
-    start, hollow = 0, False
-    for stage, (name, color, marker) in STAGES.items():
+    start = 0
+    for (stage, name), marker in zip(STAGES.items(), "osD^", strict=True):
         lines = _of_stage(metrics, stage)
         if start and lines:
             axes.axvline(start, color=GREY, lw=0.8, ls=":", label="_")
         scored = [line for line in lines if "score" in line]
-        if scored:
-            size = 5 if len(scored) <= _MANY // 5 else 2
-            look = {"color": color, "marker": marker, "ms": size}
-            points = [(start + line["step"], line["score"]) for line in scored]
-            axes.plot(*zip(*points, strict=True), label=name, lw=1.4, **look)
-            for point, line in zip(points, scored, strict=True):
-                if line.get("sparsity", 1.0) < least:
-                    axes.plot(*point, label="_", mfc="white", **look)
-                    hollow = True
+        look = {"color": _STAGE_COLORS[stage], "marker": marker}
+        look["ms"] = 5 if len(scored) <= _MANY // 5 else 2
+        early = [line for line in scored if line.get("sparsity", 1.0) < least]
+        hollow = {"ls": "none", "mfc": "white"}
+        for group, label, more in (
+            (scored, name, {"lw": 1.4}),
+            (early, "sparsity too low", hollow),
+        ):
+            if group:
+                points = [(start + line["step"], line["score"]) for line in group]
+                axes.plot(*zip(*points, strict=True), label=label, **look, **more)
         start += max((line["step"] for line in lines), default=0)
-    if hollow:
-        look = {"ls": "none", "marker": "D", "color": BLUE, "mfc": "white", "ms": 5}
-        axes.plot([], [], label="sparsity too low", **look)
     axes.axhline(report["teacher"]["score"], color=GREY, ls="--", lw=1.4, label="dense")
     finish(axes, "optimizer step, all stages in turn", plain(report["metric"]))
 
 
-def width_panel(axes, report: dict[str, Any], key: str) -> None:
+def width_panel(axes, report: Report, key: str) -> None:
     """Draws what each layer keeps of its `key`, which is `heads` or `intermediate`."""
     from matplotlib.patches import Patch  # slow to import
 
-    label, color = _WIDTHS[key]
+    name, color = _WIDTHS[key]
     kept, dense = report["kept"][key], report["dense"][key]
-    layers, end = range(1, len(kept) + 1), max(1, *dense)
-    gone = {"fc": "none", "ec": "#C3C9CD", "hatch": "////", "lw": 0}
-    for layer, width, full in zip(layers, kept, dense, strict=True):
-        axes.barh(layer, full or end, 0.7, **({"color": PALE} if width else gone))
-        axes.barh(layer, width, 0.7, color=color)
+    end = max(1, *dense)
+    looks = {
+        "kept": {"fc": color},
+        "removed": {"fc": PALE},
+        "block absent": {"fc": "none", "ec": "#C3C9CD", "hatch": "////", "lw": 0},
+    }
+    for layer, (width, full) in enumerate(zip(kept, dense, strict=True), start=1):
+        behind = looks["removed" if width else "block absent"]
+        axes.barh(layer, full or end, 0.7, **behind)
+        axes.barh(layer, width, 0.7, **looks["kept"])
         text, ink = (f"{width} / {full}", INK) if width else ("absent", GREY)
         axes.text(end * 1.03, layer, text, color=ink, va="center")
-    looks = {"kept": {"fc": color}, "removed": {"fc": PALE}, "block absent": gone}
-    handles = [Patch(label=name, **look) for name, look in looks.items()]
-    finish(axes, label, "layer", handles)
+    handles = [Patch(label=label, **look) for label, look in looks.items()]
+    finish(axes, f"{name} kept", "layer", handles)
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.set(yticks=layers, xlim=(0, end), ylim=(len(layers) + 0.6, 0.4))
+    axes.set(yticks=range(1, len(kept) + 1), xlim=(0, end), ylim=(len(kept) + 0.6, 0.4))
     axes.xaxis.get_major_locator().set_params(nbins=6)
 
 
-def plot_sparsity(metrics: Sequence[dict[str, Any]], path: str | os.PathLike):
-    """Writes and returns the figure of sparsity, multipliers and losses while pruning.
+def plot_structure(report: Report, path: str | os.PathLike):
+    """Writes the charts of `structure` as a PNG file, and returns the figure.
 
-    Args:
-      metrics: the lines of `metrics.jsonl`; keys that are absent are not drawn.
-      path: the PNG file to write.
+    Of `report`, the widths `dense` and `kept` are enough.
     """
-    figure = new_figure(8, 8)
-    panels = figure.subplots(3, sharex=True, height_ratios=(4, 3, 3))
-    draws = (sparsity_panel, multiplier_panel, loss_panel)
-    for axes, draw in zip(panels, draws, strict=True):
-        draw(axes, metrics)
-        axes.label_outer()
-    figure.align_ylabels()
-    return save(figure, path)
-
-
-def plot_structure(report: dict[str, Any], path: str | os.PathLike):
-    """Writes and returns the figure of the heads and the width that each layer keeps.
-
-    Args:
-      report: the content of `report.json`.
-      path: the PNG file to write.
-    """
-    kept, dense = report["kept"], report["dense"]
-    figure = new_figure(8, 1.6 + 0.3 * len(kept["heads"]))
-    for axes, key in zip(figure.subplots(1, 2, sharey=True), _WIDTHS, strict=True):
-        width_panel(axes, report, key)
-        axes.label_outer()
-    title = f"What is left: hidden width {kept['hidden']} of {dense['hidden']}"
+    figure = draw(structure(report), columns=2)
+    kept, dense = (report[model]["hidden"] for model in ("kept", "dense"))
+    title = f"What is left: hidden width {kept} of {dense}"
     figure.suptitle(title, color=INK, fontsize=13)
     return save(figure, path)
 
 
-def small(panel: Callable, *data: Any, height: float = 3.2, **settings: Any):
-    """Returns a `matplotlib.figure.Figure` of one panel, 4.6 by `height` inches."""
-    figure = new_figure(4.6, height)
-    panel(figure.subplots(), *data, **settings)
-    return figure
+def draw(charts: Sequence[Chart], columns: int = 1):
+    """Returns a `matplotlib.figure.Figure` of the charts, row by row."""
+    from matplotlib import style  # slow to import
+    from matplotlib.figure import Figure
 
-
-def new_figure(width: float, height: float):
-    """Returns an empty `matplotlib.figure.Figure` of so many inches."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    rows = [charts[start : start + columns] for start in range(0, len(charts), columns)]
+    heights = [max(chart.height for chart in row) for row in rows]
+    with style.context(_STYLE):
+        figure = Figure(figsize=(4.6 * columns, sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(rows), columns, height_ratios=heights)
+        for cell, chart in zip(grid, charts, strict=False):  # rows may end early
+            chart.panel(figure.add_subplot(cell), *chart.data)
     return figure
 
 
 def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
-    """Gives axes, once all is drawn, the frame, grid, labels and legend of a panel.
+    """Gives axes, once all is drawn, their labels and a legend.
 
     Args:
       axes: the `matplotlib.axes.Axes`.
@@ -201,22 +240,13 @@ def finish(axes, xlabel: str, ylabel: str, handles: Sequence[Any] = ()) -> None:
       ylabel: likewise, of the y axis.
       handles: the artists that the legend explains; by default the labelled lines.
     """
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(which="both", color=GREY, labelcolor=INK)
-    axes.set_axisbelow(True)
-    axes.grid(color=PALE, lw=0.8)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xmargin=0.01)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.label.set(color=INK, fontsize=11)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     handles = handles or axes.get_legend_handles_labels()[0]
     if handles:  # above the panel, where it hides nothing
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 0.98)}
-        look = {"frameon": False, "labelcolor": INK, "borderaxespad": 0.2}
         columns = _columns(axes, [len(handle.get_label()) for handle in handles])
-        axes.legend(handles=handles, ncols=columns, **place, **look)
+        axes.legend(handles=handles, ncols=columns, bbox_to_anchor=(0, 0.98))
 
 
 def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
@@ -243,19 +273,21 @@ def plain(text: str) -> str:
 
 def save(figure, path: str | os.PathLike):
     """Writes a figure as a PNG file, atomically, and returns the figure."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_atomically(path, picture.getvalue())
+    write_atomically(path, _picture(figure, format="png", dpi=150))
     return figure
 
 
 def svg(figure) -> bytes:
     """Returns an SVG that needs no font; equal figures give equal bytes."""
-    import matplotlib  # slow to import
+    return _picture(figure, format="svg", metadata={"Date": None})
+
+
+def _picture(figure, **how):
+    from matplotlib import style  # slow to import
 
     picture = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "cofi", "svg.fonttype": "path"}):
-        figure.savefig(picture, format="svg", metadata={"Date": None})
+    with style.context(_STYLE):
+        figure.savefig(picture, **how)
     return picture.getvalue()
 
 
@@ -282,4 +314,4 @@ def _line(axes, lines, key, label, mean_of=1, **look):
         values = np.pad(values, half, mode="edge")
         values = np.convolve(values, np.ones(2 * half + 1) / (2 * half + 1), "valid")
         alone = {"marker": "o"} if len(points) == 1 else {}
-        axes.plot(steps, values, label=label, **{"lw": 1.6} | alone | look)
+        axes.plot(steps, values, label=label, **alone | look)

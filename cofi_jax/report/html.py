@@ -5,77 +5,49 @@ import html
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from cofi_jax.report import figures
 
-_STYLE = pathlib.Path(__file__).with_name("page.css").read_text()
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+# The tag by which a page of ours is recognised later.
+GENERATOR = '<meta name="generator" content="cofi-jax">'
+
+_PAGE, _STYLE = (
+    pathlib.Path(__file__).with_name(name).read_text()
+    for name in ("page.html", "page.css")
+)
 # The only tags that our Markdown may contain; all others are shown as text.
 _FOLD = re.compile(r"<details>\n<summary>[\w ]+</summary>\n*|</details>\n*")
 
 
-class Chart(NamedTuple):
-    """A figure of a page, its title, and what it shows in words."""
-
-    title: str
-    figure: Any  # a matplotlib.figure.Figure
-    alt: str
-
-
-def page(
-    markdown: str, charts: Mapping[str, Sequence[Chart]], *, generator: str
-) -> str:
+def page(markdown: str, charts: Mapping[str, Sequence[figures.Chart]]) -> str:
     """Returns a whole page that shows a Markdown text.
 
     Args:
       markdown: the text, which begins with a heading. Labels, paths and all else that
         others wrote must have gone through `tables.escape`.
       charts: for the address of each image in the text, what stands in its place.
-      generator: the name of the program, by which the file is recognised later.
     """
     parser = MarkdownIt("commonmark").enable("table")
-    for name, rule in (
-        ("html_inline", _html),
-        ("html_block", _html),
-        ("charts", lambda tokens, index, *_: tokens[index].content),
-        ("table_open", _open_table),
-        ("table_close", lambda *_: "</table>\n</div>\n"),
-    ):
-        parser.renderer.rules[name] = rule
+    parser.renderer.rules |= {
+        "html_inline": _html,
+        "html_block": _html,
+        "charts": lambda tokens, index, *_: tokens[index].content,
+        "table_open": _open_table,
+        "table_close": lambda *_: "</table>\n</div>\n",
+    }
     tokens = parser.parse(markdown)
     title = _adapt(tokens, charts)
     body = parser.renderer.render(tokens, parser.options, {})
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="color-scheme" content="only light">
-{generator_tag(generator)}
-<link rel="icon" href="data:,">
-<title>{html.escape(title)}</title>
-<style>
-{_STYLE}</style>
-</head>
-<body>
-<main>
-{body}</main>
-</body>
-</html>
-"""
+    title = html.escape(title)
+    return _PAGE.format(title=title, generator=GENERATOR, style=_STYLE, body=body)
 
 
-def generator_tag(generator: str) -> str:
-    """The tag by which a page says what wrote it."""
-    return f'<meta name="generator" content="{html.escape(generator)}">'
-
-
-def _adapt(tokens: Sequence[Token], charts: Mapping[str, Sequence[Chart]]) -> str:
+def _adapt(
+    tokens: Sequence[Token], charts: Mapping[str, Sequence[figures.Chart]]
+) -> str:
     """Names tables and their cells, puts charts in; returns the first heading."""
     headings = []
     for index, token in enumerate(tokens):
@@ -111,11 +83,12 @@ def _open_table(tokens, index, *_):
 def _charts(charts):
     """The markup of charts beside one another, or one below another on a phone."""
     parts = []
-    for title, figure, alt in charts:
-        data = base64.b64encode(figures.svg(figure)).decode()
+    for chart in charts:
+        data = base64.b64encode(figures.svg(figures.draw([chart]))).decode()
         source = f"data:image/svg+xml;base64,{data}"
-        image = f'<img alt="{html.escape(alt)}" src="{source}">'
-        parts.append(f"<figure>\n<h3>{html.escape(title)}</h3>\n{image}\n</figure>\n")
+        image = f'<img alt="{html.escape(chart.alt)}" src="{source}">'
+        title = f"<h3>{html.escape(chart.title)}</h3>"
+        parts.append(f"<figure>\n{title}\n{image}\n</figure>\n")
     return f'<div class="charts">\n{"".join(parts)}</div>\n'
 
 

@@ -9,22 +9,25 @@ refers to no other, so it can be sent to someone and read without a network.
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from cofi_jax import commands, files
 from cofi_jax import config as config_lib
 from cofi_jax.errors import reject
 from cofi_jax.report import compare, figures, html, tables
-from cofi_jax.report.html import Chart
-from cofi_jax.report.tables import Report, escape
+from cofi_jax.report.compare import Runs
+from cofi_jax.report.tables import Metrics, Report, escape
 
 _USAGE = "python -m cofi_jax.report RUN [RUN ...] --to FOLDER"
-_PICTURES = {"tradeoff.png": compare.plot_trades, "structures.png": compare.plot_kept}
-_PAGE, _GENERATOR = "compare.html", "cofi-jax compare"
-_COLUMNS = 8  # the most configs in one heat map of a page
+_TEMPLATE = pathlib.Path(__file__).with_name("report.md").read_text()
+_PAGE = "compare.html"
+# The pictures beside it: their charts of one task, and how many stand in a row.
+_PICTURES = {
+    "tradeoff.png": (compare.trades, 2),
+    "structures.png": (compare.structures, 3),
+}
 
 
-def markdown(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> str:
+def markdown(report: Report, metrics: Metrics, config: str) -> str:
     """The text of a run's `report.md`, which shows the pictures beside it.
 
     Args:
@@ -32,84 +35,41 @@ def markdown(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> 
       metrics: the lines of its `metrics.jsonl`.
       config: its `config.json`.
     """
-    heads, widths = (report["kept"][key] for key in ("heads", "intermediate"))
-    layers = str(tables.layers(report))
-    stages = tables.stages(metrics, _least(report, config))
-    code = f"```json\n{config.strip()}\n```"
-    return f"""# {escape(report["task"])}: {tables.percent(report["sparsity"])} pruned
-
-{tables.headline(report)}
-
-{_key_figures(report)}
-
-## Dense and pruned
-
-{tables.comparison(report)}
-
-## What is left
-
-{sum(map(bool, heads))} of {len(heads)} attention blocks and \
-{sum(map(bool, widths))} of {len(widths)} feed-forward blocks are left; hidden \
-width {report["kept"]["hidden"]} of {report["dense"]["hidden"]}.
-
-![What is left of each layer](structure.png)
-
-{tables.folded("The same as a table", layers)}
-
-## How the run went
-
-![Sparsity, multipliers and losses while pruning](sparsity.png)
-
-{stages}
-
-## How it was measured
-
-{_method(report)}
-
-## Config
-
-{tables.folded("The exact config of this run", code)}
-"""
-
-
-def _key_figures(report):
-    """The figures that matter most, and what each of them is."""
     dense, pruned = report["teacher"]["score"], report["pruned"]["score"]
     encoder, total = (
         f"{tables.count(pair['dense'])} → {tables.count(pair['pruned'])}"
         for pair in (report["params"]["encoder"], report["params"]["total"])
     )
-    return f"""\
-- **{dense:.3f} → {pruned:.3f}** {escape(report["metric"])}, dense to pruned: \
-{pruned - dense:+.4f}
-- **{tables.percent(report["sparsity"])}** sparsity, target \
-{tables.percent(report["target_sparsity"])}
-- **{report["speedup"]:.1f}x** speedup, {tables.spread(report)} in 90 % of the \
-turns; {escape(tables.where(report))}
-- **{encoder}** encoder parameters; with all others {total}"""
-
-
-def _method(report):
-    """How each of the figures was measured, and on what."""
-    seconds, versions = report["seconds"].items(), report["versions"].items()
-    return f"""\
-- **Score:** The {escape(report["metric"])} on the validation set, the first one \
-where there are several. Dense is the teacher, pruned the sliced model after \
-fine-tuning.
-- **Encoder parameters:** The weights and biases of attention and feed-forward \
-blocks; sparsity is the fraction of them that was removed. All parameters are those \
-and embeddings, LayerNorms, pooler and head.
-- **Latency:** The median of the passes. Both models took turns in one process after \
-warming up, {report["benchmark"]["repeats"]} turns each, of at least 50 ms (less the \
-first pass) or one pass; all turns weigh the same. Timed on \
-{escape(tables.where(report))}.
-- **Speedup:** The median of the ratios turn by turn, with their 5th and 95th \
-percentile in brackets.
-- **Slicing:** Evaluated in float32 on the validation set, the logits of the masked \
-and the sliced model differ by at most {report["masked_vs_sliced_max_abs_diff"]:.1e}.
-- **Time:** {", ".join(f"{stage} {time / 60:.1f} min" for stage, time in seconds)}
-- **Seed:** {report["seed"]}
-- **Versions:** {escape(", ".join(f"{name} {v}" for name, v in versions))}"""
+    minutes = (
+        f"{name} {time / 60:.1f} min" for name, time in report["seconds"].items()
+    )
+    versions = (f"{name} {version}" for name, version in report["versions"].items())
+    blocks = (
+        f"{sum(map(bool, report['kept'][key]))} of {len(report['kept'][key])}"
+        for key in ("heads", "intermediate")
+    )
+    code = f"```json\n{config.strip()}\n```"
+    return _TEMPLATE.format(
+        report=report,
+        task=escape(report["task"]),
+        metric=escape(report["metric"]),
+        headline=tables.headline(report),
+        scores=f"{dense:.3f} → {pruned:.3f}",
+        change=f"{pruned - dense:+.4f}",
+        sparsity=tables.percent(report["sparsity"]),
+        target=tables.percent(report["target_sparsity"]),
+        spread=tables.spread(report),
+        where=escape(tables.where(report)),
+        encoder=encoder,
+        total=total,
+        comparison=tables.comparison(report),
+        blocks=" attention blocks and ".join(blocks),
+        layers=tables.folded("The same as a table", str(tables.layers(report))),
+        stages=tables.stages(metrics, _least(report, config)),
+        minutes=", ".join(minutes),
+        versions=escape(", ".join(versions)),
+        config=tables.folded("The exact config of this run", code),
+    )
 
 
 def _least(report, config):
@@ -118,69 +78,26 @@ def _least(report, config):
     return report["target_sparsity"] - epsilon
 
 
-def run_page(report: Report, metrics: Sequence[dict[str, Any]], config: str) -> str:
+def run_page(report: Report, metrics: Metrics, config: str) -> str:
     """The text of a run's `report.html`: its `markdown`, with larger pictures."""
     charts = {
-        "structure.png": _structure(report),
-        "sparsity.png": _curves(report, metrics, _least(report, config)),
+        "structure.png": figures.structure(report),
+        "sparsity.png": figures.course(report, metrics, _least(report, config)),
     }
-    text = markdown(report, metrics, config)
-    return html.page(text, charts, generator="cofi-jax")
+    return html.page(markdown(report, metrics, config), charts)
 
 
-def _structure(report):
-    layers = tables.layers(report).rows
-    charts = []
-    for column, (key, title) in enumerate(
-        (("heads", "Attention heads"), ("intermediate", "Feed-forward width")), start=1
-    ):
-        kept = "; ".join(f"layer {row[0]}: {row[column]}" for row in layers)
-        height = 1.5 + 0.28 * len(layers)
-        figure = figures.small(figures.width_panel, report, key, height=height)
-        alt = f"Bar chart of what each layer keeps. {kept}."
-        charts.append(Chart(title, figure, alt))
-    return charts
+def write_run(folder: pathlib.Path, report: Report, metrics: Metrics, config: str):
+    """Writes `report.md` with its pictures, and `report.html`, into `folder`."""
+    figures.plot_structure(report, folder / "structure.png")
+    course = figures.course(report, metrics, _least(report, config))
+    pruning = [chart for chart in course if chart.title.endswith(" pruning")]
+    figures.save(figures.draw(pruning), folder / "sparsity.png")
+    for name, text_of in (("report.md", markdown), ("report.html", run_page)):
+        files.write_atomically(folder / name, text_of(report, metrics, config))
 
 
-def _curves(report, metrics, least):
-    expected = [
-        line["expected_sparsity"]
-        for line in metrics
-        if line["stage"] == "prune" and "expected_sparsity" in line
-    ]
-    reached = f", which ends at {tables.percent(expected[-1])}" if expected else ""
-    best = [f"{row[0]} {row[4]}" for row in tables.stages(metrics, least).rows]
-    charts = [
-        Chart(
-            "Sparsity and its target while pruning",
-            figures.small(figures.sparsity_panel, metrics, height=3.5),
-            f"Line chart over the steps: the expected sparsity{reached}; the exact one "
-            "at each evaluation; the target, which rises to "
-            f"{tables.percent(report['target_sparsity'])}.",
-        ),
-        Chart(
-            "Lagrange multipliers while pruning",
-            figures.small(figures.multiplier_panel, metrics, height=3.5),
-            "Line chart over the steps: the linear and the quadratic multiplier.",
-        ),
-        Chart(
-            f"Validation {report['metric']}",
-            figures.small(figures.score_panel, metrics, report, least, height=3.5),
-            "Line chart of the evaluations of all stages; the best of each: "
-            f"{', '.join(best)}.",
-        ),
-    ]
-    for stage, (name, *_) in figures.STAGES.items():
-        losses = [x["loss"] for x in metrics if x["stage"] == stage and "loss" in x]
-        if losses:
-            figure = figures.small(figures.loss_panel, metrics, stage, height=3.5)
-            alt = "Line chart over the steps: the training loss and its terms; in all "
-            alt += f"{losses[0]:.3g} at first and {losses[-1]:.3g} in the end."
-            charts.append(Chart(f"Losses, {name}", figure, alt))
-    return charts
-
-
-def compare_page(runs: Sequence[tuple[str, Report]]) -> str:
+def compare_page(runs: Runs) -> str:
     """The text of `compare.html`.
 
     Args:
@@ -199,87 +116,52 @@ def compare_page(runs: Sequence[tuple[str, Report]]) -> str:
         f"# {len(runs)} pruned model{'s' if len(runs) > 1 else ''}: {escape(names)}",
         escape(timed),
     ]
-    table = str(compare.runs_table(runs))
+    each = str(compare.table([p for run in runs for p in compare.points([run])]))
     if len(points) < len(runs):
         note = "Means and standard deviations over the seeds."
-        parts += ["## Configs", str(compare.configs_table(points)), note]
-        parts += [tables.folded("All runs", table)]
+        parts += ["## Configs", str(compare.table(points)), note]
+        parts += [tables.folded("All runs", each)]
     else:
-        parts += ["## Runs", table]
+        parts += ["## Runs", each]
     charts = {}
     for task, group in by_task.items():
         address = f"task-{len(charts)}"
-        charts[address] = [*_trades(task, group), *_kept(task, group)]
+        charts[address] = [*compare.trades(group), *compare.structures(group)]
         parts += [f"## {escape(task)}", f"![Charts]({address})"]
-    return html.page("\n\n".join(parts), charts, generator=_GENERATOR)
+    return html.page("\n\n".join(parts), charts)
 
 
-def _trades(task, points):
-    height = 3.2 + 0.2 * len(compare.series(points))
-    for key, name in (("speedup", "speedup"), ("size", "encoder parameters")):
-        of, form = compare.TRADES[key][1], ".1f" if key == "speedup" else ",.0f"
-        places = (
-            f"{point.name} {point.mean(compare.score):.4f} at {point.mean(of):{form}}"
-            for point in points
-        )
-        figure = figures.small(compare.trade_panel, points, key, height=height)
-        alt = f"Chart of {task}: score against {name}. {'; '.join(places)}."
-        yield Chart(f"Score against {name}", figure, alt)
-
-
-def _kept(task, points):
-    columns = compare.columns(points)
-    for key, title in (
-        ("heads", "Attention heads by layer"),
-        ("intermediate", "Feed-forward width by layer"),
-        ("totals", "In all"),
-    ):
-        for start in range(0, len(columns), _COLUMNS):
-            group = columns[start : start + _COLUMNS]
-            height = compare.height(group, key)
-            figure = figures.small(compare.kept_panel, group, key, height=height)
-            names = ", ".join(name for name, _ in group)
-            alt = f"Heat map of {task}: what is kept in the runs {names}."
-            yield Chart(title, figure, alt)
-
-
-def check_folder(folder: pathlib.Path, field: str = "--to") -> None:
-    """Raises UserError of `field` where a comparison would replace files of others."""
-    page = folder / _PAGE
-    marker = html.generator_tag(_GENERATOR).encode()
-    try:
-        ours = page.exists() and marker in page.read_bytes()
-        for name in (_PAGE, *_PICTURES):
-            if (folder / name).exists() and not ours:
-                legal = f"has a {name} that is not of an earlier comparison"
-                raise reject(field, str(folder), legal)
-    except OSError as error:
-        raise _unwritable(folder, field, error) from error
-
-
-def _unwritable(folder, field, error):
-    legal = f"must be a folder that can be written ({error.strerror})"
-    return reject(field, str(folder), legal)
-
-
-def write_comparison(
-    folder: pathlib.Path, runs: Sequence[tuple[str, Report]], field: str = "--to"
-) -> list[str]:
-    """Writes `compare.html` and its pictures into `folder`; returns their names.
+def prepare_folder(folder: pathlib.Path, field: str) -> None:
+    """Makes the folder of a comparison, where there is none.
 
     Raises:
-      UserError: the folder, of `field`, cannot be written, or has files of these names
-        that are not of an earlier comparison.
+      UserError: of `field`, where it cannot be written, or a comparison would replace
+        files of others.
     """
-    check_folder(folder, field)
+    page, ours = folder / _PAGE, html.GENERATOR.encode()
     try:
+        if not (page.exists() and ours in page.read_bytes()):
+            for name in (_PAGE, *_PICTURES):
+                if (folder / name).exists():
+                    legal = f"has a {name} that is not of an earlier comparison"
+                    raise reject(field, str(folder), legal)
         folder.mkdir(parents=True, exist_ok=True)
-        # The page comes first, because it marks the pictures as ours.
-        files.write_atomically(folder / _PAGE, compare_page(runs))
-        for name, plot in _PICTURES.items():
-            plot(compare.tasks(runs), folder / name)
     except OSError as error:
-        raise _unwritable(folder, field, error) from error
+        legal = f"must be a folder that can be written ({error.strerror})"
+        raise reject(field, str(folder), legal) from error
+
+
+def write_comparison(folder: pathlib.Path, runs: Runs) -> list[str]:
+    """Writes `compare.html` and its pictures into a folder, and returns their names.
+
+    The folder is one that `prepare_folder` has found fit.
+    """
+    # The page comes first, because it marks the pictures as ours.
+    files.write_atomically(folder / _PAGE, compare_page(runs))
+    for name, (charts_of, columns) in _PICTURES.items():
+        tasks = map(charts_of, compare.tasks(runs).values())
+        charts = [chart for charts in tasks for chart in charts]
+        figures.save(figures.draw(charts, columns), folder / name)
     return [_PAGE, *_PICTURES]
 
 
@@ -290,26 +172,23 @@ def load_runs(folders: Sequence[pathlib.Path]) -> list[tuple[str, Report]]:
       UserError: a folder is not that of a finished run, or is given twice.
     """
     paths = [pathlib.Path(os.path.realpath(folder)) for folder in folders]
+    reports = []
     for folder, path in zip(folders, paths, strict=True):
         if paths.count(path) > 1:
             raise reject("RUN", str(folder), "is given twice")
-    reports = [_load(folder) for folder in folders]
-    return list(zip(compare.names(paths, reports), reports, strict=True))
-
-
-def _load(folder):
-    try:
-        return tables.read_report(folder / "report.json", "RUN")
-    except OSError as error:
-        if not os.path.isdir(folder):
-            raise reject("RUN", str(folder), "is not a folder") from error
-        if not isinstance(error, FileNotFoundError):
+        if not path.is_dir():
+            raise reject("RUN", str(folder), "is not a folder")
+        try:
+            if not (path / "report.json").exists():
+                found = sorted(entry.name for entry in path.iterdir())
+                names = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+                legal = "has no report.json of a finished run; it has: "
+                raise reject("RUN", str(folder), f"{legal}{names or 'nothing'}")
+            reports.append(tables.read_report(folder / "report.json", "RUN"))
+        except OSError as error:
             legal = f"its report.json cannot be read ({error.strerror})"
             raise reject("RUN", str(folder), legal) from error
-        found = sorted(entry.name for entry in folder.iterdir())
-        names = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
-        legal = f"has no report.json of a finished run; it has: {names or 'nothing'}"
-        raise reject("RUN", str(folder), legal) from error
+    return list(zip(compare.names(paths, reports), reports, strict=True))
 
 
 @commands.program
@@ -319,6 +198,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN")
     parser.add_argument("--to", required=True, type=pathlib.Path)
     found = parser.parse_args(argv[1:])
-    names = write_comparison(found.to, load_runs(found.runs))
+    runs = load_runs(found.runs)
+    prepare_folder(found.to, "--to")
+    names = write_comparison(found.to, runs)
     print(f"Written to {found.to}: {', '.join(names)}")
     return 0

@@ -14,63 +14,16 @@ in a source are here, so tables 4 and 11 and parts of table 2 are missing. The s
   that of the published model, the source says so.
 """
 
+import csv
+import pathlib
 from typing import Any
 
 from cofi_jax.config import Config
 from cofi_jax.models.spec import KINDS
 
-_MODEL = "table 2; speedup: the authors' README"
-_FIGURE = "figure 2"
-
-# By task and target: the score in percent, the speedup and the source.
-_FULL = {
-    "sst2": {
-        0.60: (93.0, 2.1, "the authors' README"),
-        0.70: (93.0, 2.7, _FIGURE),
-        0.75: (92.9, 3.3, _FIGURE),
-        0.80: (92.9, 3.7, _FIGURE),
-        0.85: (92.6, 4.7, _FIGURE),
-        0.90: (91.5, 7.0, _FIGURE),
-        0.95: (90.6, 12.2, _MODEL),
-    },
-    "qnli": {
-        0.60: (91.8, 2.1, "the authors' README"),
-        0.70: (91.3, 2.7, _FIGURE),
-        0.75: (91.3, 3.1, _FIGURE),
-        0.80: (90.4, 3.7, _FIGURE),
-        0.85: (89.7, 4.9, _FIGURE),
-        0.90: (88.9, 6.6, _FIGURE),
-        0.95: (86.1, 12.1, _MODEL),
-    },
-    "mnli": {
-        0.60: (85.3, 2.1, "the authors' README"),
-        0.70: (84.9, 2.7, "table 1"),
-        0.75: (84.8, 3.1, _FIGURE),
-        0.80: (84.3, 3.8, _FIGURE),
-        0.85: (83.5, 5.0, _FIGURE),
-        0.90: (82.6, 6.8, _FIGURE),
-        0.95: (80.6, 12.1, "table 1"),
-    },
-    "squad": {
-        0.60: (89.1, 2.0, "the authors' README"),
-        0.70: (88.6, 2.6, _FIGURE),
-        0.75: (88.0, 3.1, _FIGURE),
-        0.80: (87.3, 3.8, _FIGURE),
-        0.85: (86.4, 4.7, _FIGURE),
-        0.90: (84.1, 6.5, _FIGURE),
-        0.95: (82.6, 8.7, "table 2; the model is 92.4 % sparse"),
-    },
-    "qqp": {0.95: (90.1, None, "table 2")},
-    "cola": {0.60: (60.4, 2.0, "the authors' README"), 0.95: (38.9, 12.3, "README")},
-    "rte": {0.60: (72.6, 2.0, "the authors' README"), 0.95: (64.7, None, "table 2")},
-    "mrpc": {0.60: (86.8, 2.0, "the authors' README"), 0.95: (82.6, 12.2, _MODEL)},
-}
-
-# Table 5 at a target of 0.95: scores in percent.
-_AT_95 = {
-    "no_distillation": {"sst2": 86.6, "qnli": 84.2, "mnli": 78.2, "squad": 75.8},
-    "logits_only": {"sst2": 91.1, "qnli": 85.1, "mnli": 79.7, "squad": 82.5},
-}
+# Scores in percent; what is not known is empty.
+with pathlib.Path(__file__).with_name("paper.csv").open() as _file:
+    _ROWS = list(csv.DictReader(_file))
 
 
 def figures(config: Config) -> dict[str, Any] | None:
@@ -79,15 +32,16 @@ def figures(config: Config) -> dict[str, Any] | None:
     The result is None where the paper has nothing on the task, target, encoder or
     ablation of the config. The rest of the config may differ from the paper's recipe.
     """
-    task, target = config.data.task, round(config.prune.targets[-1], 4)
-    variant = _variant(config)
-    if variant == "full" and target in _FULL.get(task, {}):
-        score, speedup, source = _FULL[task][target]
-    elif task in _AT_95.get(variant, {}) and target == 0.95:
-        score, speedup, source = _AT_95[variant][task], None, "table 5"
-    else:
-        return None
-    return {"score": round(score / 100, 4), "speedup": speedup, "source": source}
+    target = round(config.prune.targets[-1], 4)
+    wanted = _variant(config), config.data.task, target
+    for row in _ROWS:
+        if (row["variant"], row["task"], float(row["target"])) == wanted:
+            return {
+                "score": round(float(row["score"]) / 100, 4),
+                "speedup": float(row["speedup"]) if row["speedup"] else None,
+                "source": row["source"],
+            }
+    return None
 
 
 def _variant(config):

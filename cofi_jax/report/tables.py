@@ -14,11 +14,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from cofi_jax.errors import reject
-from cofi_jax.report import figures
 
 Report = dict[str, Any]  # the content of a `report.json`
+Metrics = Sequence[dict[str, Any]]  # the lines of a `metrics.jsonl`
 
 _TERMINAL = 100  # characters in a line
+
+# The stages in their order, each with its name for readers.
+STAGES = {
+    "teacher": "teacher",
+    "prepruning": "pre-pruning",
+    "prune": "pruning",
+    "finetune": "fine-tuning",
+}
 
 # What is counted over the layers of a model, given its widths.
 TOTALS = {
@@ -123,19 +131,14 @@ def headline(report: Report) -> str:
 
 def comparison(report: Report) -> Table:
     """Everything that both the dense and the pruned model have, with a note."""
-    scores = []
-    for model in (report["teacher"], report["pruned"]):
-        # Reports of earlier versions have the one score only.
-        alone = {"validation": {report["metric"]: model["score"]}}
-        scores.append(score_rows(model.get("scores") or alone))
+    scores = [score_rows(report[model]["scores"]) for model in ("teacher", "pruned")]
     rows = [
         [name, f"{dense:.4f}", f"{pruned:.4f}", f"{pruned - dense:+.4f}"]
         for (name, dense), (_, pruned) in zip(*scores, strict=True)
     ]
     rows[0][0] = report["metric"]
-    if "score_before_finetune" in report["pruned"]:
-        before = report["pruned"]["score_before_finetune"]
-        rows[0][3] += f"; {before:.4f} before fine-tuning"
+    before = report["pruned"]["score_before_finetune"]
+    rows[0][3] += f"; {before:.4f} before fine-tuning"
     target = f"target {percent(report['target_sparsity'])}"
     rows.append(["sparsity", "-", percent(report["sparsity"]), target])
     parts = report["params"]
@@ -150,12 +153,11 @@ def comparison(report: Report) -> Table:
     how, ends = report["benchmark"], "{0[0]:.4g}\N{EN DASH}{0[1]:.4g} ms"
     for name, found, form, note in (
         ("latency of a batch", report["latency_ms"], "{:.2f} ms", gain),
-        ("5th to 95th percentile", how.get("latency_spread_ms"), ends, ""),
-        ("examples per second", how.get("examples_per_second"), "{:,.0f}", ""),
+        ("5th to 95th percentile", how["latency_spread_ms"], ends, ""),
+        ("examples per second", how["examples_per_second"], "{:,.0f}", ""),
     ):
-        if found:  # reports of earlier versions lack the other two
-            cells = (form.format(found[model]) for model in ("dense", "pruned"))
-            rows.append([name, *cells, note])
+        cells = (form.format(found[model]) for model in ("dense", "pruned"))
+        rows.append([name, *cells, note])
     return Table("<>><", ("", "dense", "pruned", "note"), rows)
 
 
@@ -185,7 +187,7 @@ def table(report: Report) -> str:
     return f"{comparison(report)}\n\n{timed}\n\n{layers(report)}"
 
 
-def stages(metrics: Sequence[dict[str, Any]], least: float = 0.0) -> Table:
+def stages(metrics: Metrics, least: float = 0.0) -> Table:
     """The duration, the speed and the scores of each stage that ran.
 
     Args:
@@ -194,24 +196,19 @@ def stages(metrics: Sequence[dict[str, Any]], least: float = 0.0) -> Table:
         best.
     """
     rows = []
-    for stage, (name, *_) in figures.STAGES.items():
+    for stage, name in STAGES.items():
         lines = [line for line in metrics if line["stage"] == stage]
         if not lines:
             continue
         rates = [x["examples_per_second"] for x in lines if "examples_per_second" in x]
         scored = [line for line in lines if "score" in line]
         able = [x["score"] for x in scored if x.get("sparsity", 1.0) >= least]
-        seconds = max(line.get("seconds", 0.0) for line in lines)
-        rows.append(
-            (
-                name,
-                f"{max(line['step'] for line in lines):,}",
-                f"{seconds / 60:.1f} min",
-                f"{statistics.median(rates):,.0f}" if rates else "-",
-                f"{max(able):.4f}" if able else "-",
-                f"{scored[-1]['score']:.4f}" if scored else "-",
-            )
-        )
+        steps = max(line["step"] for line in lines)
+        minutes = max(line.get("seconds", 0.0) for line in lines) / 60
+        rate = f"{statistics.median(rates):,.0f}" if rates else "-"
+        best = f"{max(able):.4f}" if able else "-"
+        last = f"{scored[-1]['score']:.4f}" if scored else "-"
+        rows.append((name, f"{steps:,}", f"{minutes:.1f} min", rate, best, last))
     head = ("stage", "steps", "time", "examples/s, median", "best score", "last score")
     return Table("<>>>>>", head, rows)
 
@@ -235,22 +232,22 @@ def evaluation(result: dict[str, Any]) -> str:
         if model["name"] != model["model"]
     ]
     counts = " and ".join(map(str, result["examples"].values()))
-    scored = f"Scores on {counts} examples ({escape(result['data'])}), "
-    scored += "± one standard error"
-    timed = f"Timed on {escape(how['device'])};\n{how['dtype']}, matrix precision "
-    timed += f"{how['matmul_precision']}, in {how['repeats']} turns"
-    if several:
-        scored += f";\ndifferences are those to {escape(first)}"
-        timed += f" of each model;\nspeedup over {escape(first)}: median of the turns, "
-        timed += "5th to 95th percentile"
-    parts = [
-        "\n".join(paths),
-        Table("<" + ">" * len(models), head, rows).fitted(),
-        f"{scored}.",
-        str(Table("<<>>>>"[: len(times[0])], times[0], times[1:])),
-        f"{timed}.",
-    ]
-    return "\n\n".join(filter(None, parts))
+    against = f";\ndifferences are those to {escape(first)}" if several else ""
+    over = (
+        f" of each model;\nspeedup over {escape(first)}: median of the turns, 5th to "
+        "95th percentile"
+    )
+    text = f"""\
+{Table("<" + ">" * len(models), head, rows).fitted()}
+
+Scores on {counts} examples ({escape(result["data"])}), ± one standard error{against}.
+
+{Table("<<>>>>"[: len(times[0])], times[0], times[1:])}
+
+Timed on {escape(how["device"])};
+{how["dtype"]}, matrix precision {how["matmul_precision"]}, in {how["repeats"]} turns\
+{over if several else ""}."""
+    return "\n\n".join(filter(None, ["\n".join(paths), text]))
 
 
 def _evaluation_column(model, reference):
@@ -305,9 +302,11 @@ def read_report(path: pathlib.Path, field: str) -> Report:
     try:
         for text in (headline, table):
             text(report)
-        names = report["task"], report["metric"]
-        if not all(isinstance(name, str) for name in names) or not layers(report).rows:
-            raise TypeError("a name is not text, or there is no layer")
+        task, metric, _ = (report[key] for key in ("task", "metric", "seed"))
+        if not (isinstance(task, str) and isinstance(metric, str)):
+            raise TypeError("a name is not text")
+        if not layers(report).rows:
+            raise ValueError("there is no layer")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         legal = f"is not the report of a run ({type(error).__name__}: {error})"
         raise reject(field, str(path), legal) from error

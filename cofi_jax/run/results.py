@@ -15,7 +15,7 @@ from cofi_jax.data.metrics import main_score
 from cofi_jax.evaluation import latency
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost
-from cofi_jax.report import figures, pages
+from cofi_jax.report import pages
 from cofi_jax.run.stages import Run, Stair
 from cofi_jax.training.log import read_metrics
 
@@ -97,10 +97,6 @@ def of_run(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write(run: Run, report: dict[str, Any]) -> None:
     """Writes pictures and pages, and last the report, which says that all is there."""
-    workdir, settings = run.workdir, config_lib.to_json(run.config)
-    metrics = read_metrics(workdir / "metrics.jsonl")
-    figures.plot_sparsity(metrics, workdir / "sparsity.png")
-    figures.plot_structure(report, workdir / "structure.png")
-    for name, page in (("report.md", pages.markdown), ("report.html", pages.run_page)):
-        files.write_atomically(workdir / name, page(report, metrics, settings))
-    files.write_json(workdir / "report.json", report)
+    metrics = read_metrics(run.workdir / "metrics.jsonl")
+    pages.write_run(run.workdir, report, metrics, config_lib.to_json(run.config))
+    files.write_json(run.workdir / "report.json", report)

@@ -69,12 +69,7 @@ def run(
     Raises:
       UserError: the workdir cannot be written, or has pictures of something else.
     """
-    pages.check_folder(workdir, "--workdir")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        legal = f"must be a folder that can be written ({error.strerror})"
-        raise reject("--workdir", str(workdir), legal) from error
+    pages.prepare_folder(workdir, "--workdir")
     # The finished ones first: they only hand over their reports.
     order = sorted(members, key=lambda m: not (m.workdir / "report.json").exists())
     outcomes: dict[pathlib.Path, dict[str, Any] | str] = {}
@@ -101,7 +96,7 @@ def run(
     written = ["table.md", "sweep.json"]
     try:
         if finished:
-            written += pages.write_comparison(workdir, finished, "--workdir")[:1]
+            written += pages.write_comparison(workdir, finished)[:1]
     except Exception as error:  # the table is what hours were spent for
         print(f"warning: no compare.html: {_line(error)}", file=sys.stderr)
     return content, written
