@@ -144,15 +144,45 @@ def test_pictures_say_what_they_show(one):
 
 
 def test_best_of_the_pruning_stage_is_one_that_counts():
-    lines = [(100, 0.9, 0.2), (200, 0.6, 0.94), (300, 0.5, 0.96)]
+    lines = [(100, 0.9, {"counts": 0}), (200, 0.6, {}), (300, 0.5, {})]
     metrics = [
-        {"stage": "prune", "step": step, "score": score, "sparsity": sparsity}
-        for step, score, sparsity in lines
+        {"stage": "prune", "step": step, "score": score, **more}
+        for step, score, more in lines
     ]
-    found = check(pages.run_page(make_report(), metrics, CONFIG))  # epsilon 0.01
+    found = check(pages.run_page(make_report(), metrics, CONFIG))
     (row,) = [row for row in found.rows if row[0] == "pruning"]
     assert row[-2:] == ["0.6000", "0.5000"]
     assert any("pruning 0.6000" in attrs["alt"] for attrs in found.all("img"))
+
+
+def test_a_run_of_several_models_shows_all_of_them(tmp_path):
+    reports = [make_report(), make_report()]
+    reports[0] |= {"target_sparsity": 0.6, "sparsity": 0.601, "speedup": 2.51}
+    whole = reports[-1] | {"family": reports}
+    metrics = [
+        line | {"stage": f"{line['stage']}-{target}"}
+        for target in (60, 95)
+        for line in make_metrics()
+    ]
+    found = check(pages.run_page(whole, metrics, CONFIG))
+    names = {row[0]: row for row in found.rows if len(row) == 6}
+    stages = [
+        "pruning, 60 %",
+        "fine-tuning, 60 %",
+        "pruning, 95 %",
+        "fine-tuning, 95 %",
+    ]
+    assert [name for name in names if "ing, " in name] == stages
+    targets = [
+        cell for row in found.rows for cell in row if cell in ("60.0 %", "95.0 %")
+    ]
+    assert targets.count("60.0 %") == 1 and "2.5x" in found.text
+    pages.write_run(tmp_path, whole, metrics, CONFIG)
+    assert (tmp_path / "family.png").read_bytes().startswith(b"\x89PNG")
+    figure = figures.draw(figures.course(whole, metrics))
+    (expected,) = [x for x in figure.axes[0].lines if x.get_label() == "expected"]
+    steps = [100, 200, 300, 400, 500, 600]
+    assert expected.get_xdata().tolist() == steps
 
 
 def test_the_exact_config_is_there(one):

@@ -41,19 +41,20 @@ def test_legend_stays_inside_of_the_figure():
     assert 0 <= box.x0 and box.x1 <= figure.bbox.width
 
 
-def evaluations():
+def evaluations(mark_early=True):
     lines = [("teacher", 10, 0.7), ("teacher", 20, 0.8), ("prepruning", 5, 0.75)]
     metrics = [{"stage": s, "step": n, "score": score} for s, n, score in lines]
     pruning = [(10, 0.74, 0.2), (20, 0.6, 0.94), (30, 0.61, 0.951)]
     metrics += [
         {"stage": "prune", "step": n, "score": score, "sparsity": removed}
+        | ({} if removed >= 0.94 or not mark_early else {"counts": 0})
         for n, score, removed in pruning
     ]
     return [*metrics, {"stage": "finetune", "step": 7, "score": 0.65}]
 
 
 def test_scores_of_all_stages_follow_one_another():
-    figure = draw(figures.score_panel, evaluations(), make_report(), 0.94)
+    figure = draw(figures.score_panel, evaluations(), make_report())
     (axes,) = figure.axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert curves["teacher"] == [[10, 0.7], [20, 0.8]]
@@ -70,7 +71,7 @@ def test_scores_of_all_stages_follow_one_another():
 
 
 def test_without_early_evaluations_none_are_explained():
-    (axes,) = draw(figures.score_panel, evaluations(), make_report()).axes
+    (axes,) = draw(figures.score_panel, evaluations(False), make_report()).axes
     assert "sparsity too low" not in legend(axes)
 
 

@@ -388,7 +388,7 @@ def assert_png(path):
 
 
 def draw_course(metrics):
-    return figures.draw(figures.course(make_report(), metrics, 0.94), columns=2)
+    return figures.draw(figures.course(make_report(), metrics), columns=2)
 
 
 def test_course_shows_the_pruning_stage(tmp_path):

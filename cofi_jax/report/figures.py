@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cofi_jax.files import write_atomically
-from cofi_jax.report.tables import STAGES, Metrics, Report, layers, percent, stages
+from cofi_jax.report.tables import (
+    Metrics,
+    Report,
+    kind_of,
+    layers,
+    percent,
+    stages,
+    stages_of,
+)
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart.
 BLUE, RED, GREEN, PURPLE, ORANGE = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00".split()
@@ -23,7 +31,13 @@ INK, GREY, PALE = "#333333", "#757575", "#E4E8EA"
 _STYLE = pathlib.Path(__file__).with_name("figures.mplstyle")
 _MANY = 150  # the points of a curve from which on single ones cannot be seen
 
-_STAGE_COLORS = {"teacher": INK, "prepruning": ORANGE, "prune": BLUE, "finetune": GREEN}
+# The colour and the marker of each kind of stage.
+_STAGE_LOOKS = {
+    "teacher": (INK, "o"),
+    "prepruning": (ORANGE, "s"),
+    "prune": (BLUE, "D"),
+    "finetune": (GREEN, "^"),
+}
 _LOSS_COLORS = {
     "loss": INK,
     "loss_lagrangian": ORANGE,
@@ -59,17 +73,16 @@ def structure(report: Report) -> list[Chart]:
     return charts
 
 
-def course(report: Report, metrics: Metrics, least: float) -> list[Chart]:
+def course(report: Report, metrics: Metrics) -> list[Chart]:
     """How a run went.
 
     Args:
       report: the content of its `report.json`.
       metrics: the lines of its `metrics.jsonl`.
-      least: the sparsity from which on an evaluation of the pruning stage counts.
     """
     expected = [x["expected_sparsity"] for x in metrics if "expected_sparsity" in x]
     reached = f", which ends at {percent(expected[-1])}" if expected else ""
-    best = ", ".join(f"{row[0]} {row[4]}" for row in stages(metrics, least).rows)
+    best = ", ".join(f"{row[0]} {row[4]}" for row in stages(metrics).rows)
     charts = [
         Chart(
             "Sparsity and its target while pruning",
@@ -88,12 +101,12 @@ def course(report: Report, metrics: Metrics, least: float) -> list[Chart]:
         Chart(
             f"Validation {report['metric']}",
             score_panel,
-            (metrics, report, least),
+            (metrics, report),
             f"Line chart of the evaluations of all stages; the best of each: {best}.",
         ),
     ]
-    for stage, name in STAGES.items():
-        losses = [line["loss"] for line in _of_stage(metrics, stage) if "loss" in line]
+    for stage, name in stages_of(metrics).items():
+        losses = [x["loss"] for x in metrics if x["stage"] == stage and "loss" in x]
         if losses:
             alt = "Line chart over the steps: the training loss and its terms; in all "
             alt += f"{losses[0]:.3g} at first and {losses[-1]:.3g} in the end."
@@ -102,8 +115,8 @@ def course(report: Report, metrics: Metrics, least: float) -> list[Chart]:
 
 
 def sparsity_panel(axes, metrics: Metrics) -> None:
-    """Draws the sparsity and its target over the steps of the pruning stage."""
-    lines = _of_stage(metrics, "prune")
+    """Draws the sparsity and its target over the steps in which masks are learned."""
+    lines = _pruning(metrics)
     dots = {"color": RED, "ls": "none", "marker": "o", "mec": "white", "zorder": 4}
     if len(lines) > _MANY:
         dots |= {"ms": 2, "mew": 0}
@@ -116,8 +129,8 @@ def sparsity_panel(axes, metrics: Metrics) -> None:
 
 
 def multiplier_panel(axes, metrics: Metrics) -> None:
-    """Draws the Lagrange multipliers over the steps of the pruning stage."""
-    lines = _of_stage(metrics, "prune")
+    """Draws the Lagrange multipliers over the steps in which masks are learned."""
+    lines = _pruning(metrics)
     _line(axes, lines, "multiplier_linear", "linear", color=GREEN)
     _line(axes, lines, "multiplier_quadratic", "quadratic", color=PURPLE)
     finish(axes, "optimizer step of the pruning stage", "multiplier")
@@ -128,7 +141,7 @@ def loss_panel(axes, metrics: Metrics, stage: str = "prune") -> None:
 
     A curve of many points is a running mean, over a pale line of what was logged.
     """
-    lines = _of_stage(metrics, stage)
+    lines = [line for line in metrics if line["stage"] == stage]
     keys = sorted({key for line in lines for key in line if key.startswith("loss")})
     if len(keys) == 2 and all(line.get(keys[0]) == line.get(keys[1]) for line in lines):
         keys = keys[1:]  # the only term equals the total
@@ -140,30 +153,35 @@ def loss_panel(axes, metrics: Metrics, stage: str = "prune") -> None:
             _line(axes, lines, key, "_", color=color, lw=0.5, alpha=0.25)
         _line(axes, lines, key, label, window, color=color)
     ylabel = "loss, running mean" if many else "loss"
-    finish(axes, f"optimizer step of the {STAGES[stage]} stage", ylabel)
+    finish(
+        axes,
+        f"optimizer step of the {stages_of(lines).get(stage, stage)} stage",
+        ylabel,
+    )
     if all(line[key] > 0 for line in lines for key in keys if key in line):
         log_scale(axes, "y", "{:g}".format)
 
 
-def score_panel(axes, metrics: Metrics, report: Report, least: float = 0.0) -> None:
+def score_panel(axes, metrics: Metrics, report: Report) -> None:
     """Draws validation scores over the steps of all stages, one after another.
 
     Args:
       axes: the `matplotlib.axes.Axes` to draw into.
       metrics: the lines of `metrics.jsonl`.
       report: the content of `report.json`, which has the dense model's score.
-      least: the sparsity from which on an evaluation of the pruning stage counts; the
-        markers of those that do not count are hollow.
+
+    Evaluations that do not count, as the sparsity is too low, have hollow markers.
     """
     start = 0
-    for (stage, name), marker in zip(STAGES.items(), "osD^", strict=True):
-        lines = _of_stage(metrics, stage)
-        if start and lines:
+    for stage, name in stages_of(metrics).items():
+        lines = [line for line in metrics if line["stage"] == stage]
+        if start:
             axes.axvline(start, color=GREY, lw=0.8, ls=":", label="_")
         scored = [line for line in lines if "score" in line]
-        look = {"color": _STAGE_COLORS[stage], "marker": marker}
+        color, marker = _STAGE_LOOKS[kind_of(stage)]
+        look = {"color": color, "marker": marker}
         look["ms"] = 5 if len(scored) <= _MANY // 5 else 2
-        early = [line for line in scored if line.get("sparsity", 1.0) < least]
+        early = [line for line in scored if not line.get("counts", 1)]
         hollow = {"ls": "none", "mfc": "white"}
         for group, label, more in (
             (scored, name, {"lw": 1.4}),
@@ -172,7 +190,7 @@ def score_panel(axes, metrics: Metrics, report: Report, least: float = 0.0) -> N
             if group:
                 points = [(start + line["step"], line["score"]) for line in group]
                 axes.plot(*zip(*points, strict=True), label=label, **look, **more)
-        start += max((line["step"] for line in lines), default=0)
+        start += max(line["step"] for line in lines)
     axes.axhline(report["teacher"]["score"], color=GREY, ls="--", lw=1.4, label="dense")
     finish(axes, "optimizer step, all stages in turn", plain(report["metric"]))
 
@@ -301,8 +319,15 @@ def _columns(axes, lengths):
     return 1
 
 
-def _of_stage(metrics, stage):
-    return [line for line in metrics if line["stage"] == stage]
+def _pruning(metrics):
+    """The lines in which masks are learned, their steps counted through all targets."""
+    found, start = [], 0
+    for stage in stages_of(metrics):
+        if kind_of(stage) == "prune":
+            lines = [line for line in metrics if line["stage"] == stage]
+            found += [line | {"step": start + line["step"]} for line in lines]
+            start = found[-1]["step"]
+    return found
 
 
 def _line(axes, lines, key, label, mean_of=1, **look):

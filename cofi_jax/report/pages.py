@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Sequence
 
 from cofi_jax import commands, files
-from cofi_jax import config as config_lib
 from cofi_jax.errors import reject
 from cofi_jax.report import compare, figures, html, tables
 from cofi_jax.report.compare import Runs
@@ -19,7 +18,7 @@ from cofi_jax.report.tables import Metrics, Report, escape
 
 _USAGE = "python -m cofi_jax.report RUN [RUN ...] --to FOLDER"
 _TEMPLATE = pathlib.Path(__file__).with_name("report.md").read_text()
-_PAGE = "compare.html"
+_PAGE, _FAMILY = "compare.html", "family.png"
 # The pictures beside it: their charts of one task, and how many stand in a row.
 _PICTURES = {
     "tradeoff.png": (compare.trades, 2),
@@ -65,34 +64,50 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         comparison=tables.comparison(report),
         blocks=" attention blocks and ".join(blocks),
         layers=tables.folded("The same as a table", str(tables.layers(report))),
-        stages=tables.stages(metrics, _least(report, config)),
+        stages=tables.stages(metrics),
+        family=_family(report),
         minutes=", ".join(minutes),
         versions=escape(", ".join(versions)),
         config=tables.folded("The exact config of this run", code),
     )
 
 
-def _least(report, config):
-    """The sparsity from which on an evaluation of the pruning stage counted."""
-    epsilon = config_lib.flatten(config).get("prune.sparsity_epsilon", 0.0)
-    return report["target_sparsity"] - epsilon
+def _family(report):
+    """What is said of all models of a run that made several, with a line after it."""
+    if not (points := _members(report)):
+        return ""
+    return (
+        "## All models of this run\n\n"
+        "This page is about the smallest one.\n\n"
+        f"![Score against speed and against size]({_FAMILY})\n\n"
+        f"{compare.table(points)}\n\n"
+    )
+
+
+def _members(report):
+    """The models of a run that made several, as points of a comparison."""
+    return compare.points([("this run", member) for member in report.get("family", ())])
 
 
 def run_page(report: Report, metrics: Metrics, config: str) -> str:
     """The text of a run's `report.html`: its `markdown`, with larger pictures."""
     charts = {
         "structure.png": figures.structure(report),
-        "sparsity.png": figures.course(report, metrics, _least(report, config)),
+        "sparsity.png": figures.course(report, metrics),
     }
+    if points := _members(report):
+        charts[_FAMILY] = compare.trades(points)
     return html.page(markdown(report, metrics, config), charts)
 
 
 def write_run(folder: pathlib.Path, report: Report, metrics: Metrics, config: str):
     """Writes `report.md` with its pictures, and `report.html`, into `folder`."""
     figures.plot_structure(report, folder / "structure.png")
-    course = figures.course(report, metrics, _least(report, config))
+    course = figures.course(report, metrics)
     pruning = [chart for chart in course if chart.title.endswith(" pruning")]
     figures.save(figures.draw(pruning), folder / "sparsity.png")
+    if points := _members(report):
+        figures.save(figures.draw(compare.trades(points), 2), folder / _FAMILY)
     for name, text_of in (("report.md", markdown), ("report.html", run_page)):
         files.write_atomically(folder / name, text_of(report, metrics, config))
 

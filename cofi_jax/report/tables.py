@@ -20,7 +20,7 @@ Metrics = Sequence[dict[str, Any]]  # the lines of a `metrics.jsonl`
 
 _TERMINAL = 100  # characters in a line
 
-# The stages in their order, each with its name for readers.
+# The kinds of stages in their order, each with its name for readers.
 STAGES = {
     "teacher": "teacher",
     "prepruning": "pre-pruning",
@@ -187,22 +187,31 @@ def table(report: Report) -> str:
     return f"{comparison(report)}\n\n{timed}\n\n{layers(report)}"
 
 
-def stages(metrics: Metrics, least: float = 0.0) -> Table:
-    """The duration, the speed and the scores of each stage that ran.
+def kind_of(stage: str) -> str:
+    """The kind of a stage: `prune` is that of `prune-60`, which prunes to 60 %."""
+    return stage.partition("-")[0]
 
-    Args:
-      metrics: the lines of `metrics.jsonl`.
-      least: the sparsity from which on an evaluation of the pruning stage may be the
-        best.
-    """
+
+def stages_of(metrics: Metrics) -> dict[str, str]:
+    """The stages that ran, in their order, each with its name for readers."""
+    ran = dict.fromkeys(line["stage"] for line in metrics)
+    names = {}
+    for stage in (
+        sorted(ran, key=[*STAGES].index) if ran.keys() <= STAGES.keys() else ran
+    ):
+        target = stage.partition("-")[2]
+        names[stage] = STAGES[kind_of(stage)] + (f", {target} %" if target else "")
+    return names
+
+
+def stages(metrics: Metrics) -> Table:
+    """The duration, the speed and the scores of each stage that ran."""
     rows = []
-    for stage, name in STAGES.items():
+    for stage, name in stages_of(metrics).items():
         lines = [line for line in metrics if line["stage"] == stage]
-        if not lines:
-            continue
         rates = [x["examples_per_second"] for x in lines if "examples_per_second" in x]
         scored = [line for line in lines if "score" in line]
-        able = [x["score"] for x in scored if x.get("sparsity", 1.0) >= least]
+        able = [line["score"] for line in scored if line.get("counts", 1)]
         steps = max(line["step"] for line in lines)
         minutes = max(line.get("seconds", 0.0) for line in lines) / 60
         rate = f"{statistics.median(rates):,.0f}" if rates else "-"
