@@ -326,7 +326,7 @@ def _pruning(metrics):
         if kind_of(stage) == "prune":
             lines = [line for line in metrics if line["stage"] == stage]
             found += [line | {"step": start + line["step"]} for line in lines]
-            start = found[-1]["step"]
+            start += max(line["step"] for line in lines)
     return found
 
 
