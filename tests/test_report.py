@@ -62,6 +62,7 @@ def make_metrics():
         return {"stage": "prune", "step": step} | rest
 
     evaluation = {"stage": "prune", "step": 200, "score": 0.8, "sparsity": 0.4}
+    evaluation["counts"] = 0
     other = {"stage": "finetune", "step": 900, "loss": 1.0, "sparsity": 0.9}
     return [line(step) for step in (100, 200, 300)] + [evaluation, other]
 
