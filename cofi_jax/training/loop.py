@@ -183,9 +183,9 @@ def _with_best(state, found):
     score = np.float32(found.score)
     if not (found.counts and score > jax.device_get(state.best_score)):
         return state
-    # The next step donates `trainable`, so the best is a copy. The new score is computed
-    # as a maximum to have the sharding of the old one, because with another sharding
-    # JAX would compile the step again.
+    # The next step donates `trainable`, so the best is a copy. The new score is a
+    # maximum, to have the sharding of the old one: with another sharding, JAX would
+    # compile the step again.
     return state.replace(
         best=jax.tree.map(jnp.copy, state.trainable),
         best_score=jnp.maximum(state.best_score, jax.device_put(score)),
