@@ -38,7 +38,7 @@ def batch(tiny_batch):
 
 
 def real(config, kind):
-    return masks.padded(config).get(kind, np.array(True))
+    return masks.real_positions(config).get(kind, np.array(True))
 
 
 def closed(config, kinds, kind, index):

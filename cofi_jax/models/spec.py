@@ -91,7 +91,7 @@ BERT = Architecture(
                 "value": ("DHd", "Hd"),
                 "output": ("HdD", "D"),
             },
-            products=("TTHd", "TTHd"),  # the scores and the context
+            products=("TTHd", "TTHd"),  # These are the scores and the context.
         ),
         Block(
             name="ffn",

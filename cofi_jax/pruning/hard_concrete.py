@@ -22,7 +22,7 @@ STRETCH = _LOW, _HIGH = (-0.1, 1.1)
 # closed gate would never open again and training would miss the sparsity target.
 LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))
 
-# The log-alpha at which P(gate > 0) = 1/2, from P(gate > 0) = sigmoid(log_alpha - it).
+# The log-alpha of a gate with P(gate > 0) = 1/2.
 _HALF_OPEN = TEMPERATURE * math.log(-_LOW / _HIGH)
 
 # The distance from fully open to P(gate > 0) = 1/2, about 6.2. Adam covers at most the

@@ -173,8 +173,7 @@ def _progress_bar(stage, first, total_steps):
 def _evaluate(state, loop, now):
     """Evaluates the state, logs the result, and returns the state with its best."""
     found = loop.evaluate(state.trainable, state.frozen)
-    values = found.values if found.counts else {**found.values, "counts": 0}
-    loop.log.write(stage=loop.stage, step=now, score=found.score, **values)
+    loop.log.write(stage=loop.stage, step=now, score=found.score, **found.values)
     return _with_best(state, found)
 
 
@@ -184,9 +183,9 @@ def _with_best(state, found):
     score = np.float32(found.score)
     if not (found.counts and score > jax.device_get(state.best_score)):
         return state
-    # The next step donates `trainable`, so the best is a copy. The new score is
-    # computed as a maximum to have the sharding of the old one, because with another
-    # sharding JAX would compile the step again.
+    # The next step donates `trainable`, so the best is a copy. The new score is a
+    # maximum, to have the sharding of the old one: with another sharding, JAX would
+    # compile the step again.
     return state.replace(
         best=jax.tree.map(jnp.copy, state.trainable),
         best_score=jnp.maximum(state.best_score, jax.device_put(score)),

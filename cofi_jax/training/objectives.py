@@ -57,7 +57,7 @@ def key_for(key: jax.Array, use: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(use.encode()))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit needs a hash: the identity
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes it by identity
 class DistillationObjective:
     """The distillation of a teacher into a dense or a sliced student.
 
@@ -151,7 +151,7 @@ def task_objective(model: Encoder) -> DistillationObjective:
     return DistillationObjective(model, Distill(logits=0.0, layers=0.0))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit needs a hash: the identity
+@dataclasses.dataclass(frozen=True, eq=False)  # jax.jit hashes it by identity
 class PruningObjective:
     """Distillation under sampled masks whose expected sparsity follows a target.
 
