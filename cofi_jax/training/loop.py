@@ -173,7 +173,8 @@ def _progress_bar(stage, first, total_steps):
 def _evaluate(state, loop, now):
     """Evaluates the state, logs the result, and returns the state with its best."""
     found = loop.evaluate(state.trainable, state.frozen)
-    loop.log.write(stage=loop.stage, step=now, score=found.score, **found.values)
+    values = found.values if found.counts else {**found.values, "counts": 0}
+    loop.log.write(stage=loop.stage, step=now, score=found.score, **values)
     return _with_best(state, found)
 
 
