@@ -16,6 +16,10 @@ from cofi_jax.models.spec import KINDS, check_kinds
 
 DTYPES = ("float32", "bfloat16")
 
+# With the Lagrangian, log-alphas have bounds: from the seed of the most important mask
+# to the lower one it is so far.
+_BOUNDED_SPREAD = 9.0
+
 
 def _ruled(default: Any, legal: str, holds: Callable[[Any], bool]) -> Any:
     """A field whose values must satisfy `holds`; messages say that they are `legal`."""
@@ -250,6 +254,12 @@ def validate(config: Config) -> None:
     if prune.epochs <= prune.prepruning_epochs:
         legal = f"must be above prune.prepruning_epochs={prune.prepruning_epochs}"
         raise reject("prune.epochs", prune.epochs, legal)
+    if (prune.constraint, prune.seeds) == ("lagrangian", "importance"):
+        if prune.seed_spread > _BOUNDED_SPREAD:
+            legal = (
+                f"must be at most {_BOUNDED_SPREAD} with prune.constraint='lagrangian'"
+            )
+            raise reject("prune.seed_spread", prune.seed_spread, legal)
     left = prune.epochs - prune.prepruning_epochs
     if prune.warmup_epochs > left:
         legal = f"must be at most {left}, the epochs left after prune.prepruning_epochs"

@@ -335,6 +335,21 @@ COMMANDS = {
         ["prune.targets=0.99", "prune.kinds=('head',)"],
         ["prune.targets=(0.99,)", "('head',)", "reach at most 0.4"],
     ),
+    "unreachable without bounds": (
+        "config",
+        ["prune.targets=0.6,0.99", "prune.kinds=('head',)", "prune.constraint=exact"],
+        ["prune.targets=(0.6, 0.99)", "('head',)", "reach at most 0.4"],
+    ),
+    "seeds beyond the bounds": (
+        "config",
+        ["prune.seeds=importance"],
+        ["prune.seed_spread=30.0", "at most 9", "lagrangian"],
+    ),
+    "constraint": (
+        "config",
+        ["prune.constraint=hard"],
+        ["prune.constraint='hard'", "lagrangian, exact"],
+    ),
     "zero": ("config", ["prune.batch_size=0"], ["prune.batch_size=0", "at least 1"]),
     "negative": ("config", ["seed=-1"], ["seed=-1", "not be negative"]),
     "rate": (

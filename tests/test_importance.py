@@ -216,3 +216,10 @@ def test_sparsity_of_a_part_and_of_the_whole():
     assert constraint.of_whole(0.5, 0.4) == pytest.approx(0.8)
     assert constraint.of_part(0.8, 0.4) == pytest.approx(0.5)
     assert constraint.of_part(0.7, 1.0) == pytest.approx(0.7)
+
+
+def test_without_bounds_more_can_be_reached(tiny):
+    """All that is left of heads and units is nothing; bounds leave 4.7 % of each."""
+    kinds = ("head", "intermediate")
+    assert constraint.max_sparsity(tiny, kinds, lowest=-np.inf) == 1
+    assert 0.94 < constraint.max_sparsity(tiny, kinds) < 0.96

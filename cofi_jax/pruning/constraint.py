@@ -53,10 +53,19 @@ def expected_sparsity(
 
 
 def max_sparsity(
-    config: EncoderConfig, kinds: Sequence[str] = KINDS, cost: Cost = PARAMETERS
+    config: EncoderConfig,
+    kinds: Sequence[str] = KINDS,
+    cost: Cost = PARAMETERS,
+    lowest: float = hard_concrete.LOG_ALPHA_RANGE[0],
 ) -> float:
-    """Returns the highest expected sparsity that masks of these kinds can reach."""
-    lowest, _ = hard_concrete.LOG_ALPHA_RANGE
+    """Returns the highest expected sparsity that masks of these kinds can reach.
+
+    Args:
+      config: the sizes of the model that is pruned.
+      kinds: the kinds of masks.
+      cost: what sparsity is a fraction of.
+      lowest: the lowest log-alpha; -inf where log-alphas have no bounds.
+    """
     least = float(hard_concrete.prob_active(jnp.float32(lowest)))
     shapes = mask_shapes(config, kinds).items()
     left = cost.expected({k: np.full(shape, least) for k, shape in shapes}, config)

@@ -189,7 +189,9 @@ def _check_model(
     field = "teacher.path" if config.teacher.path else "model.path"
     path = config.teacher.path or config.model.path
     huggingface.check_tokenizer(tokenizer, sizes, field=field, path=path)
-    highest = constraint.max_sparsity(sizes, config.prune.kinds)
+    prune = config.prune
+    bounds = {"lowest": -math.inf} if prune.constraint == "exact" else {}
+    highest = constraint.max_sparsity(sizes, prune.kinds, **bounds)
     if config.prune.targets[-1] > highest:
         raise reject(
             "prune.targets",
@@ -207,6 +209,8 @@ def _check_rows(config: Config, train: batches.Examples) -> None:
         rows = getattr(config, field).train_rows
         rows = batches.first_rows(train, rows, field=f"{field}.train_rows")
     prune = config.prune
+    if prune.constraint == "exact":  # A common offset closes masks.
+        return
     steps = batches.steps_per_epoch(len(rows), prune.batch_size)
     steps *= prune.epochs - prune.prepruning_epochs
     if prune.mask_schedule == "linear":  # which covers half the way
