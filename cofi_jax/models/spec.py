@@ -1,7 +1,7 @@
 """The prunable axes of an architecture, in one table that everything else reads.
 
-The shapes of the masks, the cost, the multiply-adds, folding and slicing all follow
-from the table. It describes each parameter by one letter for each of its axes:
+The shapes of the masks, the cost, the multiply-adds, folding, slicing and the layers
+that are alive all follow from the table. It gives each axis of a parameter a letter:
 
     D  the hidden dimensions             kept where a `hidden` mask is open
     H  the heads of a layer              kept where a `head` mask is open
@@ -9,8 +9,8 @@ from the table. It describes each parameter by one letter for each of its axes:
     d  the dimensions within a head      never cut
     *  any other axis                    never cut
 
-A parameter whose last axis is D writes to the hidden states, so folding multiplies the
-masks of whatever it writes into it.
+A parameter whose last axis is D writes to the hidden states, so folding multiplies it
+by the masks of what it writes.
 """
 
 from collections.abc import Container, Mapping, Sequence

@@ -174,12 +174,8 @@ def _free_memory(where):
             cache = (parts[f"{prefix}{kind}_file"] for kind in ("inactive", "active"))
             used = int(_group(f"{group}.{used}")) - sum(map(int, cache))
             free = min(free, int(_group(f"{group}.{limit}")) - used)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-        ):  # There is no such group, or it has no limit.
-            continue
+        except (OSError, ValueError, KeyError):
+            continue  # There is no such group, or it has no limit.
     return free
 
 
