@@ -512,7 +512,7 @@ def test_pruning_objective_by_hand(dense_worlds, problem, distill):
     }
     log_alpha["mha"][1] = log_alpha["ffn"][1] = -50  # surely dead
     trainable = pruning_theta(world, log_alpha, linear=2.0, quadratic=3.0)
-    context = {"target_sparsity": 0.6, "warmup_steps": 0, "step": 9}
+    context = {"target_sparsity": 0.6, "warmup_steps": 0, "step": 9, "share": 1.0}
     batch = world.teacher_outputs(distill) if distill.logits else world.batch
     loss_of = jax.jit(world.pruning(distill))
     for seed in range(3):
@@ -562,6 +562,7 @@ def test_pruning_objective_with_open_gates(tiny, worlds):
     context = {
         "target_sparsity": np.float32(0.6),
         "warmup_steps": np.int32(8),
+        "share": np.float32(1),
     }
     loss_of = jax.jit(
         jax.value_and_grad(objectives.PruningObjective(model, distill), has_aux=True)
@@ -590,7 +591,7 @@ def test_pruning_objective_draws_gates_from_the_key(tiny, worlds):
         "log_alpha": log_alpha,
         "multipliers": {"linear": 0.0, "quadratic": 0.0},
     }
-    context = {"target_sparsity": 0.5, "warmup_steps": 0, "step": 0}
+    context = {"target_sparsity": 0.5, "warmup_steps": 0, "step": 0, "share": 1.0}
     batch |= {
         "teacher_outputs": teacher_lib.make_teacher_forward(model, Distill())(
             params, batch

@@ -242,6 +242,7 @@ class Pruning:
             {
                 "target_sparsity": np.float32(target),
                 "warmup_steps": np.int32(warmup_steps),
+                "share": np.float32(1),
             }
         )
 
@@ -448,7 +449,11 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
     teach = teacher_lib.make_teacher_forward(model, distill)
     batch["teacher_outputs"] = teach(random_params(config, 4), batch)
     names = ("weights", "masks", "multipliers")
-    context = {"target_sparsity": np.float32(0.5), "warmup_steps": np.int32(1)}
+    context = {
+        "target_sparsity": np.float32(0.5),
+        "warmup_steps": np.int32(1),
+        "share": np.float32(1),
+    }
     games = {
         "task": (objectives.task_objective(model), {}),
         "prune": (
