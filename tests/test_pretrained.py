@@ -533,6 +533,10 @@ BAD_FOLDERS = {
         add("bert.encoder.layer.0.attention.self.distance_embedding.weight", (47, 8)),
         "unknown tensor bert.encoder.layer.0.attention.self.distance_embedding.weight",
     ),
+    "two models": (
+        add("embeddings.word_embeddings.weight", (101, 32)),
+        "holds both .*embeddings.word_embeddings.weight and ",
+    ),
     "too shallow": (
         configure(num_hidden_layers=1),
         "has an unknown tensor bert.encoder.layer.1.",

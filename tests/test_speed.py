@@ -25,6 +25,7 @@ from cofi_jax.benchmarks import (
 )
 from cofi_jax.benchmarks import step as step_lib
 from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.checkpoints.hf_config import is_dense
 from cofi_jax.config import Distill
 from cofi_jax.data import batches, toy
 from cofi_jax.errors import UserError
@@ -201,6 +202,23 @@ def test_sampled_batches_come_as_often_as_in_an_epoch():
         assert batch["input_ids"].shape == (8, length)
     with pytest.raises(UserError, match="batches=81: must be at most 80"):
         step_lib.sampled(examples, (4, 16, 32), 81, 8)
+
+
+@pytest.mark.parametrize("count, padded", [(1, [16]), (2, [16] * 2), (8, [16] * 8)])
+def test_rare_lengths_are_rare_among_few_batches(count, padded):
+    examples = rows_of_lengths(*np.repeat([3, 9, 30], [24, 752, 24]))  # 3, 94, 3 %
+    assert list(step_lib.sampled(examples, (4, 16, 32), count, 8).padded) == padded
+
+
+def test_a_sliced_model_of_equal_layers_is_not_a_dense_one():
+    dense = base()
+    assert is_dense(dense)
+    for change in (
+        {"heads": (6,) * 12},
+        {"intermediate": (0,) * 12},
+        {"hidden_size": 760},
+    ):
+        assert not is_dense(dataclasses.replace(dense, **change))
 
 
 def test_random_batches_hold_the_same_rows_and_are_as_long_as_their_longest():

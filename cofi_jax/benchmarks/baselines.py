@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from cofi_jax.checkpoints.hf_config import is_dense
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
 from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
@@ -194,7 +195,7 @@ def pytorch_pass(
     import transformers
 
     device = _set_up()
-    if len({*config.heads}) == len({*config.intermediate}) == 1:
+    if is_dense(config):
         model = _bert(params, config).to(getattr(torch, config.dtype))
     else:
         transformers.utils.logging.disable_progress_bar()

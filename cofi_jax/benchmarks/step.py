@@ -160,7 +160,8 @@ def sampled(
         legal = f"must be at most {len(full)}, the full batches of an epoch"
         raise reject("batches", count, legal)
     full.sort(key=lambda each: each[0])
-    places = np.linspace(0, len(full) - 1, count).round().astype(int)
+    # The middles of `count` equal parts of the batches, which are sorted by length.
+    places = ((np.arange(count) + 0.5) * len(full) / count).astype(int)
     padded, rows = zip(*(full[place] for place in places), strict=True)
     return Work(examples.take(np.concatenate(rows)), padded)
 

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from cofi_jax.checkpoints import huggingface, saved_model
-from cofi_jax.checkpoints import load as load_lib
 from cofi_jax.config import Model
 from cofi_jax.data import tasks
 from cofi_jax.data.batches import Examples
@@ -72,11 +71,13 @@ def load(
             max_positions=max(longest, 512),
         )
     elif saved_model.is_model(path):
-        (found,) = load_lib.load([path])
-        dense, params, tokenizer = found.model.config, found.params, found.tokenizer
-        if dense.widths() != found.dense.widths():
-            sliced, sliced_params = dense, params
-            dense, params = found.dense, None
+        model, params, spec = saved_model.load_model(path)
+        dense, tokenizer = model.config, None
+        if task:
+            tokenizer = saved_model.load_tokenizer(path)
+        if spec:
+            sliced, sliced_params, params = dense, params, None
+            dense = EncoderConfig.from_json(saved_model.read_about(path)[2]["dense"])
     else:
         folder = huggingface.resolve(path, "model")
         of = task or tasks.TASKS["sst2"]

@@ -89,6 +89,14 @@ def from_fields(
     return dataclasses.replace(config, pooler_size=pooler, **named)
 
 
+def is_dense(config: EncoderConfig) -> bool:
+    """Returns whether transformers has a model of these sizes."""
+    hidden, units = config.hidden_size, set(config.intermediate)
+    attention = {heads * config.head_size for heads in config.heads}
+    pooler = config.reads_every_token or config.pooler_size == hidden
+    return attention == {hidden} and len(units) == 1 and 0 not in units and pooler
+
+
 def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
     """The fields of a config.json for a dense model, with the names of its classes.
 
@@ -96,10 +104,7 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
       UserError: where transformers has no such model, a sliced one say, and where there
         are not as many labels as outputs.
     """
-    hidden, units = config.hidden_size, set(config.intermediate)
-    attention = {heads * config.head_size for heads in config.heads}
-    pooler = config.reads_every_token or config.pooler_size == hidden
-    if attention != {hidden} or len(units) != 1 or 0 in units or not pooler:
+    if not is_dense(config):
         legal = "must be a dense model's; transformers cannot hold a sliced one"
         raise reject("config", config.widths(), legal)
     name, _ = FAMILIES[config.model_type]

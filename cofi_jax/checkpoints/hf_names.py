@@ -87,7 +87,8 @@ def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str
     parameters of its LayerNorms under old names.
 
     Raises:
-      UnsupportedCheckpoint: where there are no word embeddings.
+      UnsupportedCheckpoint: where there are no word embeddings, and where a tensor is
+        there twice, under two names.
     """
     _, prefix = FAMILIES[config.model_type]
     words = module_names(config)["embeddings.word"].removeprefix(prefix) + ".weight"
@@ -101,6 +102,8 @@ def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str
         new = prefix + name.removeprefix(old) if name.startswith(inside) else name
         for was, now in _OLD_NAMES.items():
             new = new.replace(was, now)
+        if new in stored:  # Two models in one file would be mixed.
+            raise UnsupportedCheckpoint(f"holds both {stored[new]} and {name}")
         stored[new] = name
     return stored
 

@@ -8,7 +8,7 @@ import numpy as np
 from cofi_jax.data.problems.base import Problem, WrongLabel
 from cofi_jax.errors import reject
 
-_WHOLE = r"-?\d+"
+_WHOLE = r"[+-]?\d+"
 _MOST_CLASSES = 1000  # more are numbers to be predicted, or a mistake
 
 
