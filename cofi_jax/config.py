@@ -46,14 +46,12 @@ def _fraction(default: float) -> Any:
 
 def _fractions(*default: float) -> Any:
     def holds(values):
-        return (
-            values
-            and [*values] == sorted({*values})
-            and 0 <= values[0]
-            and values[-1] < 1
-        )
+        pairs = zip(values, values[1:], strict=False)
+        apart = all(after - before >= 1e-4 for before, after in pairs)
+        return values and apart and 0 <= values[0] and values[-1] < 1
 
-    return _ruled(default, "must be one or more rising fractions in [0, 1)", holds)
+    legal = "must be one or more rising fractions in [0, 1), 0.0001 or more apart"
+    return _ruled(default, legal, holds)
 
 
 def _choice(default: str, *others: str) -> Any:
@@ -172,7 +170,7 @@ class Prune(Stage):
     round_widths: bool = True  # up to what the device likes: transforms.round_to_device
     sparsity_epsilon: float = _weight(0.01)  # so close to the target counts as met
     prepruning_epochs: int = _count(1, least=0)  # distillation before any mask moves
-    warmup_epochs: int = _count(2, least=0)  # in which the target rises from 0
+    warmup_epochs: int = _count(2, least=0)  # in which the target rises
     recover_epochs: int = _count(0, least=0)  # fine-tuning between targets; 0: its own
     mask_learning_rate: float = _rate(0.01)
     mask_schedule: str = _schedule("constant")
@@ -304,8 +302,9 @@ def _check(node: Any, like: Any, prefix: str) -> None:
             continue
         if isinstance(want, tuple):
             item = typing.get_args(field.type)[0]
+            legal = (float, int) if item is float else (item,)
             if not isinstance(value, tuple | list) or not all(
-                type(x) is item for x in value
+                type(x) in legal for x in value
             ):
                 raise reject(name, value, f"must be a tuple of {item.__name__}")
         elif isinstance(want, float):

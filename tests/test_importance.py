@@ -223,3 +223,22 @@ def test_without_bounds_more_can_be_reached(tiny):
     kinds = ("head", "intermediate")
     assert constraint.max_sparsity(tiny, kinds, lowest=-np.inf) == 1
     assert 0.94 < constraint.max_sparsity(tiny, kinds) < 0.96
+
+
+def test_masks_of_what_is_gone_need_no_offset(tiny):
+    """An earlier target may have removed all attention blocks."""
+    gone = dataclasses.replace(tiny, heads=(0, 0))
+    log_alpha = masks.init_log_alpha(gone, jax.random.key(0))
+    moved = constraint.at_target(log_alpha, gone, 0.5)
+    found = float(constraint.expected_sparsity(moved, gone))
+    assert found == pytest.approx(0.5, abs=2e-5)
+
+
+@pytest.mark.parametrize("kinds", SUBSETS, ids="+".join)
+def test_most_removable_is_what_masks_that_meet_it_remove(kinds, tiny):
+    most = constraint.most_removable(tiny, kinds)
+    ones = {k: np.ones(s) for k, s in masks.mask_shapes(tiny, kinds).items()}
+    given = constraint.meet_target(tiny, most - 1e-6)(ones)
+    assert cost.exact_sparsity(given, tiny) == pytest.approx(most)
+    with pytest.raises(UserError, match="reach at most"):
+        constraint.meet_target(tiny, most + 1e-6)(ones)

@@ -427,9 +427,9 @@ def test_loss_below_zero_is_drawn_on_a_linear_scale():
 
 def test_course_of_nothing_is_empty(tmp_path, recwarn):
     path = tmp_path / "sparsity.png"
-    sparsity, multipliers, scores = figures.save(draw_course([]), path).axes
+    sparsity, scores = figures.save(draw_course([]), path).axes
     assert_png(path)
-    assert not sparsity.lines and not multipliers.lines and not recwarn
+    assert not sparsity.lines and not recwarn
     assert [line.get_label() for line in scores.lines] == ["dense"]
 
 

@@ -72,6 +72,16 @@ def max_sparsity(
     return float(1 - left / cost.exact({}, config))
 
 
+def most_removable(
+    config: EncoderConfig, kinds: Sequence[str] = KINDS, cost: Cost = PARAMETERS
+) -> float:
+    """Returns the highest exact sparsity: one hidden dimension always stays."""
+    lowest = {kind: np.zeros(s) for kind, s in mask_shapes(config, kinds).items()}
+    if "hidden" in lowest:
+        lowest["hidden"][0] = 1
+    return exact_sparsity(lowest, config, cost)
+
+
 def target_at(
     step: jax.Array, target: jax.Array, warmup_steps: jax.Array, start: ArrayLike = 0.0
 ) -> jax.Array:
@@ -125,7 +135,7 @@ def at_target(
     fixed = jax.lax.stop_gradient(dict(log_alpha))
     finite = [jnp.where(jnp.isfinite(v), v, 0) for v in fixed.values()]
     # An offset of this size opens all masks, or closes all of them.
-    widest = _FAR + jnp.stack([jnp.abs(v).max() for v in finite]).max()
+    widest = _FAR + jnp.stack([jnp.abs(v).max(initial=0) for v in finite]).max()
 
     def halve(_, bounds):
         low, high = bounds
@@ -278,10 +288,7 @@ def meet_target(
     counted = np.issubdtype(np.result_type(full), np.integer)
 
     def apply(masks):
-        lowest = {kind: np.zeros(np.shape(mask)) for kind, mask in masks.items()}
-        if "hidden" in lowest:
-            lowest["hidden"][0] = 1
-        if (highest := exact_sparsity(lowest, config, cost)) < target:
+        if (highest := most_removable(config, tuple(masks), cost)) < target:
             legal = f"masks of {tuple(masks)} reach at most {highest:.3f}"
             raise reject("target", target, legal)
         order = _closing_order(masks)

@@ -19,7 +19,6 @@ from cofi_jax.pruning.masks import LogAlpha, Masks, real_positions
 # The log-alpha of the most important unit, just inside `LOG_ALPHA_RANGE`.
 _OPEN = 4.5
 # The offset of the masks of whole blocks, which close after most masks inside them.
-_BLOCKS_LATER = 10.0
 
 
 def removed_alone(
@@ -94,6 +93,7 @@ def seed_log_alpha(
     config: EncoderConfig,
     *,
     spread: float = 30.0,
+    blocks_later: float = 10.0,
     cost: Cost = PARAMETERS,
 ) -> LogAlpha:
     """Returns log-alphas in the order of importance, to start pruning from.
@@ -107,6 +107,8 @@ def seed_log_alpha(
       spread: the distance between the most and the least important mask. A mask is
         undecided over a distance of about 6, so with a wider spread fewer masks are
         undecided at a time, and training changes their order less.
+      blocks_later: how much later than their rank says the masks of whole blocks close,
+        so that most of what is inside a block closes before it.
       cost: the cost that closing masks removes.
 
     Returns:
@@ -114,7 +116,7 @@ def seed_log_alpha(
     """
     real, seeds = real_positions(config), {}
     for kind, rank in ranks(importance, config, cost).items():
-        most = _OPEN + (_BLOCKS_LATER if kind in INNER else 0)
+        most = _OPEN + (blocks_later if kind in INNER else 0)
         seed = most - spread * (1 - rank)
         seeds[kind] = jnp.where(real.get(kind, True), seed, -jnp.inf)
     return seeds

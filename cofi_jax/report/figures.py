@@ -93,18 +93,16 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
             f"{percent(report['target_sparsity'])}.",
         ),
         Chart(
-            "Lagrange multipliers while pruning",
-            multiplier_panel,
-            (metrics,),
-            "Line chart over the steps: the linear and the quadratic multiplier.",
-        ),
-        Chart(
             f"Validation {report['metric']}",
             score_panel,
             (metrics, report),
             f"Line chart of the evaluations of all stages; the best of each: {best}.",
         ),
     ]
+    if any("multiplier_linear" in line for line in metrics):
+        alt = "Line chart over the steps: the linear and the quadratic multiplier."
+        title = "Lagrange multipliers while pruning"
+        charts.insert(1, Chart(title, multiplier_panel, (metrics,), alt))
     for stage, name in stages_of(metrics).items():
         losses = [x["loss"] for x in metrics if x["stage"] == stage and "loss" in x]
         if losses:

@@ -104,7 +104,7 @@ def write_run(folder: pathlib.Path, report: Report, metrics: Metrics, config: st
     """Writes `report.md` with its pictures, and `report.html`, into `folder`."""
     figures.plot_structure(report, folder / "structure.png")
     course = figures.course(report, metrics)
-    pruning = [chart for chart in course if chart.title.endswith(" pruning")]
+    pruning = [chart for chart in course if " pruning" in chart.title]
     figures.save(figures.draw(pruning), folder / "sparsity.png")
     if points := _members(report):
         figures.save(figures.draw(compare.trades(points), 2), folder / _FAMILY)

@@ -194,14 +194,13 @@ def kind_of(stage: str) -> str:
 
 def stages_of(metrics: Metrics) -> dict[str, str]:
     """The stages that ran, in their order, each with its name for readers."""
-    ran = dict.fromkeys(line["stage"] for line in metrics)
-    names = {}
-    for stage in (
-        sorted(ran, key=[*STAGES].index) if ran.keys() <= STAGES.keys() else ran
-    ):
-        target = stage.partition("-")[2]
-        names[stage] = STAGES[kind_of(stage)] + (f", {target} %" if target else "")
-    return names
+    found = {}
+    for stage in {line["stage"] for line in metrics}:
+        kind, _, target = stage.partition("-")
+        place = float(target or 0), [*STAGES].index(kind)
+        name = STAGES[kind] + (f", {target} %" if target else "")
+        found[place] = stage, name
+    return dict(found[place] for place in sorted(found))
 
 
 def stages(metrics: Metrics) -> Table:

@@ -179,18 +179,17 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
     student, seconds["prepruning"] = stages.preprune(run, dense, params, teacher)
     model, spec, reports = dense, None, []
     for stair in stages.stairs(config.prune.targets):
-        taken = dict(seconds)
-        student, masks, taken["prune"] = stages.learn_masks(
+        student, masks, seconds[f"prune{stair.suffix}"] = stages.learn_masks(
             run, stair, model, student, teacher
         )
         model, student, cut, figures = _slice(run, stair, model, student, masks)
         spec = cut if spec is None else spec.compose(cut)
-        student, taken["finetune"] = stages.finetune(
+        student, seconds[f"finetune{stair.suffix}"] = stages.finetune(
             run, stair, model, student, teacher
         )
         models = {"dense": (dense, params), "pruned": (model, student.params)}
         reports.append(
-            _save_pruned(run, stair, inputs, models, spec, scores, figures, taken)
+            _save_pruned(run, stair, inputs, models, spec, scores, figures, seconds)
         )
     report = results.of_run(reports)
     distributed.on_process_zero(lambda: results.write(run, report))

@@ -191,7 +191,10 @@ def _check_model(
     huggingface.check_tokenizer(tokenizer, sizes, field=field, path=path)
     prune = config.prune
     bounds = {"lowest": -math.inf} if prune.constraint == "exact" else {}
-    highest = constraint.max_sparsity(sizes, prune.kinds, **bounds)
+    highest = min(
+        constraint.max_sparsity(sizes, prune.kinds, **bounds),
+        constraint.most_removable(sizes, prune.kinds),
+    )
     if config.prune.targets[-1] > highest:
         raise reject(
             "prune.targets",

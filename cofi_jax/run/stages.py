@@ -299,10 +299,15 @@ def learn_masks(
     student: Student,
     teacher: TeacherCache | None,
 ) -> tuple[Student, Masks, float]:
-    """Prunes `model`: the student, masks that meet the target, and the time taken."""
+    """Prunes `model`: the student, masks that meet the target, and the time taken.
+
+    Where the target before removed so much that this one is met too, nothing closes.
+    """
     settings, stage = run.config.prune, f"prune{stair.suffix}"
     steps = run.steps(stage)
     share = cost.num_params({}, model.config) / cost.num_params({}, run.dense)
+    if share < 1 and 1 - share >= stair.target:
+        return student, {"hidden": jnp.ones(model.config.hidden_size)}, 0.0
     rates = {"masks": (settings.mask_learning_rate, settings.mask_schedule)}
     trainable: dict[str, Any] = {}
     if settings.constraint == "lagrangian":
@@ -350,23 +355,25 @@ def learn_masks(
         least = stair.target - settings.sparsity_epsilon
         print(
             f"warning: {stage}: no evaluation found a sparsity of {least:.4g} or more; "
-            "the last masks are shifted to the target. More epochs or higher rates "
-            "of masks and multipliers would do",
+            "the last masks are shifted to the target. More epochs would do, or higher "
+            "rates of masks and multipliers where there are multipliers",
             file=sys.stderr,
         )
-    masks = _final_masks(run, stair, model, settled(best["log_alpha"]), share)
+    masks = _final_masks(run, stair, model, best["log_alpha"], settled, share)
     params = whole_params(best, state.frozen)
     return Student(params, best["distill_projection"]), masks, seconds
 
 
 def _first_log_alpha(run, stage, model, params) -> LogAlpha:
-    settings = run.config.prune
+    settings, real = run.config.prune, masks_lib.real_positions(model.config)
+    # An earlier target may have removed all that a kind of masks could close.
+    kinds = [k for k in settings.kinds if real.get(k, np.array(True)).any()]
     if settings.seeds == "equal":
         key = jax.random.key(run.config.seed)
-        return masks_lib.init_log_alpha(model.config, key, settings.kinds)
+        return masks_lib.init_log_alpha(model.config, key, kinds)
     stream = batches.stream(
         run._rows(stage),
-        batch_size=settings.batch_size,
+        batch_size=settings.batch_size // settings.micro_batches,
         buckets=run.buckets,
         seed=run.config.seed,
         stage=f"importance of {stage}",
@@ -376,13 +383,17 @@ def _first_log_alpha(run, stage, model, params) -> LogAlpha:
         model,
         distributed.replicate(params),
         (distributed.shard(batch) for _, batch in some),
-        kinds=settings.kinds,
+        kinds=kinds,
     )
-    found = distributed.local(found)
-    return seed_log_alpha(found, model.config, spread=settings.seed_spread)
+    # The Lagrangian's log-alphas have bounds, which leave no room for later ones.
+    later = {"blocks_later": 0.0} if settings.constraint == "lagrangian" else {}
+    spread = settings.seed_spread
+    return seed_log_alpha(
+        distributed.local(found), model.config, spread=spread, **later
+    )
 
 
-def _final_masks(run, stair, model, log_alpha, share) -> Masks:
+def _final_masks(run, stair, model, log_alpha, settled, share) -> Masks:
     """The content of `masks.npz`.
 
     They are always read from the file: the widths that they are rounded to depend on
@@ -395,7 +406,8 @@ def _final_masks(run, stair, model, log_alpha, share) -> Masks:
         if settings.round_widths:
             transform = transforms.round_to_device(config=model.config)
         target = constraint.of_part(stair.target, share)
-        found = constraint.final_masks(log_alpha, model.config, target, transform)
+        final = settled(log_alpha)
+        found = constraint.final_masks(final, model.config, target, transform)
         removed = constraint.of_whole(cost.exact_sparsity(found, model.config), share)
         if not removed >= stair.target - _TOLERANCE:
             text = f"masks of sparsity {removed:.4f} miss target {stair.target}"
