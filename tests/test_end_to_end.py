@@ -88,7 +88,7 @@ def finished(config_file, tmp_path_factory):
     return workdir, argv
 
 
-@pytest.mark.parametrize("number, suffix", enumerate(["-40", "-60"]))
+@pytest.mark.parametrize("number, suffix", [(0, "-40"), (1, "-60")])
 def test_report_says_what_the_saved_models_are(number, suffix, finished):
     workdir, _ = finished
     whole = json.loads((workdir / "report.json").read_text())

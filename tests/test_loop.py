@@ -420,7 +420,7 @@ def test_evaluations_are_logged(tmp_path):
     scripted_fit(tmp_path, evaluations)
     lines = [line for line in lines_of(tmp_path) if "score" in line]
     assert lines == [
-        {"stage": "toy", "step": i + 1, "score": 0.25 * i, "sparsity": i}
+        {"stage": "toy", "step": i + 1, "score": 0.25 * i, "sparsity": i, "counts": 0}
         for i in range(3)
     ]
 

@@ -8,7 +8,6 @@ import pytest
 
 from cofi_jax.models.layers import if_present
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 
 KERNEL = (6, 5)
 

@@ -276,6 +276,7 @@ def prepared(
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
         context["target_sparsity"] = jnp.float32(0.95)
         context["warmup_steps"] = jnp.int32(100)
+        context["share"] = jnp.float32(1)
     rate = step_lib.learning_rate(1e-5, "constant", 1)
     state = step_lib.create_state(
         params,
