@@ -8,7 +8,6 @@ import pytest
 
 from cofi_jax.models.layers import if_present
 
-
 KERNEL = (6, 5)
 
 
