@@ -338,7 +338,7 @@ COMMANDS = {
     "unreachable without bounds": (
         "config",
         ["prune.targets=0.6,0.99", "prune.kinds=('head',)", "prune.constraint=exact"],
-        ["prune.targets=(0.6, 0.99)", "('head',)", "reach at most 0.4"],
+        ["prune.targets=(0.6, 0.99)", "('head',)", "reach at most 0.5"],
     ),
     "seeds beyond the bounds": (
         "config",
