@@ -243,3 +243,16 @@ def test_most_removable_is_what_masks_that_meet_it_remove(kinds, tiny):
     if most < 1:
         with pytest.raises(UserError, match="reach at most"):
             constraint.meet_target(tiny, most + 1e-6)(ones)
+
+
+@pytest.mark.parametrize(
+    "widths, left",
+    [
+        ({}, KINDS),
+        ({"heads": (0, 0)}, ("intermediate", "ffn", "hidden")),
+        ({"intermediate": (0, 0)}, ("head", "mha", "hidden")),
+        ({"heads": (0, 2)}, KINDS),
+    ],
+)
+def test_kinds_left_have_something_to_close(widths, left, tiny):
+    assert masks.kinds_left(dataclasses.replace(tiny, **widths), KINDS) == left

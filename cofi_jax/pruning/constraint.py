@@ -76,7 +76,8 @@ def most_removable(
     config: EncoderConfig, kinds: Sequence[str] = KINDS, cost: Cost = PARAMETERS
 ) -> float:
     """Returns the highest exact sparsity: one hidden dimension always stays."""
-    lowest = {kind: np.zeros(s) for kind, s in mask_shapes(config, kinds).items()}
+    shapes = mask_shapes(config).items()
+    lowest = {kind: np.zeros(shape) for kind, shape in shapes if kind in kinds}
     if "hidden" in lowest:
         lowest["hidden"][0] = 1
     return exact_sparsity(lowest, config, cost)

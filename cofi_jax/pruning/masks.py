@@ -61,6 +61,16 @@ def real_positions(config: EncoderConfig) -> dict[str, np.ndarray]:
     return {kind: there for kind, there in real.items() if not there.all()}
 
 
+def kinds_left(config: EncoderConfig, kinds: Sequence[str]) -> tuple[str, ...]:
+    """Returns those of the kinds that have a mask of something that is there."""
+    real, shapes = real_positions(config), mask_shapes(config, kinds)
+    return tuple(
+        kind
+        for kind in kinds
+        if np.broadcast_to(real.get(kind, True), shapes[kind]).any()
+    )
+
+
 def without_padding(masks: Masks, config: EncoderConfig) -> dict:
     """Returns the masks with 0 at padding."""
     real = real_positions(config)

@@ -365,9 +365,9 @@ def learn_masks(
 
 
 def _first_log_alpha(run, stage, model, params) -> LogAlpha:
-    settings, real = run.config.prune, masks_lib.real_positions(model.config)
+    settings = run.config.prune
     # An earlier target may have removed all that a kind of masks could close.
-    kinds = [k for k in settings.kinds if real.get(k, np.array(True)).any()]
+    kinds = masks_lib.kinds_left(model.config, settings.kinds)
     if settings.seeds == "equal":
         key = jax.random.key(run.config.seed)
         return masks_lib.init_log_alpha(model.config, key, kinds)
