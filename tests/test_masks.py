@@ -619,3 +619,23 @@ def test_layers_that_the_masks_do_not_have_are_named(transform):
         transform(0, 3)(draw(0))
     with pytest.raises(UserError, match="masks=.*do not tell how many layers"):
         transform(0)({})
+
+
+def test_decisions_count_what_is_closed_and_what_is_open_to_doubt():
+    config = EncoderConfig(
+        vocab_size=5,
+        hidden_size=8,
+        heads=(2, 1),
+        head_size=4,
+        intermediate=(3, 0),
+        pooler_size=8,
+        num_labels=2,
+    )
+    log_alpha = {
+        "head": jnp.array([[30.0, CLOSING], [-30.0, -jnp.inf]]),  # open, half, closed
+        "ffn": jnp.array([CLOSING + math.log(3), -jnp.inf]),  # open by 3 to 1
+        "intermediate": jnp.array([[30.0, 30.0, -30.0], [-jnp.inf] * 3]),
+    }
+    found = {k: float(v) for k, v in masks.decisions(log_alpha, config).items()}
+    want = {"closed_head": 1.5 / 3, "closed_ffn": 0.25, "closed_intermediate": 1 / 3}
+    assert found == pytest.approx(want | {"undecided": 2 / 7}, abs=1e-6)

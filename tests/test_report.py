@@ -404,8 +404,9 @@ def test_course_shows_the_pruning_stage(tmp_path):
         assert axes.get_xlabel() == "optimizer step of the pruning stage"
     assert fifth.get_xlabel() == "optimizer step of the fine-tuning stage"
     curves = {line.get_label(): line for line in first.lines}
-    assert set(curves) == {"expected", "exact, as evaluated", "target"}
-    assert curves["expected"].get_xydata().tolist() == [
+    expected = "expected, at most 0.15 off"  # 0.6 where the target is 0.75
+    assert set(curves) == {expected, "exact, as evaluated", "target"}
+    assert curves[expected].get_xydata().tolist() == [
         [100, 0.2],
         [200, 0.4],
         [300, 0.6],
@@ -416,6 +417,18 @@ def test_course_shows_the_pruning_stage(tmp_path):
     for axes in panels:
         legend = [text.get_text() for text in axes.get_legend().get_texts()]
         assert legend == [line.get_label() for line in axes.lines]
+
+
+def test_course_shows_which_kinds_close():
+    metrics = make_metrics()
+    for line in metrics[:3]:
+        line |= {"closed_head": line["step"] / 1000, "undecided": 0.25}
+    axes = draw_course(metrics).axes[1]
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert curves == {
+        "head": [[100, 0.1], [200, 0.2], [300, 0.3]],
+        "undecided, of all": [[100, 0.25], [200, 0.25], [300, 0.25]],
+    }
 
 
 def test_loss_below_zero_is_drawn_on_a_linear_scale():

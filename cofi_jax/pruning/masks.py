@@ -32,6 +32,7 @@ LogAlpha = Mapping[str, jax.Array]
 _INIT_MEAN, _INIT_STD = 4.5, 0.01
 
 _UNIFORM_MARGIN = 1e-6
+_DECIDED = 0.95  # With this probability, a mask counts as open or as closed.
 
 
 def mask_shapes(
@@ -161,6 +162,30 @@ def _key_of(key, kind):
 def prob_active(log_alpha: LogAlpha) -> Masks:
     """Returns the probability that each mask is open."""
     return jax.tree.map(hard_concrete.prob_active, dict(log_alpha))
+
+
+def decisions(log_alpha: LogAlpha, config: EncoderConfig) -> dict[str, jax.Array]:
+    """Returns how far the decision which masks close has come, padding left out.
+
+    Args:
+      log_alpha: the log-alphas of the pruned kinds.
+      config: the sizes of the model that is pruned.
+
+    Returns:
+      Scalars in [0, 1]: for each kind `closed_<kind>`, the expected fraction of its
+      masks that is closed, and `undecided`, the fraction of all masks that are neither
+      open nor closed with a probability of more than 0.95.
+    """
+    real, probabilities = real_positions(config), prob_active(log_alpha)
+    there = {k: real.get(k, np.ones(v.shape, bool)) for k, v in probabilities.items()}
+    found, undecided = {}, jnp.zeros(())
+    for kind, probability in probabilities.items():
+        closed = jnp.sum((1 - probability) * there[kind])
+        found[f"closed_{kind}"] = closed / max(there[kind].sum(), 1)
+        between = jnp.abs(probability - 0.5) < _DECIDED - 0.5
+        undecided += jnp.sum(between & there[kind])
+    total = sum(int(mask.sum()) for mask in there.values())
+    return found | {"undecided": undecided / max(total, 1)}
 
 
 @jax.jit

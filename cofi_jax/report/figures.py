@@ -45,6 +45,13 @@ _LOSS_COLORS = {
     "loss_logits": GREEN,
     "loss_task": PURPLE,
 }
+_KIND_COLORS = {
+    "mha": RED,
+    "head": BLUE,
+    "ffn": PURPLE,
+    "intermediate": ORANGE,
+    "hidden": GREEN,
+}
 _WIDTHS = {
     "heads": ("attention heads", BLUE),
     "intermediate": ("feed-forward width", ORANGE),
@@ -82,6 +89,8 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
     """
     expected = [x["expected_sparsity"] for x in metrics if "expected_sparsity" in x]
     reached = f", which ends at {percent(expected[-1])}" if expected else ""
+    if lag := _lag(metrics):
+        reached += f" and is {lag}"
     best = ", ".join(f"{row[0]} {row[4]}" for row in stages(metrics).rows)
     charts = [
         Chart(
@@ -103,6 +112,10 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
         alt = "Line chart over the steps: the linear and the quadratic multiplier."
         title = "Lagrange multipliers while pruning"
         charts.insert(1, Chart(title, multiplier_panel, (metrics,), alt))
+    if any("undecided" in line for line in metrics):
+        alt = "Line chart over the steps: the closed fraction of each kind of masks, "
+        alt += "and the fraction of all masks that are undecided."
+        charts.insert(1, Chart("Closed masks", decision_panel, (metrics,), alt))
     for stage, name in stages_of(metrics).items():
         losses = [x["loss"] for x in metrics if x["stage"] == stage and "loss" in x]
         if losses:
@@ -118,10 +131,22 @@ def sparsity_panel(axes, metrics: Metrics) -> None:
     dots = {"color": RED, "ls": "none", "marker": "o", "mec": "white", "zorder": 4}
     if len(lines) > _MANY:
         dots |= {"ms": 2, "mew": 0}
-    _line(axes, lines, "expected_sparsity", "expected", color=BLUE, lw=2.4)
+    label = f"expected, {lag}" if (lag := _lag(metrics)) else "expected"
+    _line(axes, lines, "expected_sparsity", label, color=BLUE, lw=2.4)
     _line(axes, lines, "sparsity", "exact, as evaluated", **dots)
     _line(axes, lines, "target_sparsity", "target", color=INK, ls="--")
     finish(axes, "optimizer step of the pruning stage", "sparsity")
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.0f} %")
+
+
+def decision_panel(axes, metrics: Metrics) -> None:
+    """Draws which kinds close over the steps in which masks are learned."""
+    lines = _pruning(metrics)
+    for kind, color in _KIND_COLORS.items():
+        _line(axes, lines, f"closed_{kind}", kind, color=color)
+    _line(axes, lines, "undecided", "undecided, of all", color=INK, ls=":")
+    finish(axes, "optimizer step of the pruning stage", "fraction of the masks")
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.0f} %")
 
@@ -326,6 +351,15 @@ def _pruning(metrics):
             found += [line | {"step": start + line["step"]} for line in lines]
             start += max(line["step"] for line in lines)
     return found
+
+
+def _lag(metrics):
+    """Says by how much the expected sparsity misses its target at most, or nothing."""
+    both = ("expected_sparsity", "target_sparsity")
+    lines = [line for line in _pruning(metrics) if all(key in line for key in both)]
+    if not lines:
+        return ""
+    return f"at most {max(abs(x[both[0]] - x[both[1]]) for x in lines):.2g} off"
 
 
 def _line(axes, lines, key, label, mean_of=1, **look):

@@ -174,7 +174,7 @@ class PruningObjective:
     def __call__(
         self, trainable: dict, frozen: dict, context: dict, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Computes the loss; the metrics add the sparsity and the multipliers."""
+        """Computes the loss; the metrics add the constraint and `masks.decisions`."""
         config, share = self.student.config, context["share"]
         log_alpha, multipliers = trainable["log_alpha"], trainable.get("multipliers")
         target = constraint.target_at(
@@ -192,6 +192,7 @@ class PruningObjective:
         expected = constraint.expected_sparsity(log_alpha, config, self.cost)
         expected = constraint.of_whole(expected, share)
         metrics |= {"expected_sparsity": expected, "target_sparsity": target}
+        metrics |= masks_lib.decisions(log_alpha, config)
         if multipliers is None:
             return loss, metrics
         penalty = constraint.lagrangian(expected, target, multipliers)
