@@ -88,6 +88,23 @@ def finished(config_file, tmp_path_factory):
     return workdir, argv
 
 
+@pytest.mark.parametrize("stage, target", [("prune-40", 0.4), ("prune-60", 0.6)])
+def test_the_exact_constraint_is_met_in_every_step_and_evaluation(
+    stage, target, finished
+):
+    lines = log_lib.read_metrics(finished[0] / "metrics.jsonl")
+    lines = [line for line in lines if line["stage"] == stage]
+    steps = [line for line in lines if "expected_sparsity" in line]
+    assert all(
+        line["expected_sparsity"] == pytest.approx(line["target_sparsity"], abs=1e-4)
+        for line in steps
+    )
+    scored = [line for line in lines if "score" in line]
+    assert scored and not any("counts" in line for line in scored)
+    # One unit of this tiny model is more than 0.001 of it.
+    assert all(target - 1e-3 <= line["sparsity"] < target + 0.02 for line in scored)
+
+
 @pytest.mark.parametrize("number, suffix", [(0, "-40"), (1, "-60")])
 def test_report_says_what_the_saved_models_are(number, suffix, finished):
     workdir, _ = finished

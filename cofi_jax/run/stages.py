@@ -317,16 +317,20 @@ def learn_masks(
         )
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
 
+    target = constraint.of_part(stair.target, share)
+
     def settled(log_alpha):
         """Log-alphas whose expected sparsity is held at the target."""
         if settings.constraint == "lagrangian":
             return log_alpha
-        target = constraint.of_part(stair.target, share)
         return constraint.at_target(log_alpha, model.config, target)
 
     def evaluate(trainable, frozen):
-        log_alpha = distributed.local(trainable["log_alpha"])
-        masks = masks_lib.evaluation_masks(settled(log_alpha))
+        log_alpha = settled(distributed.local(trainable["log_alpha"]))
+        if settings.constraint == "lagrangian":
+            masks = masks_lib.evaluation_masks(log_alpha)
+        else:  # Any state can be cut to the target, also while that still rises.
+            masks = constraint.target_masks(log_alpha, model.config, target)
         removed = constraint.of_whole(cost.exact_sparsity(masks, model.config), share)
         met = removed >= stair.target - settings.sparsity_epsilon
         score = run.score(model, whole_params(trainable, frozen), masks)
