@@ -11,6 +11,7 @@ from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning.masks import Masks, mask_shapes, without_padding
+from cofi_jax.training.step import quick_to_compile
 
 
 def importance(
@@ -48,25 +49,29 @@ def importance(
     config = dataclasses.replace(model.config, dropout=0.0)
     shapes = mask_shapes(config, kinds)
     ones = {kind: jnp.ones(shape) for kind, shape in shapes.items()}
-    total, count = None, 0
+    measure, total, count = _squared_gradient(Encoder(config), labels), None, 0
     for count, batch in enumerate(batches, start=1):
         key = jax.random.fold_in(jax.random.key(0), count)
-        squares = _squared_gradient(Encoder(config), labels, params, ones, batch, key)
+        squares = measure(ones, params, batch, key)
         total = squares if total is None else jax.tree.map(jnp.add, total, squares)
     if total is None:
         raise ValueError("batches: there must be at least one")
     return without_padding(jax.tree.map(lambda x: x / count, total), config)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _squared_gradient(model, labels, params, ones, batch, key):
+@functools.cache
+def _squared_gradient(model, labels):
+    """Returns the jitted function of (masks of 1, params, batch, key)."""
     problem = PROBLEMS[model.config.problem]
 
-    def loss(masks):
+    def loss(masks, params, batch, key):
         logits = model.apply({"params": params, "masks": masks}, batch).logits
         if labels:
             return problem.loss(logits, batch)
         noisy = logits + jax.random.normal(key, logits.shape)
         return problem.distill(logits, jax.lax.stop_gradient(noisy), batch, 1.0)
 
-    return jax.tree.map(jnp.square, jax.grad(loss)(ones))
+    def squared_gradient(*arguments):
+        return jax.tree.map(jnp.square, jax.grad(loss)(*arguments))
+
+    return jax.jit(squared_gradient, compiler_options=quick_to_compile())
