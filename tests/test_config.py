@@ -247,6 +247,40 @@ def test_wrong_argument_is_named(name, argument, fragments):
         assert fragment in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "argument, targets, epochs",
+    [
+        ("sst2", [0.6, 0.8, 0.9, 0.95], [1, 1, 2]),
+        ("stsb", [0.6, 0.8, 0.9, 0.95], [2, 2, 4]),
+        ("rte,0.8", [0.8], [5, 5, 10]),
+        ("own,0.5,0.75,budget=6", [0.5, 0.75], [3, 3, 6]),
+    ],
+)
+def test_fast_splits_its_budget(argument, targets, epochs):
+    config = get_config("fast", argument)
+    validate(config)
+    flat = flatten(config)
+    assert flat["data.task"] == argument.partition(",")[0]
+    assert flat["prune.targets"] == targets
+    fields = ("prune.epochs", "prune.recover_epochs", "finetune.epochs")
+    assert [flat[field] for field in fields] == epochs
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("sst3", ["task='sst3'", "stsb"]),
+        ("sst2,half", ["target='half'", "budget=4"]),
+        ("sst2,budget=3", ["budget='3'", "even"]),
+        ("sst2,0.6,budget=-2", ["budget='-2'", "at least 2"]),
+    ],
+)
+def test_fast_refuses(argument, words):
+    with pytest.raises(UserError) as error:
+        get_config("fast", argument)
+    assert all(word in str(error.value) for word in words)
+
+
 def test_sst2_95_is_a_point_of_the_grid():
     assert get_config("sst2_95") == get_config("paper", "sst2,0.95")
 
