@@ -344,7 +344,7 @@ def test_step_writes_all_its_figures(turns, tmp_path, capsys):
     assert result["device"] in text and "dtype: float32" in text
     assert result["batches_by_length"] == {"4": 2} and result["examples"] == 6
     assert result["sliced"]["hidden"] == 12 and result["dense"]["sparsity"] == 0
-    names = ["masked", "late masked", "plain", "finetune"]
+    names = ["masked", "plain", "finetune"]
     names += ["masked, kept teacher outputs", "finetune, kept teacher outputs"]
     if not baselines.missing("torch"):
         names += ["pytorch, random batches", "pytorch, our batches"]

@@ -6,7 +6,6 @@ padded to its own longest row, as its users feed it.
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,11 +23,11 @@ from cofi_jax.data.batches import Examples
 from cofi_jax.errors import reject
 from cofi_jax.evaluation import timing
 from cofi_jax.models.bert import Encoder
-from cofi_jax.pruning import hard_concrete, masks
+from cofi_jax.pruning import masks
 from cofi_jax.training import objectives, teacher
 from cofi_jax.training import step as step_lib
 
-KINDS = ("masked", "late masked", "plain", "finetune")
+KINDS = ("masked", "plain", "finetune")
 _KEPT_KINDS = ("masked", "finetune")  # These are timed with kept outputs, too.
 
 
@@ -194,13 +193,11 @@ def ours(subject: Subject, work: Work) -> dict[str, Timed]:
             return state.trainable, metrics
 
         student = subject.sliced if kind == "finetune" else subject.dense
-        if kind == "late masked" and jax.default_backend() == "cpu":
-            student = _without_absent(subject)  # A CPU skips absent blocks.
         flops = roofline.step_flops(
             student,
             subject.dense,
             work.examples.lengths,
-            masked="masked" in kind,
+            masked=kind == "masked",
             taught=cache != "none",
         )
         return Timed(turn, work, flops)
@@ -238,15 +235,6 @@ def of_pytorch(subject: Subject, *, compiled: bool = False) -> Callable[[dict], 
     )
 
 
-def _without_absent(subject):
-    """Returns the dense sizes without the blocks that the sliced model lacks."""
-    widths = {}
-    for kind in ("heads", "intermediate"):
-        dense, sliced = getattr(subject.dense, kind), getattr(subject.sliced, kind)
-        widths[kind] = tuple(d * (s > 0) for d, s in zip(dense, sliced, strict=True))
-    return dataclasses.replace(subject.dense, **widths)
-
-
 def prepared(
     subject: Subject, kind: str
 ) -> tuple[Callable[..., Any], step_lib.TrainState, dict]:
@@ -254,9 +242,8 @@ def prepared(
 
     Args:
       subject: the dense model is the teacher and, but for `finetune`, the student.
-      kind: `masked` has all masks open; in `late masked` the blocks that the sliced
-        model lacks are closed, as they are towards the end of pruning; `plain` has no
-        masks; `finetune` trains the sliced model.
+      kind: `masked` is with masks and `plain` without; `finetune` trains the sliced
+        model.
     """
     sizes, params = subject.dense, subject.dense_params
     if kind == "finetune":
@@ -264,15 +251,10 @@ def prepared(
     projection = jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
     trainable: dict[str, Any] = {"distill_projection": projection}
     imitate, context = objectives.DistillationObjective, {}
-    if "masked" in kind:
+    if kind == "masked":
         imitate = objectives.PruningObjective
-        log_alpha = masks.init_log_alpha(subject.dense, jax.random.key(2))
-        if kind == "late masked":
-            low, high = hard_concrete.clamp(jnp.array([-jnp.inf, jnp.inf]))
-            sliced = {"mha": subject.sliced.heads, "ffn": subject.sliced.intermediate}
-            for name, widths in sliced.items():
-                log_alpha[name] = jnp.where(jnp.array(widths) > 0, high, low)
-        trainable["log_alpha"] = log_alpha
+        key = jax.random.key(2)
+        trainable["log_alpha"] = masks.init_log_alpha(subject.dense, key)
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
         context["target_sparsity"] = jnp.float32(0.95)
         context["warmup_steps"] = jnp.int32(100)

@@ -21,15 +21,14 @@ differ from layer to layer.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm, if_present
+from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm
 from cofi_jax.models.spec import KINDS, blocks
 
 Batch = dict[str, jax.Array]
@@ -178,78 +177,41 @@ class Layer(nn.Module):
           x: the hidden states, (B, T, D).
           attention_mask: (B, T), 0 for padding.
           masks: the masks of this layer. A block that they close is computed
-            nevertheless: `Encoder` is what skips it.
+            nevertheless, and its result is not used: on an accelerator a branch would
+            take longer.
           train: whether dropout is applied.
 
         Returns:
           The hidden states after the layer, (B, T, D).
         """
+        attention, ffn = blocks(self.config)
 
-        def add_and_norm(x, y, name):  # (B, T, D), (B, T, D) -> (B, T, D)
+        def add_and_norm(x, y, block):  # (B, T, D), (B, T, D) -> (B, T, D)
             y = Dropout(self.config.dropout)(y, train=train).astype(jnp.float32)
-            norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=name)
-            return norm(x + y, masks.get("hidden"))
+            norm = Norm(self.config.layer_norm_eps, self.config.dtype, name=block.norm)
+            y = norm(x + y, masks.get("hidden"))
+            kinds = [kind for kind in (block.outer, block.inner) if kind in masks]
+            if not kinds:
+                return y
+            present = jnp.stack([(masks[kind] > 0).any() for kind in kinds]).all()
+            return jnp.where(present, y, x)
 
         def outer(block):  # () or (D,)
-            given = [masks[kind] for kind in (block, "hidden") if kind in masks]
+            kinds = (block.outer, "hidden")
+            given = [masks[kind] for kind in kinds if kind in masks]
             return functools.reduce(jnp.multiply, given) if given else None
 
         if self.heads:
             y = Attention(self.heads, self.config, name="attention")(
-                x, attention_mask, masks.get("head"), outer("mha"), train=train
+                x, attention_mask, masks.get("head"), outer(attention), train=train
             )
-            x = add_and_norm(x, y, "attention_norm")
+            x = add_and_norm(x, y, attention)
         if self.intermediate:
             y = FeedForward(self.intermediate, self.config, name="ffn")(
-                x, masks.get("intermediate"), outer("ffn")
+                x, masks.get("intermediate"), outer(ffn)
             )
-            x = add_and_norm(x, y, "ffn_norm")
+            x = add_and_norm(x, y, ffn)
         return x
-
-
-def _skip_absent(
-    layer: Layer,
-    x: jax.Array,
-    attention_mask: jax.Array,
-    masks: LayerMasks,
-    *,
-    train: bool,
-    make_rng: Callable[[str], jax.Array],
-) -> jax.Array:
-    """Returns `layer(x, attention_mask, masks, train=train)` but skips absent blocks.
-
-    Each block runs as a layer that has no other block. Blocks of equal width in
-    different layers are then the same program, which `_apply` traces only once:
-    tracing the encoder takes half the time.
-    """
-    all_blocks = blocks(layer.config)
-    for block in all_blocks:
-        others: dict[str, Any] = {b.widths: 0 for b in all_blocks if b is not block}
-        alone = layer.clone(parent=None, name=None, **others)
-        if getattr(alone, block.widths):
-            params = layer.variables["params"]
-            params = {name: params[name] for name in (block.name, block.norm)}
-            kinds = (block.outer, block.inner)
-            given = {k: v for k, v in masks.items() if k in (*kinds, "hidden")}
-            rngs = {"dropout": make_rng("dropout")} if train else {}
-            x = _apply(alone, kinds, train, params, given, rngs, x, attention_mask)
-    return x
-
-
-@functools.partial(jax.jit, static_argnames=("layer", "kinds", "train"))
-def _apply(layer, kinds, train, params, masks, rngs, x, attention_mask):
-    """Applies a layer of one block to `x`, or returns `x` if the block is absent."""
-
-    def apply(fixed, x, params, masks):
-        rngs, attention_mask = fixed
-        variables = {"params": params}
-        return layer.apply(variables, x, attention_mask, masks, train=train, rngs=rngs)
-
-    inputs = (rngs, attention_mask), x, params, masks
-    open_ = [(masks[kind] > 0).any() for kind in kinds if kind in masks]
-    if not open_:
-        return apply(*inputs)
-    return if_present(functools.reduce(jnp.logical_and, open_), apply, *inputs)
 
 
 class Encoder(nn.Module):
@@ -292,11 +254,7 @@ class Encoder(nn.Module):
             for block in blocks(config):
                 if block.inner in own:  # The row of a narrow layer ends with padding.
                     own[block.inner] = own[block.inner][: block.sizes(config)[i]]
-            if self.is_initializing():  # There are no parameters to take blocks from.
-                x = layer(x, attention_mask, own, train=train)
-            else:
-                arguments = layer, x, attention_mask, own
-                x = _skip_absent(*arguments, train=train, make_rng=self.make_rng)
+            x = layer(x, attention_mask, own, train=train)
             states.append(x)
         if not config.reads_every_token:
             first = nn.Dense(

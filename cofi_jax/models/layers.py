@@ -1,14 +1,11 @@
-"""The operations between the matrix products, and the skipping of absent blocks.
+"""The operations between the matrix products.
 
 The activations and LayerNorm keep only their inputs for the backward pass, because to
 compute a result again is faster than to write it to memory and to read it back. The
 gradient of LayerNorm is a custom VJP, so it has no forward-mode derivative (`jax.jvp`).
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -143,107 +140,3 @@ def _backward(epsilon, residuals, dy):
 
 
 _normalise.defvjp(_forward, _backward)
-
-
-# The rest of this module skips a block on a CPU; `bert._skip_absent` is its only user.
-#
-# The gradient of a plain jax.lax.cond needs forward branches that return all residuals,
-# copies of the parameters among them. Here they return only those residuals that the
-# block has computed; its operands go to the backward pass directly:
-#
-#                     present                          absent
-#
-#   forward     x ---> block ---> y              x ----------------> y
-#                        |                                 zeros
-#                        v computed (activations)            |
-#                        |                                   v
-#                 - - - - - - residuals of the custom VJP - - - - - - - -
-#                        |        x, params, masks: the operands
-#                        v
-#   backward   dx <--- pullback <--- dy          dx <---------------- dy
-#              dparams                           dparams = dmasks = 0
-#              dmasks
-#
-# The pullback that `jax.vjp` returns is a pytree, each of whose arrays is an operand of
-# the block or was computed by it. A `_Recipe` records which it is, so that the backward
-# branch can rebuild the pullback.
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Recipe:
-    """The instructions for rebuilding a pullback.
-
-    Attributes:
-      structure: the tree structure of the pullback.
-      operand_of: for each array of the pullback the index of the operand that it is, or
-        None if the block computed the array.
-    """
-
-    structure: Any
-    operand_of: tuple[int | None, ...]
-
-
-def if_present(
-    present: jax.Array, block: Callable, fixed: Any, x: jax.Array, *operands: Any
-) -> jax.Array:
-    """Returns `block(fixed, x, *operands)`, or `x` if `present` is False.
-
-    On a CPU a block that is absent is not computed, in neither pass. A GPU would wait
-    for the host at a branch, so there the block is always computed.
-
-    Args:
-      present: a boolean, ().
-      block: a function whose result has the shape and the dtype of `x`, and that closes
-        over nothing that is differentiated.
-      fixed: a pytree that is not differentiated.
-      x: a floating point array.
-      *operands: pytrees of floating point arrays.
-
-    Returns:
-      An array of the shape and the dtype of `x`.
-    """
-    if jax.default_backend() != "cpu":
-        return jnp.where(present, block(fixed, x, *operands), x)
-
-    @jax.custom_vjp
-    def run(present, fixed, *operands):
-        return jax.lax.cond(present, block, lambda fixed, x, *_: x, fixed, *operands)
-
-    def forward(present, fixed, *operands):
-        recipes = []
-
-        def if_true(fixed, *operands):
-            y, pullback = jax.vjp(lambda *operands: block(fixed, *operands), *operands)
-            arrays, structure = jax.tree.flatten(pullback)
-            index_of = {id(x): i for i, x in enumerate(jax.tree.leaves(operands))}
-            operand_of = tuple(index_of.get(id(x)) for x in arrays)
-            recipes.append(_Recipe(structure, operand_of))
-            return y, [x for x, i in zip(arrays, operand_of, strict=True) if i is None]
-
-        # Under jit the block is traced once, for its shapes and for the branch.
-        if_true = jax.jit(if_true, inline=True)
-
-        def if_false(fixed, x, *_):
-            return x, [jnp.zeros(like.shape, like.dtype) for like in likes]
-
-        _, likes = jax.eval_shape(if_true, fixed, *operands)
-        y, computed = jax.lax.cond(present, if_true, if_false, fixed, *operands)
-        return y, (recipes[-1], present, computed, operands)
-
-    def backward(residuals, dy):
-        recipe, present, computed, operands = residuals
-
-        def if_true(dy, computed, operands):
-            given, rest = jax.tree.leaves(operands), iter(computed)
-            arrays = [next(rest) if i is None else given[i] for i in recipe.operand_of]
-            return jax.tree.unflatten(recipe.structure, arrays)(dy)
-
-        def if_false(dy, computed, operands):
-            return dy, *jax.tree.map(jnp.zeros_like, operands[1:])
-
-        gradients = jax.lax.cond(present, if_true, if_false, dy, computed, operands)
-        return None, None, *gradients
-
-    run.defvjp(forward, backward)
-    return run(present, fixed, x, *operands)
