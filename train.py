@@ -11,6 +11,7 @@ import sys
 
 from cofi_jax import commands
 from cofi_jax import distributed as distributed_lib
+from cofi_jax.errors import printable
 from cofi_jax.report import tables
 from cofi_jax.run import cli
 from cofi_jax.run.run import run
@@ -32,7 +33,7 @@ def _run(config, workdir):
     result = run(config, workdir)
     models = [f"{saved_as(workdir, x).name}/" for x in stairs(config.prune.targets)]
     names = ", ".join(["report.html", *models])
-    print(f"\n{tables.table(result)}\n\nWritten to {workdir}: {names}")
+    print(f"\n{tables.table(result)}\n\nWritten to {printable(workdir)}: {names}")
     return 0
 
 

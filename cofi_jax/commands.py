@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from cofi_jax.errors import UserError
+from cofi_jax.errors import UserError, printable
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ def program(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*args)
         except (UserError, OSError) as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
             return 2
 
     return wrapped

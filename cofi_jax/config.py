@@ -87,6 +87,9 @@ class Data:
         ""  # a folder with train.* and validation.*, or a hub name; "": the task's
     )
     extra_file: str = ""  # more training rows, augmented ones say, in the same columns
+    # Whether a cell of csv or tsv that begins with a quote is a quoted one, in which
+    # quotes are doubled; False: quotes are characters like any other.
+    quoting: bool = True
     # The most tokens of a row, special ones included; 0: the task's own.
     max_length: int = _ruled(
         0,

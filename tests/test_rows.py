@@ -316,19 +316,25 @@ def test_a_missing_class(tmp_path):
     assert "train.parquet, row 2 " in message and "label=None;" in message
 
 
+@pytest.mark.parametrize("missing", [float("nan"), None])
+def test_a_missing_number_is_no_class(tmp_path, missing):
+    message = complaint(own(write_labels(tmp_path, "train", 1.0, missing, 2.0)))
+    assert f"train.parquet, row 1 (the first is 0) has label={missing};" in message
+    assert message.endswith("must be among 1, 2")
+
+
 @pytest.mark.parametrize(
     "labels",
     [
         [0.5, 1.0, 2.0],
         [-1.0, 0.5],
-        [1.0, float("nan"), 2.0],
         [1.0, float("inf")],
         range(1001),
         [f"text {i}" for i in range(1001)],
         ["one"] * 3,
         [None, None],
     ],
-    ids=["floats", "-1", "nan", "inf", "1001 numbers", "1001 texts", "one", "none"],
+    ids=["floats", "-1", "inf", "1001 numbers", "1001 texts", "one", "none"],
 )
 def test_labels_that_are_no_classes(tmp_path, labels):
     message = complaint(own(write_labels(tmp_path, "train", *labels)))

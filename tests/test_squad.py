@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import models, normalizers, pre_tokenizers, processors
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from cofi_jax import errors
 from cofi_jax.data import squad, tasks
@@ -230,37 +230,203 @@ def test_spaces_around_an_answer_do_not_count(kind):
     assert found.labels[0].tolist() == found.labels[1].tolist()
 
 
-UNKNOWN = [
+UNANSWERABLE = [
     {"text": [], "answer_start": []},
+    {"text": [""], "answer_start": [-1]},
+    {"text": ["", " "], "answer_start": [0, 0]},
     gold("", start=1),
     gold(" ", start=1),
     gold("", start=8),  # in the middle of a token
+]
+
+
+MISPLACED = [
     gold("b c", start=3),  # it stands at 2
     gold("b c", start=-5),  # and there, counted from the end
     gold("d", start=99),
     gold("é", start=0),
     {"text": ["b"], "answer_start": []},
     {"text": ["x", "b"], "answer_start": [0, 2]},  # only the first one is tried
+    {"text": [" ", "b"], "answer_start": [0, 2]},
 ]
 
 
-@pytest.mark.parametrize("unknown", UNKNOWN)
-def test_without_an_answer_in_its_place(unknown, capsys):
-    rows = rows_of(
+def among_others(unknown):
+    return rows_of(
         "a b c paris", gold("b", start=2), unknown, gold("paris", "e", start=6)
     )
-    found = windows_of(rows, training=True)
-    assert "warning: 1 questions skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unknown", UNANSWERABLE + MISPLACED)
+def test_without_an_answer_in_its_place(unknown, capsys):
+    found = windows_of(among_others(unknown), training=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 1 questions skipped: ")
+    assert line.endswith(", as in row 1 (the first is 0) of 3")
+    assert ("no answer" in line) == (unknown in UNANSWERABLE)
     assert found.questions.answers == [["b"], ["paris", "e"]]
     assert found.questions.contexts == ["a b c paris"] * 2
     assert found.questions.of_row.tolist() == [0, 1]
     assert (found.labels > 0).all()
 
-    found = windows_of(rows)
-    assert not capsys.readouterr().err
+
+@pytest.mark.parametrize("unknown", MISPLACED)
+def test_an_answer_that_is_not_found_is_said_of_validation(unknown, capsys):
+    found = windows_of(among_others(unknown))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 1 questions: their answer is not in their context")
     assert found.questions.answers == [["b"], unknown["text"], ["paris", "e"]]
     assert found.questions.of_row.tolist() == [0, 1, 2]
     assert found.labels[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("unknown", UNANSWERABLE)
+def test_unanswerable_questions_are_not_scored(unknown):
+    """SQuAD v2 counts them as right where nothing is answered, which nothing does."""
+    rows = among_others(unknown)
+    rows = {name: column + column for name, column in rows.items()}
+    message = "^answers=.*: 2 of 6 questions have no answer, as in row 1 .*SQuAD v2"
+    with pytest.raises(errors.UserError, match=message):
+        windows_of(rows)
+
+
+def test_questions_whose_answer_nobody_knows(capsys):
+    """They are those that somebody asks a finished model."""
+    found = windows_of(among_others(None) | {"answers": [None] * 3})
+    assert found.questions.answers == [[], [], []] and not found.labels.any()
+    assert capsys.readouterr().err == ""
+
+
+# Offsets
+
+SENTENCE = 'Old "lighthouse" (x b.c) of Ardnor was built by Morag Finlay in 1811.'
+
+
+ANSWERS = ["Old", '"lighthouse"', "lighthouse", "x", "b.c", "Morag Finlay", "1811"]
+
+
+def trained(*splits, **options):
+    """A byte tokenizer that knows the sentence by heart."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(splits))
+    backend.train_from_iterator(
+        [SENTENCE] * 9,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "<pad>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    backend.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), **options
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>"
+    )
+
+
+PRETOKENIZERS = {
+    "bytes": [],
+    "words": [pre_tokenizers.Whitespace()],
+    "spaces": [pre_tokenizers.WhitespaceSplit()],
+    "digits": [pre_tokenizers.Digits(individual_digits=True)],
+    "punctuation": [pre_tokenizers.Punctuation()],
+}
+
+
+@pytest.mark.parametrize("trim", [True, False])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("kind", PRETOKENIZERS)
+def test_a_perfect_model_is_right_about_every_answer(kind, prefix, trim, capsys):
+    """Whatever the tokenizer trims off the offsets of its tokens."""
+    splits = [*PRETOKENIZERS[kind], pre_tokenizers.ByteLevel(add_prefix_space=prefix)]
+    tokenizer = trained(*splits, trim_offsets=trim)
+    golds = [gold(text, start=SENTENCE.index(text)) for text in ANSWERS]
+    found = squad.windows(
+        rows_of(SENTENCE, *golds), tokenizer, max_length=64, training=False
+    )
+    assert capsys.readouterr().err == ""
+    assert score(certain(found), found) == {"f1": 1, "exact_match": 1}
+    answers = squad.best_answers(certain(found), found.questions)
+    assert [text.strip() for text in answers] == ANSWERS
+
+
+@pytest.mark.parametrize(
+    "context, places, mended",
+    [
+        ("ab cd", [(0, 2), (3, 5)], [(0, 2), (3, 5)]),
+        ("ab cd", [(1, 2), (4, 5)], [(0, 2), (3, 5)]),  # without the first letter
+        ("ab cd", [(0, 1), (3, 4)], [(0, 2), (3, 5)]),  # without the last one
+        ("ab cd", [(0, 1), (4, 5)], [(0, 2), (3, 5)]),  # some of both
+        ("abcd", [(0, 1), (3, 4)], [(0, 1), (1, 4)]),
+        ("a .", [(0, 1), (3, 3)], [(0, 1), (2, 3)]),
+        ("ab x cd", [(0, 2), (5, 7)], [(0, 2), (5, 7)]),  # a word of no token
+        ("\u200bab", [(1, 3)], [(1, 3)]),  # what nobody sees is not missed
+        ("日本", [(0, 1), (0, 1), (1, 2)], [(0, 1), (0, 1), (1, 2)]),  # bytes
+        ("ab", [], []),
+    ],
+)
+def test_no_visible_character_is_left_out(context, places, mended):
+    places = np.array(places, np.int32).reshape(-1, 2)
+    got = squad._mend(places, context)
+    assert got.dtype == np.int32 and [*map(tuple, got.tolist())] == mended
+
+
+class Shifted:
+    """A tokenizer whose offsets are wrong, as by a normaliser that counts badly."""
+
+    is_fast, pad_token_id = True, 0
+
+    def __init__(self, shift):
+        self.shift, self.inner = shift, TOKENIZERS["wordpiece"]
+
+    def num_special_tokens_to_add(self, **options):
+        return self.inner.num_special_tokens_to_add(**options)
+
+    def __call__(self, *texts, **options):
+        encodings = [
+            SimpleNamespace(
+                ids=e.ids,
+                type_ids=e.type_ids,
+                sequence_ids=e.sequence_ids,
+                offsets=[self.shift(*place) for place in e.offsets],
+            )
+            for e in self.inner(*texts, **options).encodings
+        ]
+        return SimpleNamespace(encodings=encodings)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "shift, said",
+    [
+        (lambda a, b: (min(a, 4), min(b, 5)), "lacks a part of it"),  # cut off
+        (lambda a, b: (a + 2, b + 2), "hold other words"),
+        (lambda a, b: (max(a - 3, 0), max(b - 3, 0)), "hold other words"),
+    ],
+)
+def test_offsets_that_cannot_be_mended_are_said(shift, said, training, capsys):
+    rows = rows_of("what is paris x", gold("paris", start=8), gold("what", start=0))
+    squad.windows(rows, Shifted(shift), max_length=32, training=training)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, start, found",
+    [
+        (" paris", 4, "paris"),
+        ("paris", 4, "paris"),  # the blank before it was removed from the text alone
+        (" paris", 5, "paris"),  # from the place alone
+        ("paris ", 5, "paris"),
+        ("\tparis", 5, "paris"),
+    ],
+)
+def test_blanks_around_an_answer_are_mended(text, start, found, capsys):
+    rows = rows_of("a is paris x", gold(text, start=start))
+    windows = windows_of(rows, training=True)
+    assert squad.best_answers(certain(windows), windows.questions) == [found]
+    assert capsys.readouterr().err == ""
 
 
 def test_no_row_is_left():

@@ -7,7 +7,6 @@ loads by itself.
 
 import contextlib
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cofi_jax import distributed
-from cofi_jax.errors import UserError
+from cofi_jax.errors import UserError, warn
 
 _KEEP = 2
 
@@ -74,10 +73,9 @@ class Checkpoints:
                 shutil.rmtree(step)
                 removed += 1
         if removed:
-            print(
-                f"warning: {self._path} held {removed} checkpoints of a stage that "
-                "started from something else; they are removed",
-                file=sys.stderr,
+            warn(
+                f"{self._path} held {removed} checkpoints of a stage that started from "
+                "something else; they are removed"
             )
         return skipped
 

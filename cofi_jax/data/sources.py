@@ -1,23 +1,19 @@
 """Rows of a task, read from the hub or from files; every row is checked."""
 
+import collections
 import dataclasses
-import json
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cofi_jax import errors
-from cofi_jax.data import toy
+from cofi_jax.data import formats, toy
+from cofi_jax.data.formats import FORMATS, Table
 from cofi_jax.data.problems.base import WrongLabel
 from cofi_jax.data.tasks import GLUE, Task
-
-if TYPE_CHECKING:  # slow to import: a wrong flag should fail before that
-    import pyarrow
-
-FORMATS = ("parquet", "csv", "tsv", "json", "jsonl")
 
 Columns = dict[str, Any]  # a list of texts by column, and the labels as an array
 
@@ -25,10 +21,14 @@ Columns = dict[str, Any]  # a list of texts by column, and the labels as an arra
 def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     """Reads splits of the task, and checks every row.
 
-    The demo task is generated. Where `task.path` is a folder, it and its subfolder of
-    the task's name are searched for `{split}.parquet`, `.csv`, `.tsv` (without quoting,
-    as GLUE's own), `.json` (a list, or one object a line) or `.jsonl`. Any other path
-    is a name on the hub. The rows of `task.extra_file` follow those of `train`.
+    The demo task is generated. Where `task.path` is a folder, it is searched for
+    `{split}` in one of the `FORMATS`, or in several files that are named as on the hub,
+    `{split}-00000-of-00002.parquet`. They stand in the folder itself, or below it in
+    `data`, in a folder of the task's name or in the only folder there is. Any other
+    path is a name on the hub. The rows of `task.extra_file` follow those of `train`.
+
+    What may be wrong with texts and classes is said on stderr: quotes around them, and
+    classes that hardly differ or look like missing ones.
 
     Returns:
       The task, with the names of its classes, which are read off the training rows
@@ -37,7 +37,10 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     Raises:
       UserError: a source is missing or cannot be read, or its rows are not the task's.
     """
-    parts = {split: [_checked(task, _read_split(task, split))] for split in splits}
+    parts = {
+        split: [_checked(task, part) for part in _read_split(task, split)]
+        for split in splits
+    }
     if task.extra_file and "train" in splits:
         field = "data.extra_file", task.extra_file
         part = _read_file(field, task, pathlib.Path(task.extra_file))
@@ -46,6 +49,9 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     numbered = bool(task.labels)
     if task.problem.names_classes and not task.labels:
         task = _with_labels(task, parts["train"])
+        _warn_of_classes(task.labels, parts["train"], task.label_column)
+    for part in parts.values():
+        _warn_of_quotes(task, part)
     return task, {split: _join(task, p, numbered) for split, p in parts.items()}
 
 
@@ -54,32 +60,52 @@ class _Part(NamedTuple):
 
     field: tuple[str, str]  # the config field that named the source, and its value
     source: Any  # the file or the split
-    table: "pyarrow.Table"
+    table: Table
 
 
-def _read_split(task: Task, split: str) -> _Part:
-    import pyarrow
-
+def _read_split(task: Task, split: str) -> list[_Part]:
     field = "data.path", task.path
     if task.name == "demo":
-        return _Part(field, split, pyarrow.table(toy.demo_rows(split)))
+        rows = toy.demo_rows(split)
+        return [_Part(field, split, Table([*rows], rows, len(rows[task.label_column])))]
     if pathlib.Path(task.path or "?").expanduser().is_dir():
-        return _read_file(field, task, _find_file(task, split))
-    return _Part(field, split, _load_from_hub(task, split))
+        return [_read_file(field, task, file) for file in _find_files(task, split)]
+    table = _load_from_hub(task, split)
+    return [_Part(field, split, formats.from_arrow(table, _wanted(task)))]
 
 
-def _find_file(task: Task, split: str) -> pathlib.Path:
+def _wanted(task):
+    return *task.columns, task.label_column
+
+
+def _find_files(task: Task, split: str) -> list[pathlib.Path]:
+    """The file of a split, or all of those that it is spread over."""
     top = pathlib.Path(task.path).expanduser()
-    folders = [folder for folder in (top, top / task.name) if folder.is_dir()]
-    files = [file for folder in folders for file in sorted(folder.iterdir())]
+    below = [file for file in top.iterdir() if file.is_dir() and file.name[0] != "."]
+    named = [folder for folder in below if folder.name in (task.name, "data")]
+    files = [file for folder in (top, *named) for file in sorted(folder.iterdir())]
+    found = _of_split(files, split)
+    if not found and not named and len(below) == 1:
+        found = _of_split(sorted(below[0].iterdir()), split)
+    numbers = [int(match["number"] or 0) for match in found.values()]
+    kinds = {(f.parent, f.suffix, int(m["count"] or 1)) for f, m in found.items()}
+    if len(kinds) == 1 and numbers == [*range(max(kinds)[2])]:
+        return [*found]
+    here = ", ".join(str(file.relative_to(top)) for file in ([*found] or files)[:20])
     names = [f"{split}.{suffix}" for suffix in FORMATS]
-    found = [file for file in files if file.name in names]
-    if len(found) == 1:
-        return found[0]
-    here = ", ".join(str(file.relative_to(top)) for file in (found or files)[:20])
-    legal = f"must hold one of {names}, itself or in its folder {task.name}"
+    legal = f"must hold one of {names}, or all parts of {split}-00000-of-0000N, itself "
+    legal += f"or in its folder {task.name} or data"
     legal += f"; {len(found)} found, among: {here or 'no files'}"
     raise errors.reject("data.path", task.path, legal)
+
+
+def _of_split(files, split):
+    """The files of a split, each with the match of its name."""
+    name = re.compile(
+        rf"{re.escape(split)}(-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?)?"
+        rf"\.({'|'.join(FORMATS)})"
+    )
+    return {file: match for file in files if (match := name.fullmatch(file.name))}
 
 
 def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
@@ -87,41 +113,28 @@ def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
         raise errors.reject(*field, f"must be a file of one of the formats {FORMATS}")
     file = file.expanduser()
     try:
-        return _Part(field, file, _read_table(task, file))
+        table = formats.read(file, _wanted(task), quoting=task.quoting)
+    except formats.Unreadable as error:
+        raise errors.reject(*field, f"cannot read {file}: {error}") from error
     except Exception as error:  # Each parser has its own ways to refuse a file.
         problem = f"cannot read {file} ({type(error).__name__}: {error})"
         raise errors.reject(*field, problem) from error
+    if file.suffix in formats.DELIMITED and not task.problem.names_classes:
+        # Only there is a number written as a text.
+        labels = table.cells.get(task.label_column, [])
+        table.cells[task.label_column] = [*map(_number, labels)]
+    return _Part(field, file, table)
 
 
-def _read_table(task: Task, file: pathlib.Path) -> "pyarrow.Table":
-    import pyarrow
-    from pyarrow import csv, parquet
-
-    if file.suffix == ".parquet":
-        return parquet.read_table(file, partitioning=None)  # a=b/ adds no column
-    if file.suffix in (".csv", ".tsv"):
-        parse = csv.ParseOptions(newlines_in_values=True)
-        if file.suffix == ".tsv":
-            parse = csv.ParseOptions(delimiter="\t", quote_char=False)
-        # An empty cell is missing; the word NA, or a number, is text.
-        texts = [*task.columns]
-        if task.problem.names_classes:
-            texts.append(task.label_column)
-        convert = csv.ConvertOptions(
-            column_types=dict.fromkeys(texts, pyarrow.string()),
-            null_values=[""],
-            strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
-        )
-        return csv.read_csv(file, parse_options=parse, convert_options=convert)
-    # Not pyarrow's reader, which turns texts that look like dates into dates.
-    text = file.read_text(encoding="utf-8-sig").strip()
-    if not text.startswith("["):  # one object a line
-        text = "[" + ",".join(filter(str.strip, text.split("\n"))) + "]"
-    return pyarrow.Table.from_pylist(json.loads(text))
+def _number(text: str | None) -> float | str | None:
+    """The number that a cell spells, or the cell as it is."""
+    try:
+        return text if text is None or "_" in text else float(text)
+    except ValueError:
+        return text
 
 
-def _load_from_hub(task: Task, split: str) -> "pyarrow.Table":
+def _load_from_hub(task: Task, split: str) -> Any:
     import datasets
 
     instead = "give a local folder with train.parquet and validation.parquet: "
@@ -152,28 +165,39 @@ def _checked(task: Task, part: _Part) -> _Part:
     return part
 
 
-def _problems(task: Task, table: "pyarrow.Table") -> Iterator[str]:
-    if not len(table):
+def _problems(task: Task, table: Table) -> Iterator[str]:
+    if not table.rows:
         yield " has no rows; at least 1 is needed"
-    for column in (*task.columns, task.label_column):
-        if column not in table.column_names:
-            there = ", ".join(table.column_names)
+    for column in _wanted(task):
+        if column not in table.names:
+            there = ", ".join(n if n == n.strip() else repr(n) for n in table.names)
             yield f" needs a column {column!r}; it has {there}"
-        if table.column_names.count(column) > 1:
+        if table.names.count(column) > 1:
             yield f" has several columns {column!r}; must be one"
     for column in task.columns:
-        texts = table.column(column)
-        if texts.null_count:
-            row = np.argmax(texts.is_null())
-            yield f", row {row} (the first is 0) has no text in {column!r}"
-        if str(texts.type) not in ("string", "large_string"):
-            yield f": {column!r} is {texts.type}, must be text"
+        for row, text in enumerate(table.cells[column]):
+            if text is None:
+                yield f", row {row} (the first is 0) has no text in {column!r}"
+            elif not isinstance(text, str):
+                cell = f"{column}={_short(text)}"
+                yield f", row {row} (the first is 0) has {cell}, must be text"
+    for column in _wanted(task):
+        for row, cell in enumerate(table.cells[column]):
+            if isinstance(cell, str) and not formats.is_whole(cell):
+                where = f", row {row} (the first is 0) has half of a surrogate pair"
+                yield f"{where} in {column!r}, which is no text"
+
+
+def _short(cell: Any) -> str:
+    """How a cell is shown in a message."""
+    shown = repr(cell)
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
 def _with_labels(task: Task, parts: list[_Part]) -> Task:
     """The task with the classes that stand in the training rows."""
     column = task.label_column
-    cells = [cell for p in parts for cell in p.table.column(column).to_pylist()]
+    cells = [cell for part in parts for cell in part.table.cells[column]]
     names = task.problem.class_names(cells, column)
     if "f1" in task.metrics and len(names) != 2:
         legal = f"f1 is for two classes, {column!r} has {len(names)}"
@@ -181,20 +205,64 @@ def _with_labels(task: Task, parts: list[_Part]) -> Task:
     return dataclasses.replace(task, labels=names)
 
 
+# How a missing value is often spelled. A class may be called so, too.
+_MISSING = {"", "na", "n/a", "<na>", "nan", "nat", "none", "null"}
+
+
+def _warn_of_classes(names: Sequence[str], parts: list[_Part], column: str) -> None:
+    """Says which of the classes that were read off the rows look like mistakes."""
+    first: dict[str, str] = {}
+    for part in parts:
+        for row, cell in enumerate(part.table.cells[column]):
+            first.setdefault(str(cell), f"{part.source}, row {row} (the first is 0)")
+    alike = collections.defaultdict(list)
+    for name in names:
+        alike[" ".join(name.split()).casefold()].append(name)
+        for doubtful, like in (
+            (name.strip().casefold() in _MISSING, "a missing one"),
+            (_in_quotes(name), "a word with quotes that do not belong to it"),
+        ):
+            if doubtful:
+                where = first.get(name, column)
+                errors.warn(f"{where}: the class {name!r} looks like {like}")
+    for group in alike.values():
+        if len(group) > 1:
+            legal = "are different classes, but differ in spaces or case alone"
+            errors.warn(f"{first.get(group[1], column)}: {group} {legal}")
+
+
+def _in_quotes(text: str) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+
+
+def _warn_of_quotes(task: Task, parts: Iterable[_Part]) -> None:
+    """Says how many texts begin and end with a quote, which may not belong to them."""
+    for part in parts:
+        for column in task.columns:
+            texts = part.table.cells[column]
+            if quoted := [row for row, text in enumerate(texts) if _in_quotes(text)]:
+                errors.warn(
+                    f"{part.source}: {len(quoted)} of {len(texts)} texts in {column!r} "
+                    f"begin and end with a quote, as in row {quoted[0]} (the first is "
+                    "0); the quotes are taken as parts of them"
+                )
+
+
 def _join(task: Task, parts: list[_Part], numbered: bool) -> Columns:
     """The columns of all parts of a split, labels encoded."""
     columns: Columns = {
-        name: [text for part in parts for text in part.table.column(name).to_pylist()]
+        name: [text for part in parts for text in part.table.cells[name]]
         for name in task.columns
     }
     labels = []
     for part in parts:
-        cells = part.table.column(task.label_column).to_pylist()
+        cells = part.table.cells[task.label_column]
         try:
             labels.append(task.problem.encode(cells, task.labels, numbered=numbered))
         except WrongLabel as error:
             row = f"{part.source}, row {error.row} (the first is 0)"
-            cell = f"{task.label_column}={cells[error.row]!r}"
+            cell = f"{task.label_column}={_short(cells[error.row])}"
             problem = f"{row} has {cell}; {error}"
             raise errors.reject(*part.field, problem) from error
     return columns | {task.label_column: np.concatenate(labels)}

@@ -9,9 +9,9 @@ of all windows.
 
 import collections
 import dataclasses
+import itertools
 import re
 import string
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,23 +56,27 @@ def windows(
     many as fit in half of a short window.
 
     A label is the first and the last of the tokens that share a character with the
-    first gold answer, and (0, 0) where the window does not hold all of these.
+    first gold answer, and (0, 0) where the window does not hold all of these. Where a
+    tokenizer's offsets leave out characters, see `_mend`; what cannot be mended is
+    counted, and said on stderr.
 
     Args:
       rows: columns `question` and `context` of text and `answers`, each of which is
-        `{"text": [...], "answer_start": [...]}`, the latter counted in characters.
+        `{"text": [...], "answer_start": [...]}`, the latter counted in characters, or
+        None where the answer is not known.
       tokenizer: a fast one of Hugging Face's transformers, of any template.
       max_length: tokens of a window at most, special ones included.
       stride: tokens of the context that a window repeats from the one before it; at
         most half of those it has room for.
       training: leave out, with a warning, a row without an answer or whose first one is
-        not at its place in the context. Else each row is a question.
+        not found in the tokens at its place. Else each row is a question.
 
     Returns:
       N windows, those of a question together, whose labels are (N, 2) int32.
 
     Raises:
-      UserError: the tokenizer is not a fast one; no token of a context would fit.
+      UserError: the tokenizer is not a fast one; no token of a context would fit; a
+        question has no answer, and it is not training.
     """
     if not getattr(tokenizer, "is_fast", False):
         legal = "must come with a fast tokenizer (tokenizer.json) for this task"
@@ -83,17 +87,23 @@ def windows(
         raise errors.reject("data.max_length", max_length, legal)
     longest_question = min(LONGEST_QUESTION, (max_length - special) // 2)
     asked, contexts, golds = (rows[c][:] for c in ("question", "context", "answers"))
+    if not training:
+        _check_answerable(golds)
     ids, types, labels, of_row, offsets = [], [], [], [], []
     kept = []  # rows
+    doubts: dict[str, list[int]] = collections.defaultdict(list)
     for row, tokens in enumerate(_tokenise(tokenizer, asked, contexts)):
         # The part is 0 for the question, 1 for the context, and nan for neither.
         part = np.array(tokens.sequence_ids, np.float32)
         places = np.array(tokens.offsets, np.int32).reshape(-1, 2)
+        places[part == 1] = _mend(places[part == 1], contexts[row])
         places[part != 1] = -1
         start, stop = _characters(contexts[row], golds[row])
         answer = np.flatnonzero((places[:, 0] < stop) & (places[:, 1] > start))
-        if training and not len(answer):
-            continue
+        if doubt := _doubt(contexts[row], golds[row], (start, stop), places[answer]):
+            doubts[doubt].append(row)
+            if training and doubt != _WIDER:
+                continue
         for here in _cut(part, max_length, longest_question, stride):
             label = [0, 0]
             if len(answer) and here[answer].all():
@@ -104,17 +114,94 @@ def windows(
             of_row.append(len(kept))
             offsets.append(places[here])
         kept.append(row)
-    if skipped := len(contexts) - len(kept):
-        warning = "questions skipped: their answer is not in their context"
-        print(f"warning: {skipped} {warning}", file=sys.stderr)
+    _warn(doubts, len(contexts), training)
     questions = Questions(
         [contexts[row] for row in kept],
-        [list(golds[row]["text"]) for row in kept],
+        [list((golds[row] or _UNKNOWN)["text"]) for row in kept],
         np.array(of_row, np.int32),
         offsets,
     )
     labels = np.array(labels, np.int32).reshape(-1, 2)
     return Examples(ids, types, labels, tokenizer.pad_token_id, questions)
+
+
+_UNKNOWN = {"text": (), "answer_start": ()}  # the answer to a question of `pipeline`
+
+# What can be wrong with an answer.
+_NONE = "they have no answer"
+_MISPLACED = "their answer is not in their context at the place that is given for it"
+_LOST = "the text of their tokens, by the tokenizer's offsets, lacks a part of it"
+_WIDER = "the tokens of their answer hold other words, too, by the tokenizer's offsets"
+_MANY = 0.05  # the share of wider answers from which it is no matter of single words
+
+
+def _check_answerable(golds: Sequence[Mapping[str, Sequence] | None]) -> None:
+    """Raises UserError where a question has no answer that could be found."""
+    known = [row for row, gold in enumerate(golds) if gold is not None]
+    none = [row for row in known if not any(map(str.strip, golds[row]["text"]))]
+    if none:
+        legal = f"{len(none)} of {len(golds)} questions have no answer, as in row "
+        legal += f"{none[0]} (the first is 0); unanswerable questions, as in SQuAD v2, "
+        legal += "cannot be scored here: leave them out"
+        raise errors.reject("answers", golds[none[0]], legal)
+
+
+def _doubt(context, gold, span, places):
+    """What is wrong with an answer, given the offsets (n, 2) of its tokens; or ""."""
+    if gold is None:
+        return ""
+    if not any(map(str.strip, gold["text"])):
+        return _NONE
+    start, stop = span
+    if start == stop:
+        return _MISPLACED
+    if not len(places) or places[0, 0] > start or places[-1, 1] < stop:
+        return _LOST
+    held = normalise(context[places[0, 0] : places[-1, 1]])
+    return "" if held == normalise(context[start:stop]) else _WIDER
+
+
+def _warn(doubts: Mapping[str, Sequence[int]], rows: int, training: bool) -> None:
+    """Says on stderr how many of the answers are in doubt."""
+    for doubt, where in doubts.items():
+        if doubt == _WIDER and len(where) < _MANY * rows:
+            continue
+        left_out = " skipped" if training and doubt != _WIDER else ""
+        first = f"as in row {where[0]} (the first is 0) of {rows}"
+        errors.warn(f"{len(where)} questions{left_out}: {doubt}, {first}")
+
+
+def _mend(places: np.ndarray, context: str) -> np.ndarray:
+    """Offsets that leave out no visible character between tokens.
+
+    Some tokenizers count a space before a word that is not there, and trim the word's
+    first letter for it. Characters between two tokens go to the second one, or to the
+    first one if a space follows them.
+
+    Args:
+      places: (T, 2) offsets of the context's tokens.
+      context: the context.
+
+    Returns:
+      (T, 2) offsets; the same where only spaces and invisible characters are between
+      tokens.
+    """
+    mended = np.append(places, np.full((1, 2), len(context), np.int32), axis=0)
+    reached = np.append(0, np.maximum.accumulate(places[:, 1]))
+    for token in np.flatnonzero(mended[:, 0] > reached):
+        gap = context[reached[token] : mended[token, 0]]
+        if gap.isspace():
+            continue
+        ends = reversed(gap), gap
+        before, after = (len([*itertools.takewhile(_visible, end)]) for end in ends)
+        if token and (after < len(gap) or token == len(places)):
+            mended[token - 1, 1] += after
+        mended[token, 0] -= before
+    return mended[:-1]
+
+
+def _visible(character: str) -> bool:
+    return character.isprintable() and not character.isspace()
 
 
 def _tokenise(
@@ -146,15 +233,21 @@ def _cut(
         yield here
 
 
-def _characters(context: str, gold: Mapping[str, Sequence]) -> tuple[int, int]:
-    """The offsets of the first answer; (0, 0) if it is not at its place."""
-    if not len(gold["text"]) or not len(gold["answer_start"]):
+def _characters(context: str, gold: Mapping[str, Sequence] | None) -> tuple[int, int]:
+    """The offsets of the first answer; (0, 0) if it is not at its place.
+
+    Blanks around it do not count: a space may belong to the next word. They may have
+    been removed from the answer alone, or from its place.
+    """
+    texts, starts = (list((gold or _UNKNOWN)[key]) for key in ("text", "answer_start"))
+    if not texts or not starts or not (text := texts[0].strip()) or starts[0] < 0:
         return 0, 0
-    text, start = gold["text"][0], gold["answer_start"][0]
-    if start < 0 or context[start : start + len(text)] != text or not text.strip():
-        return 0, 0
-    start += len(text) - len(text.lstrip())  # A space may belong to the next word.
-    return start, start + len(text.strip())
+    place = starts[0]
+    blanks = len(context[place:]) - len(context[place:].lstrip())
+    for start in (place + texts[0].index(text), place, place + blanks):
+        if context.startswith(text, start):
+            return start, start + len(text)
+    return 0, 0
 
 
 def best_answers(

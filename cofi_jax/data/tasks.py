@@ -30,6 +30,7 @@ class Task:
     name: str = ""
     path: str = ""  # a folder, or another name on the hub; "" for `hub`
     extra_file: str = ""  # more training rows
+    quoting: bool = True  # of the cells of csv and tsv, as in `config.Data`
     buckets: tuple[int, ...] = ()  # padded lengths; () to choose them for the rows
 
     @property
@@ -107,6 +108,7 @@ def find(data: config.Data) -> Task:
         name=data.task,
         path=data.path,
         extra_file=data.extra_file,
+        quoting=data.quoting,
         buckets=tuple(data.buckets),
     )
 
@@ -125,7 +127,8 @@ def _of_the_table(data):
 
 def _own(data):
     if len(data.columns) not in (1, 2):
-        legal = "the task own needs the names of one or two columns of text"
+        legal = "the task own needs the names of one or two columns of text, as "
+        legal += "--config.data.columns=title,body"
         raise errors.reject("data.columns", data.columns, legal)
     if len({*data.columns, data.label_column}) <= len(data.columns):
         legal = f"names one twice, data.label_column={data.label_column!r} included"

@@ -5,7 +5,6 @@ says which mask closes first, which is the least open one, and the bisection fin
 smallest number of masks whose closing meets the target.
 """
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from cofi_jax.errors import reject
+from cofi_jax.errors import reject, warn
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import INNER, KINDS
 from cofi_jax.pruning import hard_concrete
@@ -254,11 +253,7 @@ def final_masks(
         if missing <= 1e-3:
             return masks
         aim += max(missing, 2e-3)
-    print(
-        "warning: widths stay as they are: rounded, they miss the target",
-        file=sys.stderr,
-        flush=True,
-    )
+    warn("widths stay as they are: rounded, they miss the target")
     return target_masks(log_alpha, config, target, cost=cost)
 
 

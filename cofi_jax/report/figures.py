@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cofi_jax.errors import printable
 from cofi_jax.files import write_atomically
 from cofi_jax.report.tables import (
     Metrics,
@@ -305,6 +306,7 @@ def log_scale(axes, which: str, form: Callable[[float], str]) -> None:
 
 def plain(text: str) -> str:
     """Returns a text that matplotlib shows as it is, but shortens a long one."""
+    text = printable(text)
     if len(text) > 36:
         text = f"{text[:17]}\N{HORIZONTAL ELLIPSIS}{text[-18:]}"
     text = text.replace("$", r"\$")  # it is not a formula

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from cofi_jax.errors import printable
 from cofi_jax.report import figures
 
 # The tag by which a page of ours is recognised later.
@@ -86,8 +87,8 @@ def _charts(charts):
     for chart in charts:
         data = base64.b64encode(figures.svg(figures.draw([chart]))).decode()
         source = f"data:image/svg+xml;base64,{data}"
-        image = f'<img alt="{html.escape(chart.alt)}" src="{source}">'
-        title = f"<h3>{html.escape(chart.title)}</h3>"
+        image = f'<img alt="{html.escape(printable(chart.alt))}" src="{source}">'
+        title = f"<h3>{html.escape(printable(chart.title))}</h3>"
         parts.append(f"<figure>\n{title}\n{image}\n</figure>\n")
     return f'<div class="charts">\n{"".join(parts)}</div>\n'
 

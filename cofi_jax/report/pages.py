@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Sequence
 
 from cofi_jax import commands, files
-from cofi_jax.errors import reject
+from cofi_jax.errors import printable, reject
 from cofi_jax.report import compare, figures, html, tables
 from cofi_jax.report.compare import Runs
 from cofi_jax.report.tables import Metrics, Report, escape
@@ -216,5 +216,5 @@ def main(argv: list[str]) -> int:
     runs = load_runs(found.runs)
     prepare_folder(found.to, "--to")
     names = write_comparison(found.to, runs)
-    print(f"Written to {found.to}: {', '.join(names)}")
+    print(f"Written to {printable(found.to)}: {', '.join(names)}")
     return 0

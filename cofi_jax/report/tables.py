@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from cofi_jax.errors import reject
+from cofi_jax.errors import printable, reject
 
 Report = dict[str, Any]  # the content of a `report.json`
 Metrics = Sequence[dict[str, Any]]  # the lines of a `metrics.jsonl`
@@ -80,12 +80,12 @@ class Table:
 
 
 def escape(text: object) -> str:
-    r"""Returns Markdown that shows exactly this text, in one line.
+    r"""Returns Markdown that shows exactly this text, `printable` and in one line.
 
     For example, `<b> exact_match` becomes `\<b> exact_match`: an underscore within a
     word has no meaning in Markdown, and stays legible on a terminal.
     """
-    line = " ".join(str(text).split())
+    line = printable(" ".join(str(text).split()))
     return re.sub(r"[\\`*\[\]<&|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import math
 import pathlib
 import re
-import sys
 import zlib
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from cofi_jax.checkpoints.load import load_hugging_face
 from cofi_jax.config import Config, flatten
 from cofi_jax.data import batches, sources, tasks, toy
 from cofi_jax.data.tasks import Task
-from cofi_jax.errors import reject
+from cofi_jax.errors import reject, warn
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, hard_concrete
@@ -222,11 +221,9 @@ def _check_rows(config: Config, train: batches.Examples) -> None:
     if prune.mask_learning_rate < enough:
         unit = 10.0 ** (math.floor(math.log10(enough)) - 1)
         enough = math.ceil(enough / unit) * unit  # two digits, never too few
-        print(
-            f"warning: prune.mask_learning_rate={prune.mask_learning_rate}: too low "
-            f"for masks to close in the schedule's steps; {enough:.2g} or more would "
-            "do",
-            file=sys.stderr,
+        warn(
+            f"prune.mask_learning_rate={prune.mask_learning_rate}: too low for masks "
+            f"to close in the schedule's steps; {enough:.2g} or more would do"
         )
 
 

@@ -11,7 +11,6 @@ import functools
 import io
 import itertools
 import pathlib
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from cofi_jax import distributed, files
 from cofi_jax.checkpoints import state as state_lib
 from cofi_jax.data import batches, tasks
 from cofi_jax.data.metrics import main_score
+from cofi_jax.errors import warn
 from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
@@ -357,11 +357,10 @@ def learn_masks(
     if not jnp.isfinite(state.best_score):
         best = state.trainable
         least = stair.target - settings.sparsity_epsilon
-        print(
-            f"warning: {stage}: no evaluation found a sparsity of {least:.4g} or more; "
-            "the last masks are shifted to the target. More epochs would do, or higher "
-            "rates of masks and multipliers where there are multipliers",
-            file=sys.stderr,
+        warn(
+            f"{stage}: no evaluation found a sparsity of {least:.4g} or more; the last "
+            "masks are shifted to the target. More epochs would do, or higher rates of "
+            "masks and multipliers where there are multipliers"
         )
     masks = _final_masks(run, stair, model, best["log_alpha"], settled, share)
     params = whole_params(best, state.frozen)

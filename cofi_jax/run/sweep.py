@@ -27,7 +27,7 @@ from cofi_jax import commands, files
 from cofi_jax import config as config_lib
 from cofi_jax.config import Config
 from cofi_jax.data import tasks
-from cofi_jax.errors import UserError, reject
+from cofi_jax.errors import UserError, printable, reject, warn
 from cofi_jax.evaluation import predict
 from cofi_jax.report import pages, paper
 from cofi_jax.report.tables import Table, escape
@@ -76,12 +76,14 @@ def run(
     # Members of one shape compile once.
     with run_lib.compiled_in(workdir / f"compiled-{platform.node()}"):
         for number, member in enumerate(order, start=1):
-            print(f"[{number}/{len(order)}] {member.workdir}", file=sys.stderr)
+            where = printable(member.workdir)
+            print(f"[{number}/{len(order)}] {where}", file=sys.stderr)
             try:
                 outcomes[member.workdir] = run_lib.run(member.config, member.workdir)
             except Exception as error:  # Those that come after may well succeed.
                 outcomes[member.workdir] = line = _line(error)
-                print(f"error: {member.workdir.name}: {line}", file=sys.stderr)
+                name = printable(member.workdir.name)
+                print(f"error: {name}: {line}", file=sys.stderr)
             # The programs of one member are of no use to the next.
             predict.make_predict.cache_clear()
             jax.clear_caches()
@@ -98,15 +100,15 @@ def run(
         if finished:
             written += pages.write_comparison(workdir, finished)[:1]
     except Exception as error:  # the table is what hours were spent for
-        print(f"warning: no compare.html: {_line(error)}", file=sys.stderr)
+        warn(f"no compare.html: {_line(error)}")
     return content, written
 
 
 def _line(error):
     if isinstance(error, UserError):
-        return str(error)
+        return printable(error)
     traceback.print_exception(error)  # a bug, or a machine that is too small
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {printable(error)[:200]}"
 
 
 def summary(
@@ -257,5 +259,7 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     members, workdir = parse(argv)
     content, written = run(members, workdir)
-    print(f"\n{markdown(content)}\nWritten to {workdir}: {', '.join(written)}")
+    print(
+        f"\n{markdown(content)}\nWritten to {printable(workdir)}: {', '.join(written)}"
+    )
     return 2 if any(row["failed"] for row in content["rows"]) else 0

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cofi_jax import distributed
-from cofi_jax.errors import UserError
+from cofi_jax.errors import UserError, printable
 from cofi_jax.training.step import TrainState
 
 
@@ -151,7 +151,7 @@ def _restore(state, loop):
             "their folder to start the stage over"
         )
     for line in skipped:
-        text = f"warning: {line}; falling back to the one before"
+        text = f"warning: {printable(line)}; falling back to the one before"
         tqdm.write(text, file=sys.stderr)
     return restored
 

@@ -1,5 +1,6 @@
 """One of several classes for each row."""
 
+import math
 import re
 
 import jax
@@ -40,7 +41,11 @@ class Classification(Problem):
 
     def class_names(self, cells, column):
         """The classes in sorted order, unless the cells look like values instead."""
-        found = {_text(cell): cell for cell in cells if cell is not None}
+        there = [cell for cell in cells if cell is not None and cell == cell]  # nan
+        found = {_text(cell): cell for cell in there}
+        words = {name for name in found if not re.fullmatch(_WHOLE, name)}
+        if words < found.keys() and all(map(_is_nan, words)):  # It is a missing number.
+            found = {name: cell for name, cell in found.items() if name not in words}
         whole = all(re.fullmatch(_WHOLE, name) for name in found)
         names = sorted(found, key=int if whole else None)
         fractions = not whole and all(map(_is_number, found))
@@ -79,6 +84,10 @@ class Classification(Problem):
 
 def _text(cell) -> str:
     return re.sub(rf"^({_WHOLE})\.0$", r"\1", str(cell))
+
+
+def _is_nan(text) -> bool:
+    return _is_number(text) and math.isnan(float(text))
 
 
 def _is_number(text) -> bool:

@@ -45,7 +45,7 @@ class Span(Problem):
         return np.array(cells, object)
 
     def unlabelled(self, count):
-        return np.array([{"text": [], "answer_start": []}] * count, object)
+        return np.full(count, None, object)
 
     def tokenise(self, columns, task, tokenizer, *, training):
         """Makes as many windows of each context as it takes, see `squad.windows`."""
