@@ -15,6 +15,11 @@ saved model beside it.
 `--labels contradiction,entailment,neutral` gives its classes in its own order, where
 that is not the task's, as with their MNLI models. `--dtype bfloat16` measures what
 models do in that precision.
+
+The task `own` is described as for `train.py`, and so are its files:
+
+    python eval.py --model path/to/model --task own --data path/to/folder \
+        --config.data.columns=title,body --config.data.labels=no,yes
 """
 
 import pathlib
@@ -24,12 +29,16 @@ from cofi_jax import commands, files
 from cofi_jax.errors import reject
 from cofi_jax.evaluation.evaluate import evaluate
 from cofi_jax.report import tables
+from cofi_jax.run import cli
 
 _USAGE = (
     "python eval.py --model path/to/model [--model M] [--task T] [--labels A,B] "
     "[--data D] [--batch_size 1,32] [--seq_length 32,64] [--repeats N] [--dtype T] "
-    "[--json F]"
+    "[--json F] [--config.data.X=Y]"
 )
+
+# The fields that have flags of their own, or none.
+_FLAGS = {"task": "--task", "path": "--data", "extra_file": ""}
 
 
 @commands.program
@@ -49,7 +58,8 @@ def main(argv: list[str]) -> int:
         parser.add_argument(f"--{name}", default=default, type=kind, help=text)
     text = "a saved model or a Hugging Face model, several times for several"
     parser.add_argument("--model", action="append", required=True, help=text)
-    options = parser.parse_args(argv[1:])
+    options, rest = parser.parse_known_args(argv[1:])
+    data = dict(_fields_of_data(rest))
     target = pathlib.Path(options.json).absolute()
     if options.json and (target.is_dir() or not target.parent.is_dir()):
         raise reject("--json", options.json, "must be a file in a folder that exists")
@@ -58,6 +68,7 @@ def main(argv: list[str]) -> int:
         task=options.task,
         labels=options.labels,
         data_path=options.data,
+        data=data,
         batch_sizes=options.batch_size,
         seq_lengths=options.seq_length,
         repeats=options.repeats,
@@ -67,6 +78,17 @@ def main(argv: list[str]) -> int:
     if options.json:
         files.write_json(target, result)
     return 0
+
+
+def _fields_of_data(arguments):
+    """The fields of `config.Data` that flags of `train.py` give, and their values."""
+    for field, value in cli.overrides(arguments, _USAGE):
+        section, _, name = field.rpartition(".")
+        if section != "data" or name in _FLAGS:
+            flag = _FLAGS.get(name, "") if section == "data" else ""
+            legal = f"is {flag} here" if flag else "is not for eval.py"
+            raise reject(f"--config.{field}", value, legal)
+        yield name, value
 
 
 if __name__ == "__main__":

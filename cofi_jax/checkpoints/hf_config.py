@@ -168,7 +168,7 @@ def class_rows(
         named = [names[row] for row in range(len(names))]
     except (AttributeError, KeyError, TypeError, ValueError):  # none that make sense
         named = []
-    where = f"{field.removesuffix('.path')}.labels"
+    where = "labels" if field == "model" else f"{field.removesuffix('.path')}.labels"
     for fold in (str, str.lower):
         order, wanted = ([*map(fold, x)] for x in (label_order or named, labels))
         if len(set(order)) == len(order) and sorted(order) == sorted(wanted):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cofi_jax import config as config_lib
 from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import DTYPES, Data, Model
 from cofi_jax.data import tasks
@@ -37,6 +39,7 @@ def load(
     task: str = "",
     labels: Sequence[str] = (),
     dtype: str = "",
+    described: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> list[Loaded]:
     """Saved models, and Hugging Face folders or names, all of one task.
 
@@ -45,6 +48,7 @@ def load(
       task: of the Hugging Face models; that of the first saved model if not given.
       labels: their classes in their order; () for the task's.
       dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given.
+      described: of the Hugging Face models, fields of `config.Data` beside the task.
 
     Raises:
       UserError: for what is neither, and for tasks that do not fit.
@@ -54,13 +58,16 @@ def load(
     known = [
         saved_model.saved_task(p) if saved_model.is_model(p) else None for p in paths
     ]
+    legal = "is for Hugging Face models; a saved model knows its own"
     for flag, value in (("task", task), ("labels", tuple(labels))):
         if value and all(known):
-            legal = "is for Hugging Face models; a saved model knows its own"
             raise reject(flag, value, legal)
+    for field, value in described.items():  # A saved model also says it for others.
+        if any(known):
+            raise reject(f"--config.data.{field}", value, legal)
     wanted = next(filter(None, known), None)
     if task and not (wanted and wanted.name == task):
-        wanted = tasks.find(Data(task=task))
+        wanted = _described(Data(task=task, **described))
     for path, own in zip(paths, known, strict=True):
         for field in _DESCRIBES_TASK if wanted else ():
             mine, first = (getattr(t or wanted, field) for t in (own, known[0]))
@@ -73,6 +80,17 @@ def load(
         else _load_other(path, wanted, labels, dtype)
         for path, own in zip(paths, known, strict=True)
     ]
+
+
+def _described(data):
+    """The task that the settings describe, with the names of its classes."""
+    config_lib.validate(config_lib.Config(data=data))
+    task = tasks.find(data)
+    if task.problem.names_classes and not task.labels:
+        legal = "must name the classes, as --config.data.labels=no,yes; there are no "
+        legal += "training rows to read them off"
+        raise reject("data.labels", data.labels, legal)
+    return task
 
 
 def _load_saved(path, task, dtype):

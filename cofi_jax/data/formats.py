@@ -77,14 +77,14 @@ def _values(column, name):
 def _read_parquet(file, columns):
     from pyarrow import parquet
 
-    with parquet.ParquetFile(file) as opened:
-        try:
-            names = opened.schema_arrow.names
-        except UnicodeDecodeError as error:
-            raise Unreadable(_not_utf8(error, "the name of a column")) from error
+    try:
+        opened = parquet.ParquetFile(file)
+        names = opened.schema_arrow.names
+    except UnicodeDecodeError as error:
+        raise Unreadable(_not_utf8(error, "the name of a column")) from error
+    with opened:
         wanted = [name for name in columns if names.count(name) == 1]
-        table = opened.read(columns=wanted)
-        cells = from_arrow(table, wanted).cells
+        cells = from_arrow(opened.read(columns=wanted), wanted).cells
         return Table(names, cells, opened.metadata.num_rows)
 
 
@@ -129,12 +129,14 @@ def _not_utf8(error: UnicodeDecodeError, where: str) -> str:
     """Names the byte and its place, and the encoding that it is likely to be of."""
     data, start = error.object, error.start
     near = data[start : start + 4096]
+    high = [place for place, byte in enumerate(near[:-1]) if byte > 127]
+    together = [place for place in high if near[place + 1] > 127]
     likely = "Windows-1252 or Latin-1"
     if _looks_like_utf16(data):
         likely = "UTF-16"
     elif error.reason == "unexpected end of data" and not data[:start].isascii():
         likely = "UTF-8 that was cut off"
-    elif sum(byte > 127 for byte in near) > max(8, len(near) / 3):
+    elif len(together) > max(4, len(high) / 3):  # Accents stand alone.
         likely = "an encoding of another script than the Latin one"
     return f"must be UTF-8; byte 0x{data[start]:02x} in {where}, looks like {likely}"
 
@@ -159,7 +161,7 @@ def _read_delimited(file, columns, delimiter, quoting):
         warn(
             f"{file}: quoted cells of {len(swallowed)} rows hold both tabs and line "
             f"breaks, as in row {swallowed[0]} (the first is 0); where quotes belong "
-            "to the texts, set data.quoting=false"
+            "to the texts, set --config.data.quoting=false"
         )
     places = {c: header.index(c) for c in columns if header.count(c) == 1}
     cells = {name: [row[place] for row in rows] for name, place in places.items()}
@@ -198,8 +200,8 @@ def _bad_quotes(text, place, row):
     start = text[place : place + 20].splitlines()[0]
     return (
         f"{where} has a cell that begins with a quote, {start!r}, and does not end "
-        "with one (a quote within it must be doubled); with data.quoting=false quotes "
-        "are characters like any other"
+        "with one (a quote within it must be doubled); with "
+        "--config.data.quoting=false quotes are characters like any other"
     )
 
 

@@ -227,8 +227,9 @@ def _warn_of_classes(names: Sequence[str], parts: list[_Part], column: str) -> N
                 errors.warn(f"{where}: the class {name!r} looks like {like}")
     for group in alike.values():
         if len(group) > 1:
+            where = [first[cell] for cell in first if cell in group][-1:]
             legal = "are different classes, but differ in spaces or case alone"
-            errors.warn(f"{first.get(group[1], column)}: {group} {legal}")
+            errors.warn(f"{''.join(where) or column}: {group} {legal}")
 
 
 def _in_quotes(text: str) -> bool:

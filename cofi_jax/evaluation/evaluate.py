@@ -9,7 +9,8 @@ the scores where both models fail on the same examples.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -108,6 +109,7 @@ def evaluate(
     task: str = "",
     labels: Sequence[str] = (),
     data_path: str = "",
+    data: Mapping[str, Any] = types.MappingProxyType({}),
     batch_sizes: Sequence[int] = (),
     seq_lengths: Sequence[int] = (),
     repeats: int = 30,
@@ -123,6 +125,8 @@ def evaluate(
       labels: the classes of the Hugging Face models in their order; () for the task's.
       data_path: hub name or folder; empty for the one that the first saved model was
         made with.
+      data: other fields of `config.Data`. `quoting` says how the files of `data_path`
+        are read; the rest describes the task of the Hugging Face models.
       batch_sizes: of the timed passes; () for the paper's 128 on a GPU, and on a CPU
         32, or 8 for SQuAD.
       seq_lengths: of the timed passes; () for the paper's 128 on a GPU, 64 on a CPU, or
@@ -141,10 +145,13 @@ def evaluate(
       UserError: for a path, data set or length that does not fit.
     """
     paths = [str(path) for path in paths]
-    loaded = load.load(paths, task=task, labels=labels, dtype=dtype)
-    rows_of = loaded[0].task
-    if data_path:
-        rows_of = dataclasses.replace(rows_of, path=data_path)
+    how = {name: data[name] for name in ("quoting",) if name in data}
+    described = {name: value for name, value in data.items() if name not in how}
+    loaded = load.load(
+        paths, task=task, labels=labels, dtype=dtype, described=described
+    )
+    where = {"path": data_path} if data_path else {}
+    rows_of = dataclasses.replace(loaded[0].task, **where, **how)
     batch_sizes, seq_lengths = _timed_sizes(loaded, batch_sizes, seq_lengths)
     _, columns = sources.load(rows_of, rows_of.validation)
     scores = [scored(one, columns) for one in loaded]

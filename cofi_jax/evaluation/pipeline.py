@@ -1,11 +1,12 @@
 """A saved model as a function from texts to answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cofi_jax import errors
 from cofi_jax.checkpoints import saved_model
+from cofi_jax.data import formats
 from cofi_jax.data.tasks import Task
 from cofi_jax.evaluation import predict as predict_lib
 
@@ -39,7 +40,9 @@ def pipeline(
     predict = predict_lib.make_predict(model)
 
     def run(texts: Sequence[Text]) -> list[dict]:
-        examples = task.tokenise(_columns(texts, task), tokenizer)
+        if not (parts := _parts(texts, len(task.columns))):
+            return []
+        examples = task.tokenise(_columns(parts, task), tokenizer)
         logits = predict_lib.logits(
             predict, params, task, examples, batch_size=batch_size, shrink=True
         )
@@ -48,16 +51,26 @@ def pipeline(
     return run
 
 
-def _columns(texts: Sequence[Text], task: Task) -> dict[str, Any]:
-    """The columns that `sources.load` would have read, with no real labels."""
-    wanted = len(task.columns)
+def _parts(texts: Sequence[Text], wanted: int) -> list[Sequence[str]]:
+    """The one or two texts of each input.
+
+    Raises:
+      UserError: where they are no texts, or not as many as are `wanted`.
+    """
     legal = f"must be a list of {'texts' if wanted == 1 else 'pairs of texts'}"
-    given = [] if isinstance(texts, str) else list(texts)
-    if not given:
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
         raise errors.reject("texts", texts, legal)
-    parts = [text if isinstance(text, (tuple, list)) else (text,) for text in given]
+    parts = [text if isinstance(text, (tuple, list)) else (text,) for text in texts]
     for part in parts:
         if len(part) != wanted or not all(isinstance(text, str) for text in part):
             raise errors.reject("texts", part, legal)
+        if not all(map(formats.is_whole, part)):
+            half = "holds half of a surrogate pair, which is no text"
+            raise errors.reject("texts", part, half)
+    return parts
+
+
+def _columns(parts: Sequence[Sequence[str]], task: Task) -> dict[str, Any]:
+    """The columns that `sources.load` would have read, with no real labels."""
     columns = dict(zip(task.columns, map(list, zip(*parts, strict=True)), strict=True))
     return columns | {task.label_column: task.problem.unlabelled(len(parts))}

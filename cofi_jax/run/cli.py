@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import runpy
+import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -103,19 +104,20 @@ def overrides(arguments: Iterable[str], usage: str) -> Iterable[tuple[str, Any]]
         yield field, _value(field, text, kind)
 
 
-def _kind(field, text) -> type:
-    """The type of a field of `Config`; `text` is only shown."""
-    node, parent = Config(), "config"
+def _kind(field, text) -> Any:
+    """The annotated type of a field of `Config`; `text` is only shown."""
+    node, parent = Config, "config"
     for name in field.split("."):
-        fields = vars(node) if dataclasses.is_dataclass(node) else {}
+        fields = typing.get_type_hints(node) if dataclasses.is_dataclass(node) else {}
         if name not in fields:
             legal = f"no such field; {parent} has {', '.join(fields) or 'no fields'}"
             raise reject(f"--config.{field}", text, legal)
         node, parent = fields[name], name
     if dataclasses.is_dataclass(node):
-        legal = f"is a section; give a value to one of {', '.join(vars(node))}"
+        names = ", ".join(typing.get_type_hints(node))
+        legal = f"is a section; give a value to one of {names}"
         raise reject(f"--config.{field}", text, legal)
-    return type(node)
+    return node
 
 
 def _value(field, text, kind) -> Any:
@@ -123,12 +125,17 @@ def _value(field, text, kind) -> Any:
         if text.lower() not in _BOOLEANS:
             raise reject(f"--config.{field}", text, "must be true or false")
         return _BOOLEANS[text.lower()]
-    if kind is tuple:
+    if typing.get_origin(kind) is tuple:
+        texts, words = typing.get_args(kind)[0] is str, tuple(text.split(","))
+        # 0,1 are texts where texts are wanted; so names with commas take quotes.
+        if texts and text.strip()[:1] not in ("(", "[", "'", '"'):
+            return words
         try:
             found = ast.literal_eval(text)
-        except (SyntaxError, ValueError):  # head,ffn is ("head", "ffn")
-            return tuple(text.split(","))
-        return tuple(found) if isinstance(found, tuple | list) else (found,)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            return words
+        found = tuple(found) if isinstance(found, tuple | list) else (found,)
+        return tuple(map(str, found)) if texts else found
     try:
         return kind(text)
     except ValueError as error:

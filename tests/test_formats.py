@@ -1,0 +1,599 @@
+"""Files of rows: bytes that are no text, quotes, odd rows, and what is said of them."""
+
+import codecs
+import decimal
+import json
+import re
+
+import pyarrow
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from cofi_jax import config, errors
+from cofi_jax.data import formats, sources, tasks
+
+FORMATS = ("csv", "tsv", "json", "jsonl", "parquet")
+
+
+def load(folder, **fields):
+    data = config.Data(**{"task": "own", "columns": ("text",)} | fields)
+    data.path = str(folder)
+    task, columns = sources.load(tasks.find(data), ["train"])
+    return task, columns["train"]
+
+
+def outcome(folder, capsys, **fields):
+    """The task and its rows, or the message; and what was said on stderr."""
+    try:
+        found = load(folder, **fields)
+    except errors.UserError as error:
+        found = str(error)
+        assert found.isprintable()
+    said = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("warning: ") and line.isprintable() for line in said)
+    return found, said
+
+
+def write(folder, name, content):
+    (folder / name).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
+    return folder
+
+
+def texts_of(folder, **fields):
+    return load(folder, **fields)[1]["text"]
+
+
+# Bytes that are not UTF-8, at every position of every format
+
+PLACES = ("used name", "other name", "text", "other cell", "label")
+
+
+def table_with(place, mark):
+    """The names and two rows of a table that has a mark at one place of the second."""
+
+    def at(name, value):
+        return value + mark if name == place else value
+
+    names = [at("used name", "text"), at("other name", "spare"), "label"]
+    second = [at("text", "cold cup"), at("other cell", "y"), at("label", "no")]
+    return names, [["warm tea", "x", "yes"], second]
+
+
+MARK = "ZQZ"
+
+
+def file_of(suffix, names, rows, path):
+    if suffix == "parquet":
+        columns = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+        # The bytes lie in the file as they are, and it has no second copy of them.
+        options = {"compression": "none", "use_dictionary": False}
+        options |= {"write_statistics": False, "store_schema": False}
+        parquet.write_table(pyarrow.table(columns), path, **options)
+        return path.read_bytes()
+    if suffix in ("csv", "tsv"):
+        delimiter = formats.DELIMITED[f".{suffix}"]
+        return "".join(delimiter.join(row) + "\n" for row in [names, *rows]).encode()
+    objects = [dict(zip(names, row, strict=True)) for row in rows]
+    if suffix == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in objects).encode()
+    return json.dumps(objects, indent=1).encode()
+
+
+WRONG = {
+    "Latin-1": (b"Z\xe9Z", "0xe9", "Windows-1252 or Latin-1"),
+    "Windows-1252": (b"Z\x80Z", "0x80", "Windows-1252 or Latin-1"),
+    "no first byte": (b"\xff\xfeZ", "0xff", "looks like"),
+    "a surrogate": (b"\xed\xa0\x80", "0xed", "looks like"),
+    "too long a form": (b"\xc0\xafZ", "0xc0", "looks like"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_byte_that_is_not_utf_8(suffix, place, wrong, tmp_path, capsys):
+    path = tmp_path / f"train.{suffix}"
+    data = file_of(suffix, *table_with(place, MARK), path)
+    replaced, byte, likely = WRONG[wrong]
+    path.write_bytes(data.replace(MARK.encode(), replaced))
+    found, said = outcome(tmp_path, capsys)
+    assert said == []
+    if suffix == "parquet" and place == "other cell":  # It is not even read.
+        assert found[1]["text"] == ["warm tea", "cold cup"]
+        return
+    assert found.startswith(f"data.path={str(tmp_path)!r}: cannot read {path}: ")
+    assert f"must be UTF-8; byte {byte} in " in found and likely in found
+    if suffix == "parquet" and place.endswith("name"):
+        assert "the name of a column" in found
+    elif suffix in ("csv", "tsv") and place.endswith("name"):
+        assert "line 1 (the header)" in found
+    elif suffix in ("json", "jsonl") and place.endswith("name"):
+        assert "row 0" in found
+    else:
+        assert "row 1" in found
+
+
+OTHER = "an encoding of another script than the Latin one"
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl"])
+@pytest.mark.parametrize(
+    "encoding, likely",
+    [
+        ("utf-16", "UTF-16"),
+        ("utf-16-le", "UTF-16"),
+        ("utf-16-be", "UTF-16"),
+        ("utf-32", "UTF-16"),  # which also has many zero bytes
+        ("latin-1", "Windows-1252 or Latin-1"),
+        ("cp1251", OTHER),
+        ("gb18030", OTHER),
+        ("shift_jis", OTHER),
+    ],
+)
+def test_a_file_of_another_encoding(suffix, encoding, likely, tmp_path, capsys):
+    foreign = {"cp1251": "холодная чашка", "gb18030": "冷たいお茶です冷たい"}
+    text = foreign.get(encoding, foreign["gb18030"] if "jis" in encoding else "thé")
+    rows = [[f"{text}{i}", "x", label] for i, label in enumerate(("yes", "no"))]
+    data = file_of(suffix, ["text", "spare", "label"], rows, None)
+    if suffix.startswith("json"):
+        data = data.decode("unicode_escape").encode()
+    write(tmp_path, f"train.{suffix}", data.decode().encode(encoding))
+    found, _ = outcome(tmp_path, capsys)
+    assert re.search(r"must be UTF-8; byte 0x.. in line \d", found)
+    assert f"looks like {likely}" in found
+
+
+def test_a_file_that_was_cut_off_within_a_letter(tmp_path, capsys):
+    data = "text,label\nthé,yes\ncafé".encode()[:-1]
+    found, _ = outcome(write(tmp_path, "train.csv", data), capsys)
+    assert "byte 0xc3 in line 3 (row 1, the first is 0)" in found
+    assert found.endswith("looks like UTF-8 that was cut off")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl"])
+def test_a_mark_at_the_start_of_utf_8_is_no_part_of_a_name(suffix, tmp_path):
+    data = file_of(suffix, *table_with("", ""), None)
+    write(tmp_path, f"train.{suffix}", codecs.BOM_UTF8 + data)
+    assert texts_of(tmp_path) == ["warm tea", "cold cup"]
+
+
+# Quotes
+
+CELLS = st.text(st.sampled_from("ab \"',\t\n\ré\u2028\x1b"), max_size=6)
+
+
+def delimited(rows, suffix, always):
+    """The file by one rule: quotes around a cell, and doubled within."""
+    delimiter = formats.DELIMITED[f".{suffix}"]
+
+    def cell(text):
+        odd = any(c in text for c in f'{delimiter}"\n\r')
+        quoted = '"' + text.replace('"', '""') + '"'
+        return quoted if always or odd or not text else text
+
+    return "".join(delimiter.join(map(cell, row)) + "\n" for row in rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5),
+    st.sampled_from(("csv", "tsv")),
+    st.booleans(),
+)
+def test_what_is_quoted_is_read_as_it_was(tmp_path_factory, rows, suffix, always):
+    path = tmp_path_factory.getbasetemp() / f"quoted.{suffix}"
+    path.write_bytes(delimited([("text", "b"), *rows], suffix, always).encode())
+    table = formats.read(path, ("b", "text"))
+    assert table.names == ["text", "b"] and table.rows == len(rows)
+    assert [*zip(table.cells["text"], table.cells["b"], strict=True)] == rows
+
+
+PLAIN = st.text(st.sampled_from("ab \"',é\u2028\x1b"), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(PLAIN, PLAIN), min_size=1, max_size=5), st.sampled_from("\n\r")
+)
+def test_without_quoting_every_character_counts(tmp_path_factory, rows, end):
+    path = tmp_path_factory.getbasetemp() / "plain.tsv"
+    lines = ["\t".join(row) for row in [("text", "b"), *rows]]
+    path.write_text(end.join(lines), newline="")
+    table = formats.read(path, ("text", "b"), quoting=False)
+    assert [*zip(table.cells["text"], table.cells["b"], strict=True)] == rows
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize(
+    "first, second, row",
+    [
+        ('"warm" tea', "cup", 0),  # it goes on after the quote
+        ("tea", '"cold cup', 1),  # it has no end
+        ("tea", '"cold" "cup"', 1),
+        ('"a "warm" tea"', "cup", 0),
+    ],
+)
+def test_quotes_by_no_rule(suffix, first, second, row, tmp_path, capsys):
+    tab = formats.DELIMITED[f".{suffix}"]
+    text = f"text{tab}label\n{first}{tab}yes\n{second}{tab}no\n"
+    write(tmp_path, f"train.{suffix}", text)
+    found, _ = outcome(tmp_path, capsys)
+    assert f"row {row} (the first is 0) has a cell that begins with a quote" in found
+    assert "--config.data.quoting=false" in found
+    assert texts_of(tmp_path, quoting=False) == [first, second]
+
+
+def test_quotes_within_a_cell_are_characters(tmp_path):
+    write(tmp_path, "train.tsv", 'text\tlabel\nso "warm"\tyes\n5" cup\tno\n')
+    assert texts_of(tmp_path) == ['so "warm"', '5" cup']
+
+
+def test_rows_that_quotes_have_swallowed_are_said(tmp_path, capsys):
+    lines = ["text\tlabel", '"tea\tyes', 'cup"\tno', "pot\tyes"]
+    write(tmp_path, "train.tsv", "\n".join(lines))
+    (_, rows), (said,) = outcome(tmp_path, capsys)
+    assert rows["text"] == ["tea\tyes\ncup", "pot"]
+    assert "1 rows hold both tabs and line breaks, as in row 0 " in said
+    assert "--config.data.quoting=false" in said
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_cell_of_any_size(suffix, tmp_path):
+    rows = [["tea " * 2_000_000, "x", "yes"], ["cup", "y", "no"]]
+    path = tmp_path / f"train.{suffix}"
+    path.write_bytes(file_of(suffix, ["text", "spare", "label"], rows, path))
+    assert texts_of(tmp_path) == [rows[0][0], "cup"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_an_empty_cell_is_missing_and_a_quoted_one_is_not(suffix, tmp_path, capsys):
+    tab = formats.DELIMITED[f".{suffix}"]
+    write(tmp_path, f"train.{suffix}", f'text{tab}label\n""{tab}yes\n{tab}no\n')
+    found, _ = outcome(tmp_path, capsys)
+    assert "row 1 (the first is 0) has no text in 'text'" in found
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", ["", "\n", "\n\n"])
+def test_ends_of_lines(end, last, tmp_path):
+    text = f"text,label\n\nwarm,yes\ncold,no{last}".replace("\n", end)
+    write(tmp_path, "train.csv", text)
+    assert texts_of(tmp_path) == ["warm", "cold"]
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("text,label\na,yes\nb\n", "row 1 (the first is 0) has 1 cells, the header 2"),
+        ("text,label\na,b,yes\n", "row 0 (the first is 0) has 3 cells, the header 2"),
+        ("text;label\na;yes\n", "needs a column 'text'; it has text;label"),
+        ("text, label\na,yes\n", "needs a column 'label'; it has text, ' label'"),
+        ('"text,label\na,yes\n', "the header has a cell that begins with a quote"),
+        ("", "must begin with the names of the columns"),
+        ("\n\n", "must begin with the names of the columns"),
+        ("te\x1b[2Jxt,label\na,yes\n", r"it has te\x1b[2Jxt, label"),
+    ],
+)
+def test_tables_that_are_none(text, said, tmp_path, capsys):
+    found, _ = outcome(write(tmp_path, "train.csv", text), capsys)
+    assert said in found
+
+
+# JSON
+
+ROWS = [{"text": "warm", "label": "yes"}, {"text": "cold", "label": "no"}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=2),
+        "\n".join(map(json.dumps, ROWS)),
+        "\r\n\r\n".join(map(json.dumps, ROWS)) + "\r\n",
+        "\n".join(json.dumps(row, indent=2) for row in ROWS),  # as jq writes them
+        json.dumps({"data": ROWS}),
+        json.dumps({"version": "1", "data": ROWS}, indent=1),
+        " \n" + json.dumps(ROWS) + " \n",
+    ],
+    ids=range(8),
+)
+def test_rows_of_json(suffix, content, tmp_path):
+    write(tmp_path, f"train.{suffix}", content)
+    assert texts_of(tmp_path) == ["warm", "cold"]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('[{"text": "a"}, 3]', "row 1 (the first is 0) must be an object"),
+        ('"a"', "row 0 (the first is 0) must be an object"),
+        ('{"text": "a"}\n{"text" "b"}', "row 1 (the first is 0) is no JSON"),
+        ('[{"text": "a"}, {"text": "b" 3}]', "row 1 (the first is 0) is no JSON"),
+        ('[{"text": "a"} {"text": "b"}]', "row 0 (the first is 0) is not followed by"),
+        ('[{"text": "a"}', "row 0 (the first is 0) is not followed by"),
+        ('[{"text": "a"},', "is cut off after 1 rows"),
+        ("[", "is cut off after 0 rows"),
+        ('{"text": "a"},\n{"text": "b"}', "row 1 (the first is 0) is no JSON"),
+        ('{"a": ' * 99_999, "row 0 (the first is 0) is nested too deeply"),
+        ("[" * 99_999, "row 0 (the first is 0) is nested too deeply"),
+        ('{"text": ["a"], "label": ["x"]}', "row 0 (the first is 0) has text=['a']"),
+        (
+            '{"text": "a", "label": 1}\n{"label": 1}',
+            "row 1 (the first is 0) has no text",
+        ),
+        ('{"text": "a", "label": 1}\n{"text": 7}', "row 1 (the first is 0) has text=7"),
+        ('{"text": "\\udc80", "label": 1}', "row 0 (the first is 0) has half of a"),
+        ('{"text": "", "label": "\\ud800"}', "row 0 (the first is 0) has half of a"),
+        ('{"te\\ud800\\u001bxt": ""}', r"it has te\ud800\x1bxt"),
+        ("[]", "has no rows"),
+        ("", "has no rows"),
+    ],
+    ids=range(19),
+)
+def test_json_that_is_no_table(content, said, tmp_path, capsys):
+    found, _ = outcome(write(tmp_path, "train.json", content), capsys)
+    assert said in found and len(found) < 700
+
+
+# Only the columns of the task
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_columns_that_nobody_asked_for_may_hold_anything(suffix, tmp_path):
+    rows = [
+        {"text": "warm", "label": "yes", "id": 7, "more": {"a": 1}, "time": "x"},
+        {"text": "cold", "label": "no", "id": "8b", "more": [1], "few": None},
+    ]
+    if suffix == "parquet":
+        columns = {
+            "text": ["warm", "cold"],
+            "label": ["yes", "no"],
+            "id": pyarrow.array([b"\xff\xfe", None]),
+            "text.raw": [decimal.Decimal("1.5"), None],
+            "more": pyarrow.array([[1], []], pyarrow.list_(pyarrow.int8())),
+            "time": pyarrow.array([0, 2**50], pyarrow.timestamp("ms")),  # no date
+        }
+        parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+    else:
+        lines = "\n".join(map(json.dumps, rows))
+        write(tmp_path, f"train.{suffix}", lines)
+    assert texts_of(tmp_path) == ["warm", "cold"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_other_columns_of_delimited_text_may_hold_anything(suffix, tmp_path):
+    rows = [["id", "text", "id", "", "label"]]
+    rows += [
+        ["7", "warm", "2001-13-45", "", "yes"],
+        ["", "cold", "nan", "9" * 99, "no"],
+    ]
+    write(tmp_path, f"train.{suffix}", delimited(rows, suffix, always=False))
+    assert texts_of(tmp_path) == ["warm", "cold"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.string(),
+        pyarrow.large_string(),
+        pyarrow.string_view(),
+        pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
+        pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
+    ],
+    ids=str,
+)
+def test_every_type_of_text_of_parquet(kind, tmp_path):
+    texts = ["warm", "cold", "warm"]
+    columns = {
+        name: pyarrow.array(texts, pyarrow.string()) for name in ("text", "label")
+    }
+    if str(kind) == "string_view":  # It cannot be cast to.
+        columns = {name: pyarrow.array(texts, kind) for name in columns}
+    elif str(kind).startswith("dictionary"):
+        columns = {
+            name: column.dictionary_encode().cast(kind)
+            for name, column in columns.items()
+        }
+    else:
+        columns = {name: column.cast(kind) for name, column in columns.items()}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+    task, rows = load(tmp_path)
+    assert rows["text"] == texts and task.labels == ("cold", "warm")
+    assert rows["label"].tolist() == [1, 0, 1]
+
+
+def test_classes_of_pandas(tmp_path):
+    labels = pyarrow.array([7, 3, 7]).dictionary_encode()
+    table = pyarrow.table({"text": ["a", "b", "c"], "label": labels})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    task, rows = load(tmp_path)
+    assert task.labels == ("3", "7") and rows["label"].tolist() == [1, 0, 1]
+
+
+# Files as the hub gives them
+
+
+def write_shards(folder, names):
+    """A row in each file, in the order of the names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, name in enumerate(names):
+        label = ("yes", "no")[row % 2]
+        table = pyarrow.table({"text": [f"text {row}"], "label": [label]})
+        parquet.write_table(table, folder / name)
+
+
+@pytest.mark.parametrize("below", ["", "data", "own", "plain_text"])
+@pytest.mark.parametrize("shards", [2, 11])
+@pytest.mark.parametrize("ends", ["", "-0123456789abcdef"])
+def test_files_in_parts(below, shards, ends, tmp_path):
+    names = [f"train-{i:05}-of-{shards:05}{ends}.parquet" for i in range(shards)]
+    write_shards(tmp_path / below, names)
+    write_shards(tmp_path / below, ["validation-00000-of-00001.parquet"])
+    (tmp_path / ".git").mkdir()
+    assert texts_of(tmp_path) == [f"text {i}" for i in range(shards)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00001-of-00002.parquet"],
+        ["train-00000-of-00002.parquet"],
+        ["train-00000-of-00002.parquet", "train-00001-of-00003.parquet"],
+        ["train-00000-of-00001.parquet", "train.parquet"],
+        ["data/train.parquet", "train.parquet"],
+        ["a/train.parquet", "b/train.parquet"],
+        ["train-0-of-1.parquet.bak"],
+        ["training-00000-of-00001.parquet"],
+    ],
+)
+def test_parts_that_are_missing_or_too_many(names, tmp_path, capsys):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_shards((tmp_path / name).parent, [(tmp_path / name).name])
+    found, _ = outcome(tmp_path, capsys)
+    assert "must hold one of ['train.parquet'" in found and " found, among: " in found
+
+
+def test_the_row_of_a_mistake_in_one_of_the_parts(tmp_path, capsys):
+    write_shards(tmp_path, ["train-00000-of-00002.parquet"])
+    table = pyarrow.table({"text": ["a", None], "label": ["yes", "no"]})
+    parquet.write_table(table, tmp_path / "train-00001-of-00002.parquet")
+    found, _ = outcome(tmp_path, capsys)
+    assert "train-00001-of-00002.parquet, row 1 (the first is 0) has no text" in found
+
+
+# SQuAD's own files
+
+
+def official(*answers, **more):
+    asked = [
+        {"id": str(i), "question": f"q{i}", "answers": answer, **more}
+        for i, answer in enumerate(answers)
+    ]
+    paragraph = {"context": "it was me", "qas": asked}
+    return {"title": "t", "paragraphs": [paragraph, paragraph]}
+
+
+ME = [{"text": "me", "answer_start": 7}, {"text": "was me", "answer_start": 3}]
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("version", [{"version": "1.1"}, {}, None])
+def test_the_official_files_of_squad(suffix, version, tmp_path):
+    articles = [official(ME, ME[:1]), official(ME)]
+    content = articles if version is None else version | {"data": articles}
+    write(tmp_path, f"train.{suffix}", json.dumps(content))
+    _, rows = load(tmp_path, task="squad", columns=())
+    assert rows["question"] == ["q0", "q1", "q0", "q1", "q0", "q0"]
+    assert rows["context"] == ["it was me"] * 6
+    assert rows["answers"][0] == {"text": ["me", "was me"], "answer_start": [7, 3]}
+    assert rows["answers"][1] == {"text": ["me"], "answer_start": [7]}
+
+
+def test_questions_of_version_2_have_no_answers(tmp_path):
+    """Nor those that only look plausible; what becomes of them is said later."""
+    more = {"is_impossible": True, "plausible_answers": ME}
+    content = {"version": "v2.0", "data": [official([], **more)]}
+    write(tmp_path, "train.json", json.dumps(content))
+    _, rows = load(tmp_path, task="squad", columns=())
+    assert rows["answers"].tolist() == [{"text": [], "answer_start": []}] * 2
+
+
+@pytest.mark.parametrize(
+    "article",
+    [
+        {"paragraphs": 3},
+        {"paragraphs": [{"context": "x"}]},
+        {"paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": [3]}]}]},
+        {"paragraphs": [{"qas": [{"question": "q", "answers": []}]}]},
+        {"paragraphs": [3]},
+    ],
+    ids=str,
+)
+def test_articles_that_are_none(article, tmp_path, capsys):
+    write(tmp_path, "train.json", json.dumps({"data": [article]}))
+    found, _ = outcome(tmp_path, capsys, task="squad", columns=())
+    assert "must have the articles of SQuAD" in found
+
+
+# What is said of texts and labels
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        (["good", "bad", "good "], ["['good', 'good '] are different classes"]),
+        (["good", "bad", "Good"], ["['Good', 'good'] are different classes"]),
+        (["a b", "bad", "a  b"], ["['a  b', 'a b'] are different classes"]),
+        (["good", "bad", "nan"], ["the class 'nan' looks like a missing one"]),
+        (["good", "bad", "None"], ["the class 'None' looks like a missing one"]),
+        (["good", "bad", "N/A"], ["the class 'N/A' looks like a missing one"]),
+        (["good", "bad", "'x'"], ["the class \"'x'\" looks like a word with quotes"]),
+        (["good", "bad", "good"], []),
+    ],
+)
+def test_classes_that_look_like_mistakes(suffix, labels, said, tmp_path, capsys):
+    rows = [["a", "x", label] for label in labels]
+    path = tmp_path / f"train.{suffix}"
+    path.write_bytes(file_of(suffix, ["text", "spare", "label"], rows, path))
+    (task, _), lines = outcome(tmp_path, capsys)
+    assert task.labels == tuple(sorted(set(labels)))
+    for line, part in zip(lines, said, strict=True):
+        assert part in line and f"{path}, row " in line
+        assert "row 2 (the first is 0)" in line or "'good'" in line
+    # Names that somebody gave are meant.
+    assert outcome(tmp_path, capsys, labels=task.labels)[1] == []
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN"])
+@pytest.mark.parametrize("numbers", [["1", "0"], ["1.0", "0.0"], ["-1", "7"]])
+def test_nan_among_numbers_is_a_missing_label(word, numbers, tmp_path, capsys):
+    rows = "".join(f"a,{label}\n" for label in [*numbers, word])
+    write(tmp_path, "train.csv", f"text,label\n{rows}")
+    found, _ = outcome(tmp_path, capsys)
+    assert f"train.csv, row 2 (the first is 0) has label='{word}'; must be" in found
+
+
+@pytest.mark.parametrize(
+    "texts, said",
+    [
+        (['"warm"', "cold"], "1 of 2 texts"),
+        (["cold", "'warm tea'", "'x'"], "2 of 3 texts"),
+        ([' "warm" ', "b"], "1 of 2 texts"),
+        (['"', "b"], None),
+        (['"warm" tea', 'a "cup"'], None),
+        (["'twas", "dogs'"], None),
+    ],
+)
+def test_texts_in_quotes_are_said(texts, said, tmp_path, capsys):
+    table = {"text": texts, "label": ["yes", "no", "no"][: len(texts)]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "train.parquet")
+    (_, rows), lines = outcome(tmp_path, capsys)
+    assert rows["text"] == texts  # They are said, not changed.
+    assert len(lines) == bool(said)
+    for line in lines:
+        row = [text.strip()[0] in "\"'" for text in texts].index(True)
+        assert said in line and f"as in row {row} (the first is 0)" in line
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("cell", ["1_0", "4,5", "x", "nan", "", "1e39"])
+def test_the_row_of_what_is_no_number(suffix, cell, tmp_path, capsys):
+    rows = [["text", "label"], ["a", "2.5"], ["b", " 3 "], ["c", cell]]
+    text = delimited(rows, suffix, always=False).replace('""', "")
+    write(tmp_path, f"train.{suffix}", text)
+    found, _ = outcome(tmp_path, capsys, problem="regression")
+    assert re.search(r"row 2 \(the first is 0\) has label=.*; must be a finite", found)
+
+
+def test_a_long_cell_is_shortened_in_a_message(tmp_path, capsys):
+    write(tmp_path, "train.json", json.dumps([{"text": ["x"] * 9999, "label": 1}]))
+    found, _ = outcome(tmp_path, capsys)
+    assert "row 0 (the first is 0) has text=['x', 'x'" in found and len(found) < 600
