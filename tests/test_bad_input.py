@@ -223,6 +223,12 @@ DATA = {
     "half": {"train.csv": INFERENCES, "validation_matched.csv": INFERENCES},
     "squad": both(json.dumps([question(6)] * 2), "json"),
     "unanswered": both(json.dumps([question(2)] * 2), "json"),
+    "second": {
+        "train.json": json.dumps([question(6)] * 2),
+        "validation.json": json.dumps(
+            [question(6), question(6) | {"answers": {"text": [], "answer_start": []}}]
+        ),
+    },
     "uneven": both(
         json.dumps([question(6) | {"answers": {"text": ["dull"], "answer_start": []}}]),
         "json",
@@ -446,6 +452,11 @@ COMMANDS = {
         "config",
         ["data.task=mnli", "data.path={half}"],
         ["data.path='{half}'", "validation_mismatched.parquet", "train.csv"],
+    ),
+    "unanswerable questions": (
+        "config",
+        ["model.path={bert}", "data.task=squad", "data.path={second}"],
+        ["1 of 2 questions have no answer, as in row 1 (the first is 0)", "SQuAD v2"],
     ),
     "uneven answers": (
         "config",

@@ -442,6 +442,39 @@ def test_hugging_face_on_the_command_line(there, tmp_path, capsys):
     assert " speedup |" in out
 
 
+def test_a_task_of_ones_own(there, tmp_path, capsys, evaluated):
+    """It is described as for train.py; here by the columns of a task of the table."""
+    for split in MNLI.validation[:1]:
+        shutil.copy(pathlib.Path(there["mnli"], f"{split}.tsv"), tmp_path)
+    text = (tmp_path / "validation_matched.tsv").read_text()
+    text = text.replace(
+        "premise\thypothesis\tlabel", "my premise\t2nd, text\tits class"
+    )
+    (tmp_path / "validation.tsv").write_text(text)
+    arguments = ["--task=own", f"--data={tmp_path}", "--repeats=1", "--batch_size=1"]
+    arguments += [f"--json={tmp_path / 'x.json'}", f"--model={there['hf']}"]
+    arguments += ["--config.data.columns=('my premise', '2nd, text')"]
+    arguments += ["--config.data.label_column", "its class"]
+    arguments += [f"--config.data.labels={','.join(MNLI.labels)}"]
+    arguments += ["--config.data.max_length=20"]
+    status, _, err = run(capsys, *arguments)
+    assert (status, err) == (0, "")
+    found = json.loads((tmp_path / "x.json").read_text())["models"][0]
+    its = evaluated("hf")["scores"]["validation_matched"]
+    assert found["scores"] == {"validation": its}
+
+
+def test_quotes_of_other_data(there, tmp_path, capsys):
+    text = 'sentence\tlabel\n"fine" film\t1\n"dull\t0\n'
+    (tmp_path / "validation.tsv").write_text(text)
+    arguments = [f"--model={there['dense']}", f"--data={tmp_path}", "--repeats=1"]
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and "row 0 (the first is 0) has a cell that begins with" in err
+    (flag,) = [word for word in err.split() if word.startswith("--config.")]
+    status, out, err = run(capsys, *arguments, "--batch_size=1", flag)
+    assert (status, err) == (0, "") and "Scores on 2 examples" in out
+
+
 @pytest.mark.parametrize(
     "first, second, task",
     [
@@ -559,6 +592,51 @@ BAD = {
     "dtype": (
         ["--model={dense}", "--dtype=float16"],
         ["dtype='float16'", "float32, bfloat16"],
+    ),
+    "own without columns": (
+        ["--model={hf}", "--task=own"],
+        ["data.columns=()", "--config.data.columns=title,body"],
+    ),
+    "own without classes": (
+        ["--model={hf}", "--task=own", "--config.data.columns=a"],
+        ["data.labels=()", "--config.data.labels=no,yes"],
+    ),
+    "own of other classes": (
+        [
+            "--model={hf}",
+            "--task=own",
+            "--config.data.columns=a",
+            "--config.data.labels=x,y,z",
+        ],
+        ["'{hf}'", "names its classes", "in the order of the model: labels"],
+    ),
+    "own with a task of the table": (
+        ["--model={hf}", "--task=mnli", "--config.data.columns=a"],
+        ["data.columns=('a',)", "only the task own takes it, not mnli"],
+    ),
+    "own of a saved model": (
+        ["--model={own}", "--config.data.columns=a"],
+        ["--config.data.columns=('a',)", "a saved model knows its own"],
+    ),
+    "own with a wrong length": (
+        ["--model={hf}", "--task=mnli", "--config.data.max_length=2"],
+        ["data.max_length=2", "at least 3"],
+    ),
+    "task twice": (
+        ["--model={hf}", "--config.data.task=own"],
+        ["--config.data.task='own'", "is --task here"],
+    ),
+    "rows of training": (
+        ["--model={dense}", "--config.data.extra_file=x.csv"],
+        ["--config.data.extra_file='x.csv'", "not for eval.py"],
+    ),
+    "a field of training": (
+        ["--model={dense}", "--config.seed=1"],
+        ["--config.seed=1", "not for eval.py"],
+    ),
+    "no such field": (
+        ["--model={hf}", "--config.data.column=a"],
+        ["--config.data.column='a'", "no such field", "columns"],
     ),
     "of old": (["--model={dense}", "--against={dense}"], ["--against=", "usage"]),
 }

@@ -5,6 +5,7 @@ import pytest
 from conftest import random_params
 
 import cofi_jax as cofi
+from cofi_jax import UserError
 from cofi_jax.checkpoints import saved_model
 from cofi_jax.data import toy
 from cofi_jax.evaluation import predict as predict_lib
@@ -92,3 +93,30 @@ def test_programs_are_few(saved):
         classify(TEXTS[count:])
         classify(TEXTS[:count])
     assert predict._cache_size() - before <= 4 * len(LENGTHS)
+
+
+@pytest.mark.parametrize("texts", [[], (), iter([]), np.array([], str)])
+def test_no_texts_have_no_answers(saved, shapes, texts):
+    assert cofi.pipeline(saved)(texts) == [] and shapes == []
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ("a text", "must be a list of texts"),
+        (b"a text", "must be a list of texts"),
+        ({"a": 1}, "must be a list of texts"),
+        (None, "must be a list of texts"),
+        (3, "must be a list of texts"),
+        ([b"a"], "must be a list of texts"),
+        ([["a", "b"]], "must be a list of texts"),
+        ([[]], "must be a list of texts"),
+        (["a", "\ud800"], "half of a surrogate pair"),
+        (["a", "b \udcff c"], "half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_text_is_said_in_one_line(saved, texts, said):
+    with pytest.raises(UserError) as caught:
+        cofi.pipeline(saved)(texts)
+    message = str(caught.value)
+    assert message.startswith("texts=") and said in message and message.isprintable()
