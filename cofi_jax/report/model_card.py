@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from cofi_jax.data import tasks
 from cofi_jax.data.problems import PROBLEMS
+from cofi_jax.errors import printable
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
 from cofi_jax.report.tables import escape
@@ -99,7 +100,7 @@ def _metadata(config, about, task):
         "library_name": "cofi-jax",
         "pipeline_tag": PROBLEMS[config.problem].pipeline_tag,
         "tags": ["cofi-jax", "jax", "structured-pruning", "arxiv:2204.00408"],
-        "base_model": about.get("base_model") or None,
+        "base_model": printable(about.get("base_model", "")) or None,
     }
     if task and task.hub and about["task"] != "demo":  # whose rows are generated
         fields["datasets"] = [task.hub]
