@@ -15,6 +15,7 @@ from cofi_jax.errors import UserError
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning.constraint import max_sparsity
+from cofi_jax.run import cli
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -341,3 +342,58 @@ def test_wrong_assignment_is_named(field):
     message = str(caught.value)
     assert message.startswith(f"{field}={WRONG[field]!r}: ")
     assert "\n" not in message
+
+
+# Values on the command line
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("0,1,2", ("0", "1", "2")),
+        ("(0,1,2)", ("0", "1", "2")),
+        ("[0, 1]", ("0", "1")),
+        ("007,1.0", ("007", "1.0")),
+        ("-1,1", ("-1", "1")),
+        ("1e3,0x10", ("1e3", "0x10")),
+        ("True,None", ("True", "None")),
+        ("2001", ("2001",)),
+        ("my text", ("my text",)),
+        ("my text,its title", ("my text", "its title")),
+        (" first", (" first",)),
+        ("('a b',)", ("a b",)),
+        ("'a b','c,d'", ("a b", "c,d")),
+        ('["a"]', ("a",)),
+        ("it's,b", ("it's", "b")),
+        ("'a", ("'a",)),
+        ("(text)", ("(text)",)),
+        ("[a],b", ("[a]", "b")),
+        ("(" * 999, ("(" * 999,)),
+        ("()", ()),
+        ("a\0b", ("a\0b",)),
+    ],
+)
+@pytest.mark.parametrize("field", ["labels", "columns", "metrics"])
+def test_texts_on_the_command_line_stay_texts(field, text, expected):
+    for flags in ([f"--config.data.{field}={text}"], [f"--config.data.{field}", text]):
+        assert dict(cli.overrides(flags, "")) == {f"data.{field}": expected}
+        config = cli.parse(["train.py", "--config=configs/demo.py", *flags])[0]
+        assert getattr(config.data, field) == expected
+
+
+@pytest.mark.parametrize(
+    "field, text, expected",
+    [
+        ("prune.targets", "0.5,0.9", (0.5, 0.9)),
+        ("prune.targets", "0.5", (0.5,)),
+        ("data.buckets", "8,16", (8, 16)),
+        ("data.buckets", "()", ()),
+        ("prune.kinds", "head,ffn", ("head", "ffn")),
+        ("data.label_column", "its class", "its class"),
+        ("data.label_column", "0", "0"),
+        ("data.quoting", "false", False),
+        ("seed", "3", 3),
+    ],
+)
+def test_other_values_on_the_command_line(field, text, expected):
+    assert dict(cli.overrides([f"--config.{field}={text}"], "")) == {field: expected}
