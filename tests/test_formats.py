@@ -383,6 +383,8 @@ def test_other_columns_of_delimited_text_may_hold_anything(suffix, tmp_path):
         pyarrow.string(),
         pyarrow.large_string(),
         pyarrow.string_view(),
+        pyarrow.binary(),
+        pyarrow.large_binary(),
         pyarrow.dictionary(pyarrow.int8(), pyarrow.string()),
         pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()),
     ],
@@ -390,18 +392,11 @@ def test_other_columns_of_delimited_text_may_hold_anything(suffix, tmp_path):
 )
 def test_every_type_of_text_of_parquet(kind, tmp_path):
     texts = ["warm", "cold", "warm"]
-    columns = {
-        name: pyarrow.array(texts, pyarrow.string()) for name in ("text", "label")
-    }
-    if str(kind) == "string_view":  # It cannot be cast to.
-        columns = {name: pyarrow.array(texts, kind) for name in columns}
-    elif str(kind).startswith("dictionary"):
-        columns = {
-            name: column.dictionary_encode().cast(kind)
-            for name, column in columns.items()
-        }
+    if pyarrow.types.is_dictionary(kind):
+        column = pyarrow.array(texts).dictionary_encode().cast(kind)
     else:
-        columns = {name: column.cast(kind) for name, column in columns.items()}
+        column = pyarrow.array(texts, kind)
+    columns = {"text": column, "label": column}
     parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
     task, rows = load(tmp_path)
     assert rows["text"] == texts and task.labels == ("cold", "warm")
@@ -597,3 +592,11 @@ def test_a_long_cell_is_shortened_in_a_message(tmp_path, capsys):
     write(tmp_path, "train.json", json.dumps([{"text": ["x"] * 9999, "label": 1}]))
     found, _ = outcome(tmp_path, capsys)
     assert "row 0 (the first is 0) has text=['x', 'x'" in found and len(found) < 600
+
+
+def test_bytes_of_parquet_that_are_no_text(tmp_path, capsys):
+    texts = pyarrow.array([b"warm", None, b"caf\xe9"])
+    table = pyarrow.table({"text": ["a", "b", "c"], "label": texts})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    found, _ = outcome(tmp_path, capsys)
+    assert "byte 0xe9 in row 2 (the first is 0) in 'label'" in found

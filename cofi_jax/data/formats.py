@@ -61,13 +61,17 @@ def from_arrow(table: "pyarrow.Table", columns: Sequence[str]) -> Table:
 
 
 def _values(column, name):
-    """The cells of a column as Python's values."""
+    """The cells of a column as Python's values; some programs store text as bytes."""
+
+    def text(value):
+        return value.decode() if isinstance(value, bytes) else value
+
     try:
-        return column.to_pylist()
+        return [*map(text, column.to_pylist())]
     except UnicodeDecodeError:
         for row, cell in enumerate(column):
             try:
-                cell.as_py()
+                text(cell.as_py())
             except UnicodeDecodeError as error:
                 where = f"row {row} (the first is 0) in {name!r}"
                 raise Unreadable(_not_utf8(error, where)) from error
