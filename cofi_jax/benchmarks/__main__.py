@@ -21,7 +21,7 @@ import numpy as np
 from cofi_jax import commands, files
 from cofi_jax.benchmarks import baselines, inference, memory, startup, step
 from cofi_jax.config import DTYPES
-from cofi_jax.errors import reject
+from cofi_jax.errors import reject, warn
 from cofi_jax.evaluation import timing
 
 _PACKAGES = ("jax", "torch", "transformers", "onnxruntime")
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     lines = [f"{name}: {value}" for name, value in result.items()]
     print("\n".join([*lines, "", table(rows)]))
     if load_average > timing.cores() / 4:
-        print("warning: other processes were at work on these cores", file=sys.stderr)
+        warn("other processes were at work on these cores")
     if target:
         files.write_json(target, result | {"rows": rows})
     return 0

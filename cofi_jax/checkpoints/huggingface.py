@@ -6,7 +6,6 @@ absent blocks are missing, config.json has the dense sizes. Dense ones are writt
 
 import contextlib
 import json
-import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from cofi_jax.checkpoints.hf_config import (
 from cofi_jax.checkpoints.hf_names import to_hugging_face
 from cofi_jax.config import Model
 from cofi_jax.data.problems import PROBLEMS
-from cofi_jax.errors import reject
+from cofi_jax.errors import reject, warn
 from cofi_jax.models.bert import init_params
 from cofi_jax.models.config import EncoderConfig
 
@@ -164,8 +163,7 @@ def load_classifier(
             raise UnsupportedCheckpoint(next(iter(wrong.values())))
         params = hf_names.from_torch(get, config)
     if rows is None:
-        warning = f"does not name its classes; taken as {', '.join(labels)}"
-        print(f"warning: {folder} {warning}", file=sys.stderr)
+        warn(f"{folder} does not name its classes; taken as {', '.join(labels)}")
     if rows:
         head = params["classifier"]
         params["classifier"] = {name: leaf[..., rows] for name, leaf in head.items()}

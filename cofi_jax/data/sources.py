@@ -70,8 +70,7 @@ def _read_split(task: Task, split: str) -> list[_Part]:
         return [_Part(field, split, Table([*rows], rows, len(rows[task.label_column])))]
     if pathlib.Path(task.path or "?").expanduser().is_dir():
         return [_read_file(field, task, file) for file in _find_files(task, split)]
-    table = _load_from_hub(task, split)
-    return [_Part(field, split, formats.from_arrow(table, _wanted(task)))]
+    return [_Part(field, split, _load_from_hub(task, split))]
 
 
 def _wanted(task):
@@ -134,7 +133,7 @@ def _number(text: str | None) -> float | str | None:
         return text
 
 
-def _load_from_hub(task: Task, split: str) -> Any:
+def _load_from_hub(task: Task, split: str) -> Table:
     import datasets
 
     instead = "give a local folder with train.parquet and validation.parquet: "
@@ -151,7 +150,7 @@ def _load_from_hub(task: Task, split: str) -> Any:
             names = datasets.get_dataset_config_names(path)
             subset = task.name if task.name in names else None
         found = datasets.load_dataset(path, subset, split=split)
-        return found.with_format("arrow")[:]
+        return formats.from_arrow(found.with_format("arrow")[:], _wanted(task))
     except Exception as error:  # no network, no such name, no such split, a bad cache
         problem = f"no such folder, and the hub's {path} gave no {split} rows of "
         problem += f"{task.name} ({type(error).__name__}: {error}); {instead}"
