@@ -78,14 +78,7 @@ def windows(
       UserError: the tokenizer is not a fast one; no token of a context would fit; a
         question has no answer, and it is not training.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        legal = "must come with a fast tokenizer (tokenizer.json) for this task"
-        raise errors.reject("model.path", tokenizer.name_or_path, legal)
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    if max_length <= special:
-        legal = f"must be above {special}, the special tokens of a question"
-        raise errors.reject("data.max_length", max_length, legal)
-    longest_question = min(LONGEST_QUESTION, (max_length - special) // 2)
+    longest_question = _longest_question(tokenizer, max_length)
     asked, contexts, golds = (rows[c][:] for c in ("question", "context", "answers"))
     if not training:
         _check_answerable(golds)
@@ -123,6 +116,18 @@ def windows(
     )
     labels = np.array(labels, np.int32).reshape(-1, 2)
     return Examples(ids, types, labels, tokenizer.pad_token_id, questions)
+
+
+def _longest_question(tokenizer, max_length):
+    """The most tokens of a question in windows of this length, or a UserError."""
+    if not getattr(tokenizer, "is_fast", False):
+        legal = "must come with a fast tokenizer (tokenizer.json) for this task"
+        raise errors.reject("model.path", tokenizer.name_or_path, legal)
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if max_length <= special:
+        legal = f"must be above {special}, the special tokens of a question"
+        raise errors.reject("data.max_length", max_length, legal)
+    return min(LONGEST_QUESTION, (max_length - special) // 2)
 
 
 _UNKNOWN = {"text": (), "answer_start": ()}  # the answer to a question of `pipeline`
