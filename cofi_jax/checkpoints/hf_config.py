@@ -1,8 +1,11 @@
 """The config.json of a Hugging Face folder, to our sizes and back."""
 
 import dataclasses
+import reprlib
 from collections.abc import Sequence
 
+from cofi_jax.checkpoints import foreign
+from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.config import Model
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
@@ -18,8 +21,130 @@ FAMILIES = {
 }
 
 
-class UnsupportedCheckpoint(ValueError):
-    """What is wrong with a folder, in one line."""
+# Names that transformers has for functions of ours.
+_SAME_ACTIVATION = {
+    "gelu_accurate": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_python": "gelu",
+    "gelu_python_tanh": "gelu_pytorch_tanh",
+}
+
+# What these fields may say. Others, of the same name or not, are of models that compute
+# something else with tensors of the same names; None stands for a field that is absent.
+_NEUTRAL = {
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "tie_encoder_decoder": (False,),
+    "position_embedding_type": ("absolute",),
+    "attention_type": ("original_full", "full"),
+    "attention_bias": (True,),
+    "use_bias": (True,),
+    "qkv_bias": (True,),
+    "use_qkv_bias": (True,),
+    "mlp_bias": (True,),
+    "scale_attn_weights": (True,),
+    "position_biased_input": (True,),
+    "use_position_embeddings": (True,),
+    "use_token_type_embeddings": (True,),
+    "use_absolute_position_embeddings": (True,),
+    "pooler_act": ("tanh",),
+    "pooler_hidden_act": ("tanh",),
+    "pooler_activation": ("tanh",),
+    "norm_type": ("layer_norm", "layernorm", "LayerNorm"),
+    "layer_norm_type": ("layer_norm", "layernorm", "LayerNorm", "post"),
+    "num_hidden_groups": (),
+    "inner_group_num": (1,),
+    **dict.fromkeys(
+        (
+            "adapters",
+            "attention_window",
+            "cross_layer_parameter_sharing",
+            "do_layer_norm_before",
+            "emb_layer_norm_before",
+            "expert_layers",
+            "gated_mlp",
+            "is_gated_act",
+            "layer_scale_init_value",
+            "norm_first",
+            "normalize_before",
+            "num_experts",
+            "num_local_experts",
+            "parallel_attention",
+            "parallel_attn",
+            "parallel_residual",
+            "pos_att_type",
+            "pre_norm",
+            "pruned_heads",
+            "quantization_config",
+            "relative_attention",
+            "residual_scale",
+            "rms_norm_eps",
+            "rope_parameters",
+            "rope_scaling",
+            "rope_theta",
+            "rotary",
+            "rotary_value",
+            "scale_attn_by_inverse_layer_idx",
+            "share_attention",
+            "share_layers",
+            "share_parameters",
+            "share_weights",
+            "sparse_attention",
+            "tie_layers",
+            "tied_layers",
+            "token_dropout",
+            "use_moe",
+            "use_parallel_attention",
+            "use_parallel_residual",
+            "use_relative_position",
+            "use_rotary",
+            "use_rotary_embeddings",
+        ),
+        (),
+    ),
+}
+
+# These change nothing of the function: they are of training, of generation, of heads
+# that are left out, or of where the folder comes from.
+_HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_internal _commit_hash _name_or_path
+    _num_labels adapter_layers architectures attention_probs_dropout_prob attn_dropout
+    attn_implementation auto_map author base_model_name bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id
+    cross_attention_hidden_size custom_pipelines dataset datasets decoder_start_token_id
+    directionality diversity_penalty do_distill do_layer_distill do_sample dropout dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id eos_token_ids
+    exponential_decay_length_penalty finetuning_task fp16 forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob
+    ignore_mismatched_sizes initializer_range is_composition label_smoothing language
+    layer_distill_version layerdrop length_penalty license mask_token_id max_length
+    max_seq_length min_length model_max_length name name_or_path no_repeat_ngram_size nsp
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
+    output_past output_scores pooler_fc_size pooler_num_attention_heads
+    pooler_num_fc_layers pooler_size_per_head pooler_type prefix remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id
+    sentence_transformers seed summary_activation summary_first_dropout
+    summary_last_dropout summary_proj_to_labels summary_type summary_use_proj
+    suppress_tokens task_specific_params temperature tf_legacy_loss tie_word_embeddings
+    tokenizer_class top_k top_p torch_dtype torchscript train_batch_size
+    transformers.js_config transformers_version typical_p unk_token_id use_bfloat16
+    use_cache use_flash_attn xla_device
+    """.split()
+)
+
+# These are read, here or in `class_names`.
+_READ = frozenset(
+    """
+    activation activation_function attention_head_size embedding_size head_dim hidden_act
+    hidden_activation hidden_size id2label intermediate_size label2id layer_norm_eps
+    max_position_embeddings model_type num_attention_heads num_hidden_layers
+    num_key_value_heads num_labels pad_token_id problem_type type_vocab_size vocab_size
+    """.split()
+)
+
+_MOST_LAYERS = 1000
 
 
 def from_fields(
@@ -27,66 +152,106 @@ def from_fields(
 ) -> EncoderConfig:
     """The sizes that the fields of a config.json tell; dropout and dtype are `model`'s.
 
+    Without `model_type`, which Google's own files lack, it is a BERT's.
+
     Raises:
       UnsupportedCheckpoint: where a field is missing or not legal, or the
         architecture is another one.
     """
-    legal = {
-        "model_type": (None, tuple(FAMILIES)),
-        "hidden_act": ("gelu", tuple(ACTIVATIONS)),
-        "position_embedding_type": ("absolute", ("absolute",)),
-        "is_decoder": (False, (False,)),
-    }
-    for name, (default, values) in legal.items():
-        if (value := fields.get(name, default)) not in values:
-            values = " or ".join(map(repr, values))
-            raise UnsupportedCheckpoint(
-                f"unsupported architecture: {name} is {value!r}, must be {values}"
-            )
+    family = fields.get("model_type")
+    family = "bert" if family is None else family
+    _one_of("model_type", family, tuple(FAMILIES))
+    for name, values in _NEUTRAL.items():
+        if fields.get(name):  # An empty value is that of a field which is absent.
+            _one_of(name, fields[name], values)
+        elif True in values and fields.get(name) is not None:
+            _one_of(name, fields[name], values)
+    activation = _activation(fields)
 
-    def size(name, default=None, least=1):
+    def size(name, default=None, **bounds):
         if name not in fields and default is None:
             raise UnsupportedCheckpoint(f"config.json lacks {name!r}")
         value = fields.get(name, default)
-        if type(value) is not int or value < least:
-            raise UnsupportedCheckpoint(
-                f"config.json: {name} is {value!r}, must be {least} or more"
-            )
-        return value
+        return foreign.number(f"config.json: {name}", value, **bounds)
 
-    hidden, heads = size("hidden_size"), size("num_attention_heads")
-    if hidden % heads:
-        legal = "must divide hidden_size"
-        raise UnsupportedCheckpoint(f"num_attention_heads is {heads}, {legal}")
-    epsilon = fields.get("layer_norm_eps", 1e-12)
-    if type(epsilon) is not float:
-        legal = f"layer_norm_eps is {epsilon!r}, must be a float"
-        raise UnsupportedCheckpoint(f"config.json: {legal}")
-    head, family = PROBLEMS[problem].head, fields["model_type"]
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    for name, value in (("num_key_value_heads", heads), ("embedding_size", hidden)):
+        if fields.get(name) not in (None, value):
+            _one_of(name, fields[name], (value,))
+    epsilon = ("config.json: layer_norm_eps", fields.get("layer_norm_eps", 1e-12))
+    vocabulary, pad = size("vocab_size"), fields.get("pad_token_id")
+    if pad is not None:
+        size("pad_token_id", least=0, most=vocabulary - 1)
     # RoBERTa's rows up to that of the padding token are never those of a token.
     offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
-    config = EncoderConfig.dense(
-        num_layers=size("num_hidden_layers"),
-        num_heads=heads,
+    config = EncoderConfig(
+        heads=(heads,) * size("num_hidden_layers", most=_MOST_LAYERS),
+        head_size=_head_size(fields, hidden, heads),
         hidden_size=hidden,
-        intermediate_size=size("intermediate_size"),
-        vocab_size=size("vocab_size"),
+        intermediate=(size("intermediate_size"),) * fields["num_hidden_layers"],
+        vocab_size=vocabulary,
         num_labels=num_labels,
         max_positions=size("max_position_embeddings", least=offset + 1),
         type_vocab_size=size("type_vocab_size"),
-        layer_norm_eps=epsilon,
+        layer_norm_eps=foreign.number(*epsilon, least=0, most=1, kind=float),
         dropout=model.dropout,
         dtype=model.dtype,
         problem=problem,
-        activation=fields.get("hidden_act", "gelu"),
+        activation=activation,
         model_type=family,
         position_offset=offset,
+        pooler_size=0,
     )
     # A head that follows from the problem is not named, so that equal models have equal
     # sizes, however they were described.
+    head = PROBLEMS[problem].head
     named = {} if config.reads_every_token == (head == "every") else {"head": head}
     pooler = hidden if head == "first" else 0
     return dataclasses.replace(config, pooler_size=pooler, **named)
+
+
+def unknown_fields(fields: dict) -> list[str]:
+    """The fields of a config.json that say something, but nobody knows what."""
+    known = _READ.union(_HARMLESS, _NEUTRAL)
+    return sorted(name for name, value in fields.items() if value and name not in known)
+
+
+def _one_of(name, value, legal):
+    if value in legal and type(value) in map(type, legal):
+        return
+    legal = " or ".join(map(repr, legal)) or "absent"
+    raise UnsupportedCheckpoint(
+        f"unsupported architecture: {name} is {reprlib.repr(value)}, must be {legal}"
+    )
+
+
+def _activation(fields):
+    """Our name of the activation function, by whichever name the field has."""
+    names = ("hidden_act", "hidden_activation", "activation_function", "activation")
+    name, value = _stated(fields, names)
+    if value is None:
+        return "gelu"
+    _one_of(name, value, (*ACTIVATIONS, *_SAME_ACTIVATION))
+    return _SAME_ACTIVATION.get(value, value)
+
+
+def _head_size(fields, hidden, heads):
+    """The width of a head, which follows from others where no field states it."""
+    name, value = _stated(fields, ("attention_head_size", "head_dim"))
+    if value is not None:
+        return foreign.number(f"config.json: {name}", value, most=hidden)
+    if hidden % heads:
+        legal = "must divide hidden_size"
+        raise UnsupportedCheckpoint(f"num_attention_heads is {heads}, {legal}")
+    return hidden // heads
+
+
+def _stated(fields, names):
+    """The first of the fields that is there, with its value, which all others share."""
+    given = [(name, fields[name]) for name in names if fields.get(name) is not None]
+    for name, value in given[1:]:
+        _one_of(name, value, (given[0][1],))
+    return given[0] if given else (None, None)
 
 
 def is_dense(config: EncoderConfig) -> bool:
@@ -163,11 +328,7 @@ def class_rows(
       UnsupportedCheckpoint: where there is none and the names in `fields` are not
         `labels`.
     """
-    try:
-        names = {int(row): str(name) for row, name in fields["id2label"].items()}
-        named = [names[row] for row in range(len(names))]
-    except (AttributeError, KeyError, TypeError, ValueError):  # none that make sense
-        named = []
+    named = class_names(fields)
     where = "labels" if field == "model" else f"{field.removesuffix('.path')}.labels"
     for fold in (str, str.lower):
         order, wanted = ([*map(fold, x)] for x in (label_order or named, labels))
@@ -176,10 +337,53 @@ def class_rows(
     if label_order:
         legal = f"must be a permutation of {tuple(labels)}, in the order of the model"
         raise reject(where, tuple(label_order), legal)
-    real = not all(name.startswith("LABEL_") for name in named)
-    if labels and real and len(set(named)) == len(labels):
+    if labels and not _made_up(named) and len(set(named)) == len(labels):
         raise UnsupportedCheckpoint(
             f"names its classes {', '.join(named[:5])}; give the task's own names, "
             f"{', '.join(labels[:5])}, in the order of the model: {where}"
         )
     return None if labels else []
+
+
+def class_names(fields: dict) -> list[str]:
+    """The names of the classes that a config.json gives, in the order of the logits.
+
+    Where one of its two tables has the names LABEL_0, ..., as transformers writes them
+    for classes that nobody has named, the other one counts. With no table there are
+    none.
+
+    Raises:
+      UnsupportedCheckpoint: where `id2label` and `label2id` are no such tables, or
+        disagree.
+    """
+    found = {}
+    for field in ("id2label", "label2id"):
+        table = fields.get(field)
+        if not table:
+            continue
+        if field == "id2label" and isinstance(table, list):
+            table = dict(enumerate(table))
+        found[field] = _by_row(field, table)
+    real = {tuple(names) for names in found.values() if not _made_up(names)}
+    if len(real) > 1:
+        raise UnsupportedCheckpoint("config.json: id2label and label2id disagree")
+    return [*next(iter(real), ())] or next(iter(found.values()), [])
+
+
+def _made_up(names):
+    return all(name.startswith("LABEL_") for name in names)
+
+
+def _by_row(field, table):
+    pairs = table.items() if isinstance(table, dict) else ()
+    if field == "label2id":
+        pairs = [(row, name) for name, row in pairs]
+    try:
+        rows = {int(row): str(name) for row, name in pairs}
+        if len(rows) == len(table):
+            return [rows[row] for row in range(len(rows))]
+    except (KeyError, TypeError, ValueError):  # It is no such table.
+        pass
+    given = reprlib.repr(table)
+    legal = "must give each class its number, from 0 on"
+    raise UnsupportedCheckpoint(f"config.json: {field} is {given}, {legal}")

@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection, Sequence
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints.hf_config import FAMILIES, UnsupportedCheckpoint, to_fields
+from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
+from cofi_jax.checkpoints.hf_config import FAMILIES, to_fields
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import abstract_params
@@ -49,6 +50,9 @@ _NAMES = dict.fromkeys(FAMILIES, _ROBERTA) | {"bert": _BERT}
 # What pretraining and distillation leave behind, and a pooler that nothing reads.
 _UNUSED = ("cls.", "lm_head.", "layer_transformation.")
 _UNUSED_INSIDE = ("pooler.", "layer_transformation.")  # behind the prefix
+
+# Tensors of these names are never a BERT's.
+_OTHERS = ("roberta.", "lm_head.", "classifier.dense.", "classifier.out_proj.")
 
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -84,7 +88,8 @@ def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str
     """The names that a folder has, by those that PyTorch would write today.
 
     An encoder that was saved alone has no prefix, and bert-base-uncased itself has the
-    parameters of its LayerNorms under old names.
+    parameters of its LayerNorms under old names. PyTorch's wrapper for several devices
+    puts `module.` in front of every name, that of the head included.
 
     Raises:
       UnsupportedCheckpoint: where there are no word embeddings, and where a tensor is
@@ -96,16 +101,35 @@ def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str
     if not prefixes:
         raise UnsupportedCheckpoint(f"lacks {words}")
     stored, old = {}, min(prefixes, key=len)
+    outer = old.removesuffix(prefix)  # that of a model wrapped for several devices
+    # Anything else in front of an encoder is another name of the family's own.
+    outer = outer if outer in ("module.", "model.", "module.model.") else ""
     parts = [part.removeprefix(prefix) for part in encoder_parts(config)]
     inside = tuple(old + part for part in (*parts, *_UNUSED_INSIDE))
     for name in names:
-        new = prefix + name.removeprefix(old) if name.startswith(inside) else name
+        new = name.removeprefix(outer)
+        if name.startswith(inside):
+            new = prefix + name.removeprefix(old)
         for was, now in _OLD_NAMES.items():
             new = new.replace(was, now)
         if new in stored:  # Two models in one file would be mixed.
             raise UnsupportedCheckpoint(f"holds both {stored[new]} and {name}")
         stored[new] = name
     return stored
+
+
+def check_bert(names: Collection[str], config: EncoderConfig) -> None:
+    """Raises UnsupportedCheckpoint unless tensors can be a BERT's by their names.
+
+    A RoBERTa's encoder has tensors of the same shapes, but numbers its positions in
+    another way, and has one token type alone.
+    """
+    names = [name.removeprefix("module.") for name in names]
+    other = [name for name in names if name.startswith(_OTHERS)]
+    if other or config.type_vocab_size < 2:
+        found = other[0] if other else f"type_vocab_size={config.type_vocab_size}"
+        legal = f"lacks 'model_type', and {found} is not a BERT's"
+        raise UnsupportedCheckpoint(f"config.json {legal}")
 
 
 def to_torch(params: dict, config: EncoderConfig) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ absent blocks are missing, config.json has the dense sizes. Dense ones are writt
 
 import contextlib
 import json
+import reprlib
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +16,12 @@ import jax
 import numpy as np
 
 from cofi_jax import files
-from cofi_jax.checkpoints import hf_names
-from cofi_jax.checkpoints.hf_config import (
-    UnsupportedCheckpoint,
-    class_rows,
-    from_fields,
-)
+from cofi_jax.checkpoints import foreign, hf_names, tokenizers
+from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
+from cofi_jax.checkpoints.hf_config import class_rows, from_fields, unknown_fields
 from cofi_jax.checkpoints.hf_names import to_hugging_face
+from cofi_jax.checkpoints.tokenizers import check_tokenizer as check_tokenizer
+from cofi_jax.checkpoints.tokenizers import load_tokenizer as load_tokenizer
 from cofi_jax.config import Model
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject, warn
@@ -31,14 +31,11 @@ from cofi_jax.models.config import EncoderConfig
 _WEIGHTS = "model.safetensors"
 _TORCH = "pytorch_model.bin"  # where there is no other
 
-# Each of these makes a tokenizer.
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json and merges.txt",
-    "sentencepiece.bpe.model",
-)
-_PATTERNS = "config.json *.index.json *token* vocab* special* merges.txt sentencepiece*"
+_INDEX = "model.safetensors.index.json"  # of a large model, in several files
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_PARTS = "model-*-of-*.safetensors"
+
+_PATTERNS = "config.json *token* vocab* special* merges.txt *piece* bpe.codes"
 
 
 def resolve(path: str, field: str) -> Path:
@@ -55,16 +52,17 @@ def resolve(path: str, field: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        for weights in (_WEIGHTS, _TORCH):
+        for weights in ((_WEIGHTS,), (_INDEX, _PARTS), (_TORCH,)):
             found = snapshot_download(
-                path, allow_patterns=[weights, *_PATTERNS.split()]
+                path, allow_patterns=[*weights, *_PATTERNS.split()]
             )
-            if (Path(found) / weights).exists():
+            if (Path(found) / weights[0]).exists():
                 break
         return Path(found)
     # The hub's client raises dozens of kinds, those of its HTTP library included.
     except Exception as error:
-        legal = f"cannot be had from the Hugging Face hub ({type(error).__name__}); "
+        said = f"{type(error).__name__}: {foreign.reason(error)}"
+        legal = f"cannot be had from the Hugging Face hub ({said}); "
         legal += f"give a local folder with config.json, {_WEIGHTS} and the tokenizer: "
         legal += f"--config.{field}=path/to/folder"
         raise reject(field, path, legal) from error
@@ -115,6 +113,7 @@ def load_encoder(
         heads = hf_names.head_names(config)
         fresh = {ours for ours, theirs in heads.items() if theirs in spoilt}
         loaded = hf_names.from_torch(get, config, without=fresh)
+        _warn_of_unknown_fields(folder)
     # The outer jit leaves out what is not asked for.
     init = jax.jit(lambda key: {n: init_params(config, key)[n] for n in sorted(fresh)})
     return config, loaded | init(key)
@@ -151,7 +150,9 @@ def load_classifier(
     """
     dense = read_config(folder, field, len(labels), model, problem)
     with _misfits_rejected(field, folder):
-        rows = class_rows(_read_json(folder), labels, label_order, field)
+        fields = _read_json(folder)
+        _check_problem(fields, problem)
+        rows = class_rows(fields, labels, label_order, field)
         shapes, get = _open_weights(folder, dense)
         config = hf_names.infer_encoder(shapes, dense)
         config = hf_names.infer_head(shapes, config)
@@ -162,6 +163,7 @@ def load_classifier(
         if wrong := hf_names.complaints(shapes, config):
             raise UnsupportedCheckpoint(next(iter(wrong.values())))
         params = hf_names.from_torch(get, config)
+        _warn_of_unknown_fields(folder)
     if rows is None:
         warn(f"{folder} does not name its classes; taken as {', '.join(labels)}")
     if rows:
@@ -186,12 +188,26 @@ def read_config(
         return from_fields(_read_json(folder), num_labels, model, problem)
 
 
+def _warn_of_unknown_fields(folder):
+    if unknown := unknown_fields(_read_json(folder)):
+        some = f"{', '.join(map(ascii, unknown[:5]))}{', ...' * (len(unknown) > 5)}"
+        warning = f"config.json has fields that are not known: {some}"
+        print(f"warning: {folder}: {warning}; they are not read", file=sys.stderr)
+
+
+def _check_problem(fields, problem):
+    """Refuses a head whose outputs are of another kind, whatever their number."""
+    given, wanted = fields.get("problem_type"), PROBLEMS[problem].problem_type
+    if given and wanted and given != wanted:
+        legal = f"must be {wanted!r} or absent for a task of {problem}"
+        raise UnsupportedCheckpoint(f"problem_type is {reprlib.repr(given)}, {legal}")
+
+
 def _read_json(folder):
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        reason = f"config.json cannot be read ({type(error).__name__})"
-        raise UnsupportedCheckpoint(reason) from error
+    path = folder / "config.json"
+    if not foreign.is_there(path):
+        raise UnsupportedCheckpoint("config.json cannot be read (there is none)")
+    return foreign.read_json(path)
 
 
 @contextlib.contextmanager
@@ -204,8 +220,8 @@ def _misfits_rejected(field, folder):
 
 def _open_weights(folder, config):
     """The shapes of a folder's tensors by name, and how to read one as an array."""
-    openers = {_WEIGHTS: _open_safetensors, _TORCH: _open_torch}
-    there = [name for name in openers if (folder / name).is_file()]
+    openers = {_WEIGHTS: _open_safetensors, _INDEX: _open_parts, _TORCH: _open_torch}
+    there = [name for name in openers if foreign.is_there(folder / name)]
     if not there:
         found = sorted(path.name for path in folder.iterdir())
         legal = f"must hold {_WEIGHTS} or {_TORCH}; it holds {found}"
@@ -214,6 +230,8 @@ def _open_weights(folder, config):
         raise UnsupportedCheckpoint(legal)
     shapes, get = openers[there[0]](folder / there[0])
     stored = hf_names.stored_names(shapes, config)
+    if "model_type" not in foreign.read_json(folder / "config.json"):
+        hf_names.check_bert(stored.values(), config)
     modern = {name: shapes[old] for name, old in stored.items()}
     return modern, lambda name: get(stored[name])
 
@@ -225,8 +243,37 @@ def _open_safetensors(path):
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise UnsupportedCheckpoint(f"{path.name} cannot be read ({error})") from error
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return shapes, file.get_tensor
+    slices = {name: file.get_slice(name) for name in file.keys()}
+
+    def get(name):
+        dtype = slices[name].get_dtype()
+        if dtype not in _FLOATS and dtype[0] not in "IUB":  # NumPy has no float8.
+            reason = f"{name} holds {dtype}, must be one of {', '.join(_FLOATS)}"
+            raise UnsupportedCheckpoint(reason)
+        return file.get_tensor(name)
+
+    return {name: tuple(part.get_shape()) for name, part in slices.items()}, get
+
+
+def _open_parts(index):
+    """Opens the files among which an index divides the tensors."""
+    table = foreign.read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        legal = "must hold a `weight_map` of tensors and files"
+        raise UnsupportedCheckpoint(f"{index.name} {legal}")
+    shapes, getters = {}, {}
+    for file in sorted(set(map(str, table.values()))):
+        path = index.with_name(Path(file).name)
+        if path.name != file or not foreign.is_there(path):
+            legal = f"names {file!r}, which is not in the folder"
+            raise UnsupportedCheckpoint(f"{index.name} {legal}")
+        there, get = _open_safetensors(path)
+        for name in [name for name, where in table.items() if where == file]:
+            if name not in there:
+                legal = f"looks for {name!r} in {file}, which lacks it"
+                raise UnsupportedCheckpoint(f"{index.name} {legal}")
+            shapes[name], getters[name] = there[name], get
+    return shapes, lambda name: getters[name](name)
 
 
 def _open_torch(path):
@@ -248,11 +295,14 @@ def _open_torch(path):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     # Of damage, of what is no tensor, and of what would be executed.
     except Exception as error:
-        reason = f"{path.name} cannot be read ({type(error).__name__})"
+        reason = f"{path.name} cannot be read ({foreign.reason(error)})"
         raise UnsupportedCheckpoint(reason) from error
 
     def get(name):
         tensor = tensors[name].detach()
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            reason = f"{name} holds {tensor.dtype}, must be of 16 bits or more"
+            raise UnsupportedCheckpoint(reason)
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
     return shapes, get
@@ -281,7 +331,7 @@ def save_hugging_face(
     with files.new_folder(folder) as partial:
         write_tensors(partial, tensors, fields)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+            tokenizers.write(tokenizer, partial, config)
 
 
 def write_tensors(folder: Path, tensors: dict[str, np.ndarray], fields: dict) -> None:
@@ -292,35 +342,3 @@ def write_tensors(folder: Path, tensors: dict[str, np.ndarray], fields: dict) ->
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     (folder / _WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
-
-
-def load_tokenizer(folder: Path, field: str):
-    """The folder's tokenizer.
-
-    Raises:
-      UserError: where there is none.
-    """
-    from transformers import AutoTokenizer
-
-    # Without the files transformers makes one up that knows no word at all.
-    sets = [names.split(" and ") for names in _VOCABULARIES]
-    if not any(all((folder / name).is_file() for name in names) for names in sets):
-        legal = f"has no tokenizer; must hold {' or '.join(_VOCABULARIES)}"
-        raise reject(field, str(folder), legal)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        reason = f"its tokenizer cannot be read ({type(error).__name__})"
-        raise reject(field, str(folder), reason) from error
-    if tokenizer.pad_token_id is None:
-        raise reject(field, str(folder), "its tokenizer has no padding token")
-    return tokenizer
-
-
-def check_tokenizer(
-    tokenizer: Any, sizes: EncoderConfig, *, field: str, path: str
-) -> None:
-    """Raises UserError where the tokenizer has tokens that the model has not."""
-    if len(tokenizer) > sizes.vocab_size:
-        legal = f"its tokenizer has {len(tokenizer)} tokens, its weights "
-        raise reject(field, path, legal + str(sizes.vocab_size))

@@ -167,8 +167,9 @@ def disk_bytes(loaded: Loaded) -> int:
     if saved_model.is_model(loaded.folder):
         files = [*(loaded.folder / "params").rglob("*")]
     else:
-        files = [*loaded.folder.glob("model.safetensors")]
-        files = files or [*loaded.folder.glob("pytorch_model.bin")]
+        kinds = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin")
+        found = ([*loaded.folder.glob(kind)] for kind in kinds)
+        files = next(filter(None, found), [])
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
