@@ -61,8 +61,13 @@ def main(argv: list[str]) -> int:
     options, rest = parser.parse_known_args(argv[1:])
     data = dict(_fields_of_data(rest))
     target = pathlib.Path(options.json).absolute()
-    if options.json and (target.is_dir() or not target.parent.is_dir()):
-        raise reject("--json", options.json, "must be a file in a folder that exists")
+    if options.json:
+        try:
+            files.check_writable(target)
+        except OSError as error:
+            legal = "must be a file in a folder that exists and can be written"
+            legal = f"{legal} ({error.strerror})"
+            raise reject("--json", options.json, legal) from error
     result = evaluate(
         options.model,
         task=options.task,

@@ -1,10 +1,13 @@
 """Files and folders that appear whole: a reader sees the old one or the new one."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +30,37 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """Writes `content` as indented JSON, atomically."""
     write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raises OSError where `write_atomically` could not write the file at `path`."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    # Permissions alone do not tell: a file system may be full or read-only.
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """A block that no two processes are in at once, for the same folder.
+
+    The second one says so and waits. Nothing is written for that.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"warning: {folder} is in use; waiting for it", file=sys.stderr)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # This ends the lock, too.
 
 
 @contextlib.contextmanager

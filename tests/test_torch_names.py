@@ -365,7 +365,7 @@ def test_rows_go_into_the_tasks_order(classifier, last_layer):
         ({"0": "neutral", "1": "neutral", "2": "entailment"}, [0, 1, 2]),
         ({"0": "neutral", "1": "entailment", "3": "contradiction"}, [0, 1, 2]),
         ({"zero": "neutral"}, [0, 1, 2]),
-        (["neutral", "entailment", "contradiction"], [0, 1, 2]),
+        (["neutral", "entailment", "contradiction"], [1, 0, 2]),
         (None, [0, 1, 2]),
     ],
 )

@@ -34,8 +34,12 @@ def main(argv: list[str]) -> int:
     measure, target = settings.pop("measure"), settings.pop("json")
     if target and (os.path.exists(target) or not pathlib.Path(target).parent.is_dir()):
         raise reject("json", target, "must be a new file in a folder that exists")
-    if target and not os.access(pathlib.Path(target).parent, os.W_OK):
-        raise reject("json", target, "its folder cannot be written")
+    if target:
+        try:
+            files.check_writable(target)
+        except OSError as error:
+            legal = f"its folder cannot be written ({error.strerror})"
+            raise reject("json", target, legal) from error
     if settings.get("torch_compile") and baselines.missing("torch"):
         raise reject("torch_compile", True, "needs PyTorch: pip install torch")
     if jax.device_count() > 1:

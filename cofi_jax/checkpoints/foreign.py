@@ -1,7 +1,7 @@
 """What a folder of somebody else may hold, checked in one place.
 
 Its JSON is an object that is not nested deeper than any that a library writes, and its
-numbers lie in a stated range. Whatever is wrong is an UnsupportedCheckpoint of one line.
+numbers lie in a stated range. What is wrong is an UnsupportedCheckpoint of one line.
 """
 
 import json

@@ -75,7 +75,6 @@ _NEUTRAL = {
             "parallel_residual",
             "pos_att_type",
             "pre_norm",
-            "pruned_heads",
             "quantization_config",
             "relative_attention",
             "residual_scale",
@@ -110,24 +109,26 @@ _NEUTRAL = {
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_internal _commit_hash _name_or_path
-    _num_labels adapter_layers architectures attention_probs_dropout_prob attn_dropout
-    attn_implementation auto_map author base_model_name bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id
-    cross_attention_hidden_size custom_pipelines dataset datasets decoder_start_token_id
-    directionality diversity_penalty do_distill do_layer_distill do_sample dropout dtype
-    early_stopping encoder_no_repeat_ngram_size eos_token_id eos_token_ids
-    exponential_decay_length_penalty finetuning_task fp16 forced_bos_token_id
-    forced_eos_token_id gradient_checkpointing hidden_dropout hidden_dropout_prob
-    ignore_mismatched_sizes initializer_range is_composition label_smoothing language
-    layer_distill_version layerdrop length_penalty license mask_token_id max_length
-    max_seq_length min_length model_max_length name name_or_path no_repeat_ngram_size nsp
-    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_past output_scores pooler_fc_size pooler_num_attention_heads
-    pooler_num_fc_layers pooler_size_per_head pooler_type prefix remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id
-    sentence_transformers seed summary_activation summary_first_dropout
-    summary_last_dropout summary_proj_to_labels summary_type summary_use_proj
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_word_embeddings
+    _num_labels adapter_layers architectures attention_probs_dropout_prob
+    attn_dropout attn_implementation author auto_map bad_words_ids base_model_name
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cls_token_id cross_attention_hidden_size custom_pipelines dataset datasets
+    decoder_start_token_id directionality diversity_penalty do_distill
+    do_layer_distill do_sample dropout dtype early_stopping
+    encoder_no_repeat_ngram_size eos_token_id eos_token_ids
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id fp16 gradient_checkpointing hidden_dropout
+    hidden_dropout_prob ignore_mismatched_sizes initializer_range is_composition
+    label_smoothing language layer_distill_version layerdrop length_penalty license
+    mask_token_id max_length max_seq_length min_length model_max_length name
+    name_or_path no_repeat_ngram_size nsp num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_past
+    output_scores pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+    pooler_size_per_head pooler_type prefix remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate seed sentence_transformers sep_token_id
+    summary_activation summary_first_dropout summary_last_dropout
+    summary_proj_to_labels summary_type summary_use_proj suppress_tokens
+    task_specific_params temperature tf_legacy_loss tie_word_embeddings
     tokenizer_class top_k top_p torch_dtype torchscript train_batch_size
     transformers.js_config transformers_version typical_p unk_token_id use_bfloat16
     use_cache use_flash_attn xla_device
@@ -137,10 +138,11 @@ _HARMLESS = frozenset(
 # These are read, here or in `class_names`.
 _READ = frozenset(
     """
-    activation activation_function attention_head_size embedding_size head_dim hidden_act
-    hidden_activation hidden_size id2label intermediate_size label2id layer_norm_eps
-    max_position_embeddings model_type num_attention_heads num_hidden_layers
-    num_key_value_heads num_labels pad_token_id problem_type type_vocab_size vocab_size
+    activation activation_function attention_head_size embedding_size head_dim
+    hidden_act hidden_activation hidden_size id2label intermediate_size label2id
+    layer_norm_eps max_position_embeddings model_type num_attention_heads
+    num_hidden_layers num_key_value_heads num_labels pad_token_id problem_type
+    type_vocab_size vocab_size
     """.split()
 )
 
@@ -353,37 +355,29 @@ def class_names(fields: dict) -> list[str]:
     none.
 
     Raises:
-      UnsupportedCheckpoint: where `id2label` and `label2id` are no such tables, or
-        disagree.
+      UnsupportedCheckpoint: where `id2label` and `label2id` disagree.
     """
-    found = {}
-    for field in ("id2label", "label2id"):
-        table = fields.get(field)
-        if not table:
-            continue
-        if field == "id2label" and isinstance(table, list):
-            table = dict(enumerate(table))
-        found[field] = _by_row(field, table)
-    real = {tuple(names) for names in found.values() if not _made_up(names)}
-    if len(real) > 1:
+    tables = (("id2label", False), ("label2id", True))
+    found = [_by_row(fields.get(field), inverted=way) for field, way in tables]
+    real = [names for names in found if not _made_up(names)]
+    if len(real) == 2 and real[0] != real[1]:
         raise UnsupportedCheckpoint("config.json: id2label and label2id disagree")
-    return [*next(iter(real), ())] or next(iter(found.values()), [])
+    return next(iter(real), found[0])
 
 
 def _made_up(names):
     return all(name.startswith("LABEL_") for name in names)
 
 
-def _by_row(field, table):
-    pairs = table.items() if isinstance(table, dict) else ()
-    if field == "label2id":
-        pairs = [(row, name) for name, row in pairs]
+def _by_row(table, *, inverted):
+    """The names in the order of their numbers; none where these make no sense."""
+    if isinstance(table, list):
+        table = dict(enumerate(table))
+    pairs = [*table.items()] if isinstance(table, dict) else []
     try:
+        if inverted:
+            pairs = [(row, name) for name, row in pairs]
         rows = {int(row): str(name) for row, name in pairs}
-        if len(rows) == len(table):
-            return [rows[row] for row in range(len(rows))]
-    except (KeyError, TypeError, ValueError):  # It is no such table.
-        pass
-    given = reprlib.repr(table)
-    legal = "must give each class its number, from 0 on"
-    raise UnsupportedCheckpoint(f"config.json: {field} is {given}, {legal}")
+        return [rows[row] for row in range(len(pairs))]
+    except (KeyError, TypeError, ValueError):
+        return []

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cofi_jax import config as config_lib
-from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.checkpoints import huggingface, saved_model, tokenizers
 from cofi_jax.config import DTYPES, Data, Model
 from cofi_jax.data import tasks
 from cofi_jax.errors import reject
@@ -99,6 +99,7 @@ def _load_saved(path, task, dtype):
     if spec:
         dense = EncoderConfig.from_json(saved_model.read_about(path)[2]["dense"])
     tokenizer = saved_model.load_tokenizer(path)
+    tokenizers.check_tokenizer(tokenizer, model.config, field="model", path=path)
     folder = pathlib.Path(path).expanduser()
     return Loaded(path, folder, model, params, tokenizer, task, dense)
 
@@ -158,7 +159,7 @@ def load_hugging_face(
         folder, field, task.num_outputs, model, task.problem.name
     )
     tokenizer = huggingface.load_tokenizer(folder, field)
-    huggingface.check_tokenizer(tokenizer, config, field=field, path=path)
+    tokenizers.check_tokenizer(tokenizer, config, field=field, path=path)
     return Loaded(path, folder, Encoder(config), params, tokenizer, task, dense)
 
 

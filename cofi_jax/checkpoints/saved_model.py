@@ -11,7 +11,6 @@ processes, each of them calls `save_model`, as the storage library wants it.
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from orbax.checkpoint import v1 as ocp
 
 from cofi_jax import config as config_lib
 from cofi_jax import distributed, files
-from cofi_jax.checkpoints import huggingface, state
+from cofi_jax.checkpoints import foreign, huggingface, state
+from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.config import DTYPES, Data
 from cofi_jax.data import tasks
-from cofi_jax.errors import UserError, reject
+from cofi_jax.errors import reject
 from cofi_jax.models.bert import Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning.slicing import PrunedSpec
@@ -115,7 +115,7 @@ def read_about(
         found = sorted(p.name for p in path.iterdir()) if path.is_dir() else "nothing"
         raise reject(field, str(path), f"must be a folder with {FILES}; found {found}")
     try:
-        described = json.loads((path / "model.json").read_text())
+        described = foreign.read_json(path / "model.json")
         version = described["format"]
         if version > _FORMAT:
             legal = f"written in format {version} by a newer cofi-jax; this one reads "
@@ -123,11 +123,27 @@ def read_about(
         config = EncoderConfig.from_json(described["config"])
         spec = described["spec"] and PrunedSpec.from_json(described["spec"])
         about = dict(described["about"])
+        sizes = [config]
         if "dense" in about:
-            EncoderConfig.from_json(about["dense"])
+            sizes.append(EncoderConfig.from_json(about["dense"]))
+        for each in sizes:
+            _check_sizes(each)
         return config, spec, about
-    except (KeyError, TypeError, UnicodeError, json.JSONDecodeError) as error:
-        raise reject(field, str(path), f"model.json is damaged ({error!r})") from error
+    except (AttributeError, KeyError, TypeError, UnsupportedCheckpoint) as error:
+        legal = f"model.json is damaged ({foreign.reason(error)})"
+        raise reject(field, str(path), legal) from error
+
+
+def _check_sizes(config):
+    """Raises UnsupportedCheckpoint where a size is none, or is beyond int32."""
+    may_be_0 = ("heads", "intermediate", "pooler_size", "position_offset")
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), int(field.name not in may_be_0)
+        if field.type in ("int", int):
+            foreign.number(field.name, value, least=least)
+        elif field.name in may_be_0:
+            for each in value:
+                foreign.number(field.name, each, least=least)
 
 
 def load_model(
@@ -160,8 +176,8 @@ def load_model(
         abstract = state.abstract_like(abstract_params(config), lambda x: sharding)
         params = state.read(ocp, path / "params", abstract)
     except Exception as error:  # also of a damaged description
-        reason = error if isinstance(error, UserError) else type(error).__name__
-        raise reject(field, str(path), f"params are damaged ({reason})") from error
+        said = foreign.reason(error)
+        raise reject(field, str(path), f"params are damaged ({said})") from error
     if dtype:
         config = dataclasses.replace(config, dtype=dtype)
         params = jax.tree.map(lambda array: array.astype(dtype), params)

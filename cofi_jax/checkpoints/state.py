@@ -6,8 +6,9 @@ loads by itself.
 """
 
 import contextlib
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from cofi_jax import distributed
+from cofi_jax.checkpoints import foreign
 from cofi_jax.errors import UserError, warn
 
 _KEEP = 2
@@ -134,15 +136,37 @@ def read(store: Any, where: Any, abstract: Any) -> Any:
       UserError: that says what is wrong with it.
     """
     try:
-        with alone():
+        with _quiet(), alone():
             stored = store.load(where, abstract)
             digest = store.metadata(where).custom_metadata["crc32"]
     # A damaged file can raise anything inside the storage library.
     except Exception as error:
-        raise UserError(type(error).__name__) from error
+        raise UserError(foreign.reason(error)) from error
     if distributed.digest(stored) != digest:
         raise UserError("checksum mismatch")
     return stored
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A block in which the storage library does not log what is wrong with a file.
+
+    It reads on in the background after the first failure, and of what it then finds
+    there would be hundreds of lines whenever the garbage collector comes to it.
+    """
+    logging.getLogger("asyncio").addFilter(_is_not_of_storage)
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _is_not_of_storage(record: logging.LogRecord) -> bool:
+    """Whether a record of asyncio is of others than reads that nobody waits for."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def alone() -> contextlib.AbstractContextManager:

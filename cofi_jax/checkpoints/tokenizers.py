@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cofi_jax import files
 from cofi_jax.checkpoints import foreign
 from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.data.batches import Examples
+from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject
 from cofi_jax.models.config import EncoderConfig
 
@@ -107,7 +108,7 @@ def _open(folder):
     ):
         options["tokenizer_type"] = "bert"  # as Google's own folders are
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, **options
             )
@@ -125,16 +126,19 @@ def _read(path):
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """A block in which transformers logs nothing: an error says what was wrong."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _check_class(tokenizer, folder):
@@ -148,8 +152,9 @@ def _check_class(tokenizer, folder):
     vocabulary = reads.get("vocab_file")
     if not vocabulary or not (folder / vocabulary).is_file():
         there = [names for names in _VOCABULARIES if (folder / names).is_file()]
-        legal = f"its tokenizer_class {kind.__name__} reads {' and '.join(reads.values())}"
-        raise UnsupportedCheckpoint(f"{legal}; the folder holds {' and '.join(there)}")
+        wanted = f"{kind.__name__} reads {' and '.join(reads.values())}"
+        legal = f"its tokenizer_class {wanted}; the folder holds {' and '.join(there)}"
+        raise UnsupportedCheckpoint(legal)
 
 
 def _check_vocabulary(tokenizer, folder):
@@ -234,7 +239,14 @@ def check_tokenizer(
 
 
 def check_texts(
-    tokenizer: Any, examples: Examples, texts: Sequence[str], *, field: str, path: str
+    tokenizer: Any,
+    examples: Examples,
+    columns: Mapping[str, Sequence[str]],
+    task: Task,
+    *,
+    field: str,
+    path: str,
+    refuse: bool = True,
 ) -> None:
     """Refuses a tokenizer that knows little of the rows; warns where it lacks some.
 
@@ -244,9 +256,11 @@ def check_texts(
     Args:
       tokenizer: the one that made the rows.
       examples: the rows.
-      texts: what they were made of, for messages; of questions, it is not read.
+      columns: the texts that they were made of.
+      task: the task, whose columns these are.
       field: the config field that named the tokenizer's folder.
       path: the folder.
+      refuse: whether so many are an error; else they are warned of, and few are not.
 
     Raises:
       UserError: where one of the shares is above a half.
@@ -261,16 +275,25 @@ def check_texts(
         (unknown.sum() / pieces, rows[unknown], "pieces of the texts are unknown to"),
         (empty.mean(), np.flatnonzero(empty), "texts have no piece that is known to"),
     ):
-        if share <= _FEW_UNKNOWN:
+        if share <= (_FEW_UNKNOWN if refuse else _MOST_UNKNOWN):
             continue
-        row = some[0]
-        if examples.questions:
+        texts, row = columns[task.columns[0]], some[0]
+        if examples.questions:  # A row is a window of one of their contexts.
             texts, row = examples.questions.contexts, examples.questions.of_row[row]
-        said = f"{share:.1%} of the {what} its tokenizer, as in {ascii(texts[row][:60])}"
-        if share > _MOST_UNKNOWN:
+        example = ascii(texts[row][:60])
+        said = f"{share:.1%} of the {what} its tokenizer, as in {example}"
+        if share > _MOST_UNKNOWN and refuse:
             legal = f"{said}; are its files those of {type(tokenizer).__name__}?"
             raise reject(field, path, legal)
         print(f"warning: {path}: {said}", file=sys.stderr)
+
+
+def check_writable(
+    tokenizer: Any, config: EncoderConfig, *, field: str, path: str
+) -> None:
+    """Raises UserError where no export could hold the tokenizer, before it is used."""
+    with tempfile.TemporaryDirectory() as folder:
+        write(tokenizer, Path(folder), config, field=field, path=path)
 
 
 def write(
@@ -287,7 +310,7 @@ def write(
     One that is written in Python is read by its own class, any other one by none.
 
     Args:
-      tokenizer: one that is as it was loaded; a used one has other settings.
+      tokenizer: the tokenizer.
       folder: an existing folder.
       config: the sizes of the model that it is for.
       max_length: the tokens that texts are cut at; 0 for the model's longest input.
@@ -299,6 +322,9 @@ def write(
     """
     with tempfile.TemporaryDirectory() as scratch:  # There is no code to trust there.
         scratch = Path(scratch)
+        if tokenizer.is_fast:  # What a call has set would be written too.
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
         tokenizer.save_pretrained(scratch)
         settings = scratch / "tokenizer_config.json"
         fields = json.loads(settings.read_text())

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from cofi_jax import files
-from cofi_jax.checkpoints import load
+from cofi_jax.checkpoints import load, tokenizers
 from cofi_jax.checkpoints.load import Loaded
 from cofi_jax.data import sources
 from cofi_jax.data.metrics import main_score
@@ -55,6 +55,10 @@ def scored(loaded: Loaded, columns: dict[str, Any]) -> Scored:
     found = Scored({}, {}, {})
     for split in task.validation:
         examples = task.tokenise(columns[split], loaded.tokenizer)
+        source = {"field": "model", "path": loaded.path}
+        tokenizers.check_texts(
+            loaded.tokenizer, examples, columns[split], task, **source
+        )
         logits = predict_lib.logits(
             predict, loaded.params, task, examples, batch_size=64
         )

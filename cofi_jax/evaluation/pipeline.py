@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cofi_jax import errors
-from cofi_jax.checkpoints import saved_model
+from cofi_jax.checkpoints import saved_model, tokenizers
 from cofi_jax.data import formats
 from cofi_jax.data.tasks import Task
 from cofi_jax.evaluation import predict as predict_lib
@@ -39,10 +39,17 @@ def pipeline(
     tokenizer = saved_model.load_tokenizer(path)
     predict = predict_lib.make_predict(model)
 
+    source = {"field": "path", "path": str(path)}
+    tokenizers.check_tokenizer(tokenizer, model.config, **source)
+
     def run(texts: Sequence[Text]) -> list[dict]:
         if not (parts := _parts(texts, len(task.columns))):
             return []
-        examples = task.tokenise(_columns(parts, task), tokenizer)
+        columns = _columns(parts, task)
+        examples = task.tokenise(columns, tokenizer)
+        tokenizers.check_texts(
+            tokenizer, examples, columns, task, **source, refuse=False
+        )
         logits = predict_lib.logits(
             predict, params, task, examples, batch_size=batch_size, shrink=True
         )

@@ -10,7 +10,6 @@ results, from which the model card is written anew.
 import dataclasses
 import importlib.util
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 
 from cofi_jax import files
-from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.checkpoints import saved_model, tokenizers
 from cofi_jax.config import DTYPES
+from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject
 from cofi_jax.export import verify
 from cofi_jax.export.base import Format
@@ -43,6 +43,8 @@ class Subject(NamedTuple):
       labels: the names of the classes.
       dtype: the dtype that the weights are stored in.
       sizes: those of the timed passes, the arguments of `verify.time`.
+      task: what the model was made for.
+      tokenizer: the saved model's.
     """
 
     model: verify.Model
@@ -51,6 +53,8 @@ class Subject(NamedTuple):
     labels: Sequence[str]
     dtype: str
     sizes: Mapping[str, int]
+    task: Task
+    tokenizer: Any
 
 
 def export(
@@ -90,20 +94,37 @@ def export(
     """
     path = Path(path).expanduser().absolute()
     _check_request(formats, dtype)
+    sizes = {"batch_size": batch_size, "seq_length": seq_length, "repeats": repeats}
+    saved_model.read_about(path)  # It says what is there instead of a saved model.
+    with files.locked(path):
+        return _export(path, formats, data_path, num_rows, dtype, sizes)
+
+
+def _export(path, formats, data_path, num_rows, dtype, sizes):
+    """The rest of `export`, in which no other process changes the folder."""
     config, spec, about = saved_model.read_about(path)
     task = saved_model.saved_task(str(path))
     if data_path:
         task = dataclasses.replace(task, path=data_path)
-    seq_length = seq_length or min(64, config.longest)
+    seq_length = sizes["seq_length"] or min(64, config.longest)
     if seq_length > config.longest:
         raise reject("seq_length", seq_length, f"must be at most {config.longest}")
-    sizes = {"batch_size": batch_size, "seq_length": seq_length, "repeats": repeats}
+    sizes = sizes | {"seq_length": seq_length}
+    try:
+        files.check_writable(path / CHECK)
+    except OSError as error:
+        legal = f"must be a folder that can be written ({error.strerror})"
+        raise reject("model", str(path), legal) from error
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.default_device(cpu):
         _, params, _ = saved_model.load_model(
             path, sharding=jax.sharding.SingleDeviceSharding(cpu)
         )
-        read = verify.validation(task, saved_model.load_tokenizer(path), num_rows)
+        tokenizer = saved_model.load_tokenizer(path)
+        source = {"field": "model", "path": str(path)}
+        tokenizers.check_tokenizer(tokenizer, config, **source)
+        tokenizers.check_writable(tokenizer, config, **source)
+        read = verify.validation(task, tokenizer, num_rows, **source)
 
         def subject(params, dtype):
             model = verify.in_jax(params, config)
@@ -115,7 +136,8 @@ def export(
                 masks, name = spec.masks(sizes_before), "the masked model"
                 reference = verify.in_jax(whole, sizes_before, masks)
             labels = about.get("labels", ())
-            return Subject(model, dense, read(reference, name), labels, dtype, sizes)
+            rows = read(reference, name)
+            return Subject(model, dense, rows, labels, dtype, sizes, task, tokenizer)
 
         original = stored = subject(params, "float32")
         checks = {"": verify.compare("cofi-jax", original.model, original.rows)}
@@ -158,7 +180,7 @@ def _write(form: Format, folder: Path, subject: Subject) -> dict[str, Any]:
     """Writes one format, which gets its name if it passes its check; returns that."""
     if folder.exists() and not (folder / CHECK).exists():
         raise reject("formats", folder.name, f"{folder} is not an export; move it away")
-    model, dense, rows, labels, dtype, sizes = subject
+    model, dense, rows, labels, dtype, sizes, task, tokenizer = subject
     options = {} if dtype == "float32" else {"dtype": dtype}
 
     def through(model, folder):
@@ -168,9 +190,15 @@ def _write(form: Format, folder: Path, subject: Subject) -> dict[str, Any]:
 
     with files.new_folder(folder, replace=True) as partial:
         written = through(model, partial)
-        _save_tokenizer(partial, folder.parent, model.config)
+        source = {"field": "model", "path": str(folder.parent)}
+        cut = {"max_length": task.max_length}
+        tokenizers.write(tokenizer, partial, model.config, **cut, **source)
         check = form.check(form.name, written, rows)
+        exact = {"exact": dtype == "float32"}
+        verify.run_card(form, partial, model, task, tokenizer, **exact)
         check |= {"weights": dtype} | form.facts(model.config)
+        if not tokenizer.is_fast:
+            check["tokenizer"] = f"{type(tokenizer).__name__}, in Python"
         if dense:
             with tempfile.TemporaryDirectory() as scratch:
                 # Its name is known: transformers caches code under names of folders.
@@ -183,24 +211,6 @@ def _write(form: Format, folder: Path, subject: Subject) -> dict[str, Any]:
         check |= verify.files(partial)
         files.write_json(partial / CHECK, check)
     return check
-
-
-def _save_tokenizer(folder, model, config):
-    """Saves it with all that transformers 4 and 5 would guess in different ways."""
-    tokenizer = saved_model.load_tokenizer(model)  # A used one would have changed.
-    with tempfile.TemporaryDirectory() as scratch:  # There is no code to trust there.
-        tokenizer.save_pretrained(scratch)
-        path = Path(scratch) / "tokenizer_config.json"
-        fields = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_input_names": list(tokenizer.model_input_names),
-            "model_max_length": config.longest,
-            "padding_side": "right",  # The exported positions count from the left.
-        }
-        files.write_json(path, json.loads(path.read_text()) | fields)
-        found = huggingface.load_tokenizer(Path(scratch), "formats")
-        verify.check_tokenizer(found, tokenizer)
-        shutil.copytree(scratch, folder, dirs_exist_ok=True)
 
 
 def _read_check(path):

@@ -324,7 +324,7 @@ from transformers import AutoTokenizer
 folder = "path/to/this/folder/onnx"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
-inputs = dict(tokenizer({texts}, return_tensors="np"))
+inputs = dict(tokenizer({texts}, truncation=True, return_tensors="np"))
 print(session.run(None, inputs))""",
 )
 

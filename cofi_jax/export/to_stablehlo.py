@@ -72,7 +72,8 @@ folder = "path/to/this/folder/stablehlo"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 with open(f"{{folder}}/model.stablehlo", "rb") as file:
     model = export.deserialize(file.read()).call
-inputs = tokenizer({texts}, return_tensors="np", return_token_type_ids=True)
+options = {{"return_tensors": "np", "return_token_type_ids": True}}
+inputs = tokenizer({texts}, truncation=True, **options)
 names = ("input_ids", "attention_mask", "token_type_ids")
 print(model(*(inputs[name].astype("int32") for name in names)))""",
 )

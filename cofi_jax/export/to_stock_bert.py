@@ -266,7 +266,7 @@ from transformers import {auto}, AutoTokenizer
 folder = "path/to/this/folder/stock"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto}.from_pretrained(folder)
-print(model(**tokenizer({texts}, return_tensors="pt")))""",
+print(model(**tokenizer({texts}, truncation=True, return_tensors="pt")))""",
     _note,
 )
 

@@ -109,9 +109,11 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
     import torch
 
     model = load_torch(folder)
+    # Types are for models of several: a tokenizer of another family may give them.
+    names = INPUTS if model.config.type_vocab_size > 1 else INPUTS[:2]
 
     def predict(batch):
-        inputs = {k: torch.tensor(np.asarray(batch[k], np.int64)) for k in INPUTS}
+        inputs = {k: torch.tensor(np.asarray(batch[k], np.int64)) for k in names}
         with torch.inference_mode():
             output = model(**inputs)
         if "logits" in output:
@@ -129,7 +131,7 @@ from transformers import {auto}, AutoTokenizer
 folder = "path/to/this/folder/transformers"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = {auto}.from_pretrained(folder, trust_remote_code=True)
-print(model(**tokenizer({texts}, return_tensors="pt")))""",
+print(model(**tokenizer({texts}, truncation=True, return_tensors="pt")))""",
     lambda check: (
         "`transformers/` stores bfloat16 weights: it was compared in float32 with a "
         "model whose weights are so rounded."

@@ -4,18 +4,21 @@ The masked model has the dense one's sizes and hard masks. The logits of both ar
 compared and scored on the same rows. A pass is timed beside one of the dense model.
 """
 
+import ast
 import dataclasses
 import functools
 import hashlib
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
+from cofi_jax.checkpoints import foreign, tokenizers
 from cofi_jax.data import batches, sources
+from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject
 from cofi_jax.evaluation import latency
@@ -24,6 +27,10 @@ from cofi_jax.evaluation import timing as timing_lib
 from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning.masks import Masks
+from cofi_jax.report import model_card
+
+if TYPE_CHECKING:
+    from cofi_jax.export.base import Format
 
 TOLERANCE = 1e-4  # The largest difference of logits, relative where they exceed 1.
 
@@ -55,7 +62,7 @@ def in_jax(params: dict, config: EncoderConfig, masks: Masks | None = None) -> M
 
 
 def validation(
-    task: Task, tokenizer: Any, num_rows: int
+    task: Task, tokenizer: Any, num_rows: int, *, field: str, path: str
 ) -> Callable[[Model, str], Validation]:
     """Reads the rows to compare models on, once for all models.
 
@@ -64,6 +71,8 @@ def validation(
       tokenizer: the tokenizer of the models.
       num_rows: how many rows to take; 0, or more than there are, for all of them. The
         windows of questions are taken all.
+      field: what messages call the tokenizer's folder.
+      path: its path, for them.
 
     Returns:
       A function of a reference model and its name, which adds that model's logits.
@@ -71,6 +80,8 @@ def validation(
     split = task.validation[0]
     task, columns = sources.load(task, (split,))
     examples = task.tokenise(columns[split], tokenizer)
+    source = {"field": field, "path": path}
+    tokenizers.check_texts(tokenizer, examples, columns[split], task, **source)
     if not examples.questions:  # A question is scored by all of its windows.
         wanted = min(num_rows, len(examples))
         examples = batches.first_rows(examples, wanted, field="rows")
@@ -82,15 +93,82 @@ def validation(
     return of
 
 
-def check_tokenizer(tokenizer: Any, original: Any) -> None:
-    """Raises UserError where two tokenizers give other ids to a few hard texts."""
-    hard = "caf\u00e9 \u4e16\u754c  two  spaces"
-    texts = ["", "A text, it's one.", hard, "long " * 600]
-    for pair in ((texts,), (texts, texts[::-1])):
-        ours, theirs = (each(*pair, verbose=False) for each in (tokenizer, original))
-        if ours["input_ids"] != theirs["input_ids"]:
-            legal = "as exported gives other ids than the saved model's; not written"
-            raise reject("tokenizer", type(original).__name__, legal)
+def run_card(
+    form: "Format",
+    folder: Path,
+    model: Model,
+    task: Task,
+    tokenizer: Any,
+    *,
+    exact: bool = True,
+) -> None:
+    """Runs the lines of the model card that load a folder, on a text and on a pair.
+
+    Args:
+      form: the format of the folder.
+      folder: what `form.write` wrote, with its tokenizer.
+      model: the model in jax, whose answers these lines must give.
+      task: its task, at whose length texts are cut.
+      tokenizer: the saved model's tokenizer.
+      exact: whether they must do so up to rounding; not where the lines compute in a
+        lower precision.
+
+    Raises:
+      UserError: where the lines do not run, or give something else.
+    """
+    one, two = PROBLEMS[model.config.problem].example
+    long = f"{two} " * (model.config.longest // 2)
+    for texts in ((one,), (one, two), (one, long)):
+        lines = model_card.snippet(form.card, model.config, texts)
+        where = model_card.FOLDER
+        lines = lines.replace(f"{where}/{form.name}", str(folder))
+        try:
+            with tokenizers.quiet():
+                found = _result(lines)
+        except Exception as error:  # Each runtime has its own ways to fail.
+            said = foreign.reason(error)
+            legal = f"the lines of its card fail on {len(texts)} texts ({said})"
+            raise reject("formats", form.name, f"{legal}; not written") from error
+        expected = _answer(model, task, tokenizer, texts)
+        same = found.shape == expected.shape
+        if same and exact:
+            scale = max(1.0, float(np.abs(expected).max()))
+            same = np.abs(found - expected).max() <= TOLERANCE * scale
+        if not same:
+            legal = "the lines of its card give something else than the saved model"
+            raise reject("formats", form.name, f"{legal}; not written")
+
+
+def _result(lines):
+    """What the last line of a program would print, as one array of logits."""
+    *before, last = ast.parse(lines).body
+    scope = {}
+    program = ast.Module(before, type_ignores=[])
+    exec(compile(program, "<card>", "exec"), scope)
+    value = ast.Expression(last.value.args[0])  # what `print` is given
+    found = eval(compile(value, "<card>", "eval"), scope)
+    if hasattr(found, "start_logits"):
+        found = [found.start_logits, found.end_logits]
+    found = getattr(found, "logits", found)
+    found = found if isinstance(found, list) else [found]
+    # PyTorch's tensors may need a gradient, and may be of a dtype that NumPy lacks.
+    found = [x.detach().float() if hasattr(x, "detach") else x for x in found]
+    arrays = [*map(np.asarray, found)]
+    return arrays[0] if len(arrays) == 1 else np.stack(arrays, -1)
+
+
+def _answer(model, task, tokenizer, texts):
+    """The logits of one row, cut as `pipeline` cuts rows of a task."""
+    names = ("input_ids", "token_type_ids", "attention_mask")
+    row = tokenizer(
+        *texts,
+        truncation=True,
+        max_length=min(task.max_length, model.config.longest),
+        return_token_type_ids=True,
+        return_attention_mask=True,
+        verbose=False,
+    )
+    return np.asarray(model.predict({k: np.array([row[k]], np.int32) for k in names}))
 
 
 def _logits(model, task, examples):

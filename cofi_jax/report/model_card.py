@@ -6,7 +6,7 @@ tests run the lines that load a folder.
 
 import json
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cofi_jax.data import tasks
@@ -15,6 +15,8 @@ from cofi_jax.errors import printable
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
 from cofi_jax.report.tables import escape
+
+FOLDER = "path/to/this/folder"  # as the lines of every part call it
 
 
 class Part(NamedTuple):
@@ -136,15 +138,22 @@ def _structure(config, about):
 
 def _usage(folder, part, config, task, about):
     columns = task.columns if task else about.get("data", {}).get("columns", ("text",))
-    problem = PROBLEMS[config.problem]
-    words = problem.example[: len(columns)]
+    words = PROBLEMS[config.problem].example[: len(columns)]
+    lines = snippet(part, config, words)
+    return f"{folder}, for {part.user}: {part.what}.\n\n```python\n{lines}\n```"
+
+
+def snippet(part: Part, config: EncoderConfig, words: Sequence[str]) -> str:
+    """The lines of the card that load a folder and answer a text, or a pair of them.
+
+    They call the saved model's folder `FOLDER`.
+    """
     texts = ", ".join(json.dumps(word) for word in words)
-    snippet = part.snippet.format(
-        auto=f"AutoModelFor{problem.auto_model}",
+    return part.snippet.format(
+        auto=f"AutoModelFor{PROBLEMS[config.problem].auto_model}",
         texts=texts,
         example=f"({texts})" if len(words) > 1 else texts,
     )
-    return f"{folder}, for {part.user}: {part.what}.\n\n```python\n{snippet}\n```"
 
 
 def checked(checks: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
@@ -178,6 +187,9 @@ def checked(checks: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
             "the 5th and 95th percentile."
         )
     notes = [note, *(part.note(checks.get(name, {})) for name, part in parts.items())]
+    if slow := sorted({c["tokenizer"] for c in checks.values() if "tokenizer" in c}):
+        note = f"The tokenizer ({'; '.join(slow)}) is read by its class in transformers"
+        notes.append(f"{note}, with the packages that this one needs.")
     note = " ".join(filter(None, notes))
     table = tables.Table("<>>>>>", head, rows)
     return f"{table}\n\n{note} More in each `check.json`."

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from cofi_jax import distributed
-from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.checkpoints import huggingface, saved_model, tokenizers
 from cofi_jax.checkpoints.load import load_hugging_face
 from cofi_jax.config import Config, flatten
 from cofi_jax.data import batches, sources, tasks, toy
@@ -56,10 +56,13 @@ def load_inputs(config: Config) -> Inputs:
     task, columns = sources.load(task, splits)
     model, params, tokenizer = load_teacher(config, task)
     _check_model(config, task, model.config, tokenizer)
-    examples = {
-        split: task.tokenise(columns.pop(split), tokenizer, training=split == "train")
-        for split in splits
-    }
+    examples = {}
+    for split in splits:
+        texts = columns.pop(split)
+        examples[split] = task.tokenise(texts, tokenizer, training=split == "train")
+        if len(examples[split]):
+            where = _source(config)
+            tokenizers.check_texts(tokenizer, examples[split], texts, task, **where)
     _check_rows(config, examples["train"])
     teacher_lib.check_teacher_cache(config, model.config, examples["train"])
     return Inputs(task, examples, model, params, tokenizer)
@@ -185,9 +188,9 @@ def _check_model(
         if value > sizes.longest:
             legal = f"must be at most {sizes.longest}, the model's positions"
             raise reject(field, value, legal)
-    field = "teacher.path" if config.teacher.path else "model.path"
-    path = config.teacher.path or config.model.path
-    huggingface.check_tokenizer(tokenizer, sizes, field=field, path=path)
+    source = _source(config)
+    tokenizers.check_tokenizer(tokenizer, sizes, **source)
+    tokenizers.check_writable(tokenizer, sizes, **source)
     prune = config.prune
     bounds = {"lowest": -math.inf} if prune.constraint == "exact" else {}
     highest = min(
@@ -200,6 +203,12 @@ def _check_model(
             config.prune.targets,
             f"masks of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
         )
+
+
+def _source(config):
+    """The field that named the model's folder, and its value."""
+    field = "teacher.path" if config.teacher.path else "model.path"
+    return {"field": field, "path": config.teacher.path or config.model.path}
 
 
 def _check_rows(config: Config, train: batches.Examples) -> None:
