@@ -1,12 +1,14 @@
 """Small random encoders in folders of every layout that people have."""
 
+import functools
 import json
+import pathlib
 import string
+import tempfile
 
-import jax
+from conftest import random_params
 
 from cofi_jax.checkpoints import huggingface
-from cofi_jax.models.bert import init_params
 from cofi_jax.models.config import EncoderConfig
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -30,9 +32,20 @@ def make(folder, **sizes):
         }
         | sizes
     )
-    params = init_params(config, jax.random.key(0))
-    huggingface.save_hugging_face(folder, params, config)
+    params, files = _written(config)
+    folder.mkdir(exist_ok=True)
+    write(folder, files)
     return params, config
+
+
+@functools.cache
+def _written(config):
+    """Random parameters of these sizes, and the files that hold them."""
+    params = random_params(config, seed=0)
+    with tempfile.TemporaryDirectory() as top:
+        folder = pathlib.Path(top) / "encoder"
+        huggingface.save_hugging_face(folder, params, config)
+        return params, {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def change(folder, name="config.json", **fields):

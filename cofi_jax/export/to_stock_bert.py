@@ -259,7 +259,7 @@ def _note(check):
 
 
 _CARD = Part(
-    "transformers, servers that know BERT",
+    "transformers 4.57 or later, servers that know BERT",
     "the same function as a plain BERT: padded, so slower than the others",
     """\
 from transformers import {auto}, AutoTokenizer

@@ -124,7 +124,7 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
 
 
 _CARD = Part(
-    "transformers",
+    "transformers 4.57 or later",
     "safetensors and a small PyTorch file of its own, hence `trust_remote_code`",
     """\
 from transformers import {auto}, AutoTokenizer
