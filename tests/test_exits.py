@@ -184,7 +184,8 @@ import transformers
 found = {"version": transformers.__version__}
 for name, folder in json.loads(sys.argv[1]).items():
     kinds = transformers.AutoTokenizer, transformers.AutoModelForSequenceClassification
-    tokenizer, model = (x.from_pretrained(folder, trust_remote_code=True) for x in kinds)
+    options = {"trust_remote_code": True}
+    tokenizer, model = (kind.from_pretrained(folder, **options) for kind in kinds)
     found[name] = []
     for texts in json.loads(sys.argv[2]):
         inputs = tokenizer(*texts, truncation=True, return_tensors="pt")
