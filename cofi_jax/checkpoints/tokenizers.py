@@ -101,11 +101,9 @@ def _ids(name, content):
 def _open(folder):
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    options = {}
-    if "model_type" not in _read(folder / "config.json") and not any(
-        "tokenizer_class" in _read(folder / name)
-        for name in ("config.json", "tokenizer_config.json")
-    ):
+    options, model = {}, _read(folder / "config.json")
+    said = model | _read(folder / "tokenizer_config.json")
+    if model and not {"model_type", "tokenizer_class"} & set(said):
         options["tokenizer_type"] = "bert"  # as Google's own folders are
     try:
         with quiet():
