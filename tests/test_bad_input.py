@@ -757,6 +757,10 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def special_tokens():
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
 UP = "bert.encoder.layer.0.intermediate.dense.weight"
 
 
@@ -780,7 +784,7 @@ BAD_MODELS = {
     ),
     "words without weights": (
         lambda folder: (folder / "vocab.txt").write_text(
-            "\n".join(map(str, range(200)))
+            "\n".join([*special_tokens(), *map(str, range(200))])
         ),
         ["tokenizer", "101"],
     ),
