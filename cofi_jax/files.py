@@ -7,9 +7,10 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from cofi_jax.errors import warn
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
@@ -56,7 +57,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"warning: {folder} is in use; waiting for it", file=sys.stderr)
+            warn(f"{folder} is in use; waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:

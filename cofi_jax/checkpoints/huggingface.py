@@ -192,7 +192,7 @@ def _warn_of_unknown_fields(folder):
     if unknown := unknown_fields(_read_json(folder)):
         some = f"{', '.join(map(ascii, unknown[:5]))}{', ...' * (len(unknown) > 5)}"
         warning = f"config.json has fields that are not known: {some}"
-        print(f"warning: {folder}: {warning}; they are not read", file=sys.stderr)
+        warn(f"{folder}: {warning}; they are not read")
 
 
 def _check_problem(fields, problem):

@@ -8,7 +8,6 @@ each one is checked when it is loaded, against the weights, and on the texts at 
 import contextlib
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from cofi_jax.checkpoints import foreign
 from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.data.batches import Examples
 from cofi_jax.data.tasks import Task
-from cofi_jax.errors import reject
+from cofi_jax.errors import reject, warn
 from cofi_jax.models.config import EncoderConfig
 
 # Each of these makes a tokenizer.
@@ -283,7 +282,7 @@ def check_texts(
         if share > _MOST_UNKNOWN and refuse:
             legal = f"{said}; are its files those of {type(tokenizer).__name__}?"
             raise reject(field, path, legal)
-        print(f"warning: {path}: {said}", file=sys.stderr)
+        warn(f"{path}: {said}")
 
 
 def check_writable(
