@@ -653,8 +653,13 @@ COMMANDS = {
             ("our_classes", "stsb", "values", ["classification with 2 ", "regression"]),
             ("our_classes", "mnli", "whole", ["with 2 outputs", "with 3"]),
             ("our_classes", "squad", "squad", ["classification with 2 ", "span with"]),
-            ("hf_value", "sst2", "data", ["has 1 classes, the task has 2"]),
-            ("hf_classes", "stsb", "values", ["has 2 classes, the task has 1"]),
+            ("hf_value", "sst2", "data", ["problem_type is 'regression'"]),
+            (
+                "hf_classes",
+                "stsb",
+                "values",
+                ["problem_type is 'single_label_classification'"],
+            ),
             ("hf_classes", "squad", "squad", ["qa_outputs", "fine-tuned for span"]),
             ("hf_answer", "sst2", "data", ["fine-tuned for classification"]),
         )

@@ -42,6 +42,7 @@ def get_config():
     config.data.buckets = (24,)
     config.teacher.epochs = 20
     config.teacher.learning_rate = 5e-3
+    config.teacher.warmup_steps = 15
     config.prune.targets = (0.5,)
     config.prune.epochs = 8
     config.prune.warmup_epochs = 2

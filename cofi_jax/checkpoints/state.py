@@ -6,8 +6,10 @@ loads by itself.
 """
 
 import contextlib
+import gc
 import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,13 +137,18 @@ def read(store: Any, where: Any, abstract: Any) -> Any:
     Raises:
       UserError: that says what is wrong with it.
     """
+    stored, digest, reason = None, None, ""
     try:
         with _quiet(), alone():
             stored = store.load(where, abstract)
             digest = store.metadata(where).custom_metadata["crc32"]
     # A damaged file can raise anything inside the storage library.
     except Exception as error:
-        raise UserError(foreign.reason(error)) from error
+        reason = foreign.reason(error)
+    if reason:
+        with warnings.catch_warnings(action="ignore"):
+            gc.collect()  # Reads that are not waited for warn when they are collected.
+        raise UserError(reason)
     if distributed.digest(stored) != digest:
         raise UserError("checksum mismatch")
     return stored
