@@ -215,7 +215,7 @@ def test_a_finished_run_is_only_shown_again(finished, capsys):
 def test_killed_runs_end_with_the_same_bits(config_file, finished, tmp_path):
     workdir, _ = finished
     rng = random.Random(1)
-    moments = moments_of(workdir, 5, rng)[3:]  # the second target's masks, and before
+    moments = moments_of(workdir, 5, rng)[3:]  # finetune-40 and prune-60
     with open(tmp_path / "log", "w") as log:
         run_with_kills(config_file, tmp_path / "pieces", moments, rng, log)
     assert "Traceback" not in (tmp_path / "log").read_text()
