@@ -542,6 +542,8 @@ def test_parameters_of_another_model(tmp_path):
 
 def test_a_folder_appears_only_once_it_is_complete(tmp_path):
     class Broken:
+        is_fast = False
+
         def save_pretrained(self, path):
             raise RuntimeError("disk full")
 
