@@ -9,6 +9,7 @@ import pytest
 
 from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.report import figures
 
 # The same programs are compiled again and again, in this process and in others.
 _compiled = tempfile.TemporaryDirectory()
@@ -85,6 +86,14 @@ def quick_compile():
     yield
     jax.config.update("jax_disable_most_optimizations", False)
     del os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"]
+
+
+@pytest.fixture(scope="module")
+def without_pictures():
+    """Reports whose pictures are empty, for files that look at other things."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_picture", lambda figure, **how: b"")
+        yield
 
 
 def random_params(config, seed):

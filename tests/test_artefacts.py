@@ -22,7 +22,7 @@ from cofi_jax.run import cli, run, setup
 
 # What the storage library's own tasks leave behind when a file is damaged.
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.usefixtures("quick_compile", "without_pictures"),
     pytest.mark.filterwarnings(
         "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning"
     ),
@@ -60,7 +60,7 @@ TIMES = {"latency_ms", "speedup", "speedup_spread", "benchmark", "seconds"}
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, quick_compile):
+def config(tmp_path_factory, quick_compile, without_pictures):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(TINY)
     with pytest.MonkeyPatch.context() as patch:

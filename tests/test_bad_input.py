@@ -31,7 +31,7 @@ from cofi_jax.pruning import masks, slicing
 from cofi_jax.run import run, setup, stages
 from cofi_jax.training import step as step_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "without_pictures")
 
 ROOT = pathlib.Path(__file__).parents[1]
 

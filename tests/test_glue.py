@@ -62,7 +62,7 @@ def get_config():
 """
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "without_pictures")
 
 
 # The data

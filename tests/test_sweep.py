@@ -167,7 +167,7 @@ def get_config(argument):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, quick_compile):
+def tiny(tmp_path_factory, quick_compile, without_pictures):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(TINY)
     with pytest.MonkeyPatch.context() as patch:
