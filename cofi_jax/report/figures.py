@@ -116,7 +116,9 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
     if any("undecided" in line for line in metrics):
         alt = "Line chart over the steps: the closed fraction of each kind of masks, "
         alt += "and the fraction of all masks that are undecided."
-        charts.insert(1, Chart("Closed masks", decision_panel, (metrics,), alt))
+        charts.insert(
+            1, Chart("Closed masks while pruning", decision_panel, (metrics,), alt)
+        )
     for stage, name in stages_of(metrics).items():
         losses = [x["loss"] for x in metrics if x["stage"] == stage and "loss" in x]
         if losses:
