@@ -355,10 +355,10 @@ def test_step_writes_all_its_figures(turns, tmp_path, capsys):
         assert row["masked_is_faster"] == [n, n, n]
         assert row["padding"] == 0
     # The slowest of the plain distillations does as much as the fastest, in more time.
-    plain, pytorch = result["rows"][2], result["rows"][-1]
+    plain, pytorch = result["rows"][1], result["rows"][-1]
     if "pytorch" in pytorch["step"]:
         ratio = plain["of_peak"] / pytorch["of_peak"]
-        assert ratio == pytest.approx(len(names) / 3)
+        assert ratio == pytest.approx(len(names) / 2)
 
 
 @pytest.mark.parametrize("kind", ["dense", "sliced", "hugging face"])
