@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,8 +34,6 @@ def program(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(*args):
-        # orbax logs hundreds of lines there when it meets a damaged file.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         try:
             return main(*args)
         except (UserError, OSError) as error:

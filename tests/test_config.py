@@ -16,6 +16,7 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning.constraint import max_sparsity
 from cofi_jax.run import cli
+from configs.fast import ROWS
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -130,20 +131,6 @@ SHORT_COLA = SHORT_SST2 | {
     "prune.train_rows": 0,
     "prune.targets": [0.60],
     "finetune.train_rows": 0,
-}
-
-
-ROWS = {  # of the training split
-    "mnli": 392_702,
-    "qqp": 363_846,
-    "qnli": 104_743,
-    "sst2": 67_349,
-    "cola": 8_551,
-    "stsb": 5_749,
-    "mrpc": 3_668,
-    "rte": 2_490,
-    "wnli": 635,
-    "squad": 87_599,
 }
 
 

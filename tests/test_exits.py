@@ -47,7 +47,7 @@ def save(top, files, columns=("text",), settings=None, **sizes):
         max_length=LENGTH,
     )
     about = {"task": "own", "labels": ["x", "y"], "data": dataclasses.asdict(data)}
-    tokenizer = huggingface.load_tokenizer(top / "encoder", "model.path")
+    tokenizer = tokenizers.load_tokenizer(top / "encoder", "model.path")
     path = top / "model"
     saved_model.save_model(path, params, config, tokenizer=tokenizer, about=about)
     return path
@@ -236,7 +236,7 @@ def test_old_and_new_transformers_load_the_same(tmp_path):
         if settings:
             change(top / "encoder", "tokenizer_config.json", **settings)
         for name in ("stock", "transformers"):  # as an export writes them
-            tokenizer = huggingface.load_tokenizer(top / "encoder", "model")
+            tokenizer = tokenizers.load_tokenizer(top / "encoder", "model")
             (top / name).mkdir()
             export.FORMATS[name].write(top / name, params, config, ("x", "y"))
             tokenizers.write(tokenizer, top / name, config, max_length=LENGTH)
@@ -244,7 +244,7 @@ def test_old_and_new_transformers_load_the_same(tmp_path):
     params, config = make(tmp_path / "dense")  # the encoder that a teacher would be
     write(tmp_path / "dense", folders.wordpiece_files())
     change(tmp_path / "dense", "tokenizer_config.json", **SPECIAL)
-    tokenizer = huggingface.load_tokenizer(tmp_path / "dense", "model")
+    tokenizer = tokenizers.load_tokenizer(tmp_path / "dense", "model")
     huggingface.save_hugging_face(
         tmp_path / "saved", params, config, tokenizer=tokenizer
     )

@@ -38,7 +38,7 @@ def folder(tmp_path):
 def refused(folder, call=None):
     """The one line that refuses a folder."""
     with pytest.raises(UserError) as caught:
-        (call or huggingface.load_tokenizer)(folder, FIELD)
+        (call or tokenizers.load_tokenizer)(folder, FIELD)
     said = str(caught.value)
     assert said.startswith(f"{FIELD}={str(folder)!r}: ") and "\n" not in said
     return said
@@ -111,7 +111,7 @@ def test_ids_are_those_of_transformers(case, tmp_path):
 
     folder = tmp_path / "encoder"
     config = tokenizer_folder(folder, case)
-    ours = huggingface.load_tokenizer(folder, FIELD)
+    ours = tokenizers.load_tokenizer(folder, FIELD)
     tokenizers.check_tokenizer(ours, config, field=FIELD, path="encoder")
     theirs = AutoTokenizer.from_pretrained(folder)
     assert ours(TEXTS)["input_ids"] == theirs(TEXTS)["input_ids"]
@@ -299,7 +299,7 @@ def test_tokenizer_that_is_refused(case, tmp_path, capfd):
     capfd.readouterr()
 
     def check(folder, field):
-        tokenizer = huggingface.load_tokenizer(folder, field)
+        tokenizer = tokenizers.load_tokenizer(folder, field)
         tokenizers.check_tokenizer(tokenizer, config, field=field, path=str(folder))
 
     said = refused(folder, check)
@@ -317,7 +317,7 @@ def test_link_to_a_file_that_is_gone(folder, name):
     (folder / name).symlink_to(folder / "gone")
 
     def check(folder, field):
-        huggingface.load_tokenizer(folder, field)
+        tokenizers.load_tokenizer(folder, field)
         load(folder)
 
     assert f"{name} is a link to a file that is gone" in refused(folder, check)
@@ -335,7 +335,7 @@ def test_tokens_outside_the_weights(tmp_path):
     """Whatever their number: ids may have gaps."""
     _, config = make(tmp_path / "encoder", vocab_size=len(WORDS))
     write(tmp_path / "encoder", folders.wordpiece_files())
-    tokenizer = huggingface.load_tokenizer(tmp_path / "encoder", FIELD)
+    tokenizer = tokenizers.load_tokenizer(tmp_path / "encoder", FIELD)
     where = {"field": FIELD, "path": "encoder"}
     tokenizers.check_tokenizer(tokenizer, config, **where)
     tokenizer.add_special_tokens({"mask_token": "[OTHER]"})
@@ -349,7 +349,7 @@ OWN = Data(task="own", columns=("text",), labels=("x", "y"), max_length=16)
 
 
 def check_rows(folder, texts, **options):
-    task, tokenizer = tasks.find(OWN), huggingface.load_tokenizer(folder, FIELD)
+    task, tokenizer = tasks.find(OWN), tokenizers.load_tokenizer(folder, FIELD)
     columns = {"text": texts, "label": np.zeros(len(texts), np.int32)}
     examples = task.tokenise(columns, tokenizer)
     where = {"field": FIELD, "path": str(folder)}
@@ -668,7 +668,7 @@ def test_googles_config_without_a_family(folder):
         (folder / "config.json").write_text(json.dumps({k: fields[k] for k in kept}))
 
     same_as_before(folder, reduce)
-    tokenizer = huggingface.load_tokenizer(folder, FIELD)
+    tokenizer = tokenizers.load_tokenizer(folder, FIELD)
     assert tokenizer("warm tea")["input_ids"] == [2, 7, 5, 3]
 
 
@@ -709,7 +709,7 @@ def saved(tmp_path_factory):
     top = tmp_path_factory.mktemp("saved")
     params, config = make(top / "encoder")
     write(top / "encoder", folders.wordpiece_files())
-    tokenizer = huggingface.load_tokenizer(top / "encoder", FIELD)
+    tokenizer = tokenizers.load_tokenizer(top / "encoder", FIELD)
     about = {"task": "own", "labels": ["x", "y"], "data": {}}
     saved_model.save_model(
         top / "model", params, config, tokenizer=tokenizer, about=about

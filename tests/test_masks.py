@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import TINY, random_params
 
 from cofi_jax.errors import UserError
 from cofi_jax.models.bert import Encoder
@@ -622,15 +622,7 @@ def test_layers_that_the_masks_do_not_have_are_named(transform):
 
 
 def test_decisions_count_what_is_closed_and_what_is_open_to_doubt():
-    config = EncoderConfig(
-        vocab_size=5,
-        hidden_size=8,
-        heads=(2, 1),
-        head_size=4,
-        intermediate=(3, 0),
-        pooler_size=8,
-        num_labels=2,
-    )
+    config = dataclasses.replace(TINY, heads=(2, 1), intermediate=(3, 0))
     log_alpha = {
         "head": jnp.array([[30.0, CLOSING], [-30.0, -jnp.inf]]),  # open, half, closed
         "ffn": jnp.array([CLOSING + math.log(3), -jnp.inf]),  # open by 3 to 1

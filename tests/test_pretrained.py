@@ -13,7 +13,7 @@ import pytest
 import record_parity
 from safetensors.numpy import load_file, save_file
 
-from cofi_jax.checkpoints import huggingface
+from cofi_jax.checkpoints import huggingface, tokenizers
 from cofi_jax.config import Model
 from cofi_jax.errors import UserError
 from cofi_jax.models.bert import Encoder
@@ -617,19 +617,19 @@ def test_load_classifier_of_another_number_of_classes(problem, labels, task):
 def test_folder_without_a_tokenizer(folder):
     """Left alone, transformers makes up a tokenizer that knows no word."""
     with pytest.raises(UserError, match=f"{FIELD}=.*{folder.name}.*no tokenizer"):
-        huggingface.load_tokenizer(folder, FIELD)
+        tokenizers.load_tokenizer(folder, FIELD)
 
 
 def test_folder_with_a_damaged_tokenizer(folder):
     (folder / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(UserError, match=f"{FIELD}=.*{folder.name}.*tokenizer"):
-        huggingface.load_tokenizer(folder, FIELD)
+        tokenizers.load_tokenizer(folder, FIELD)
 
 
 def test_folder_with_a_vocabulary_alone(folder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    tokenizer = huggingface.load_tokenizer(folder, FIELD)
+    tokenizer = tokenizers.load_tokenizer(folder, FIELD)
     assert tokenizer("good bad ugly")["input_ids"] == [2, 5, 6, 1, 3]
 
 
@@ -643,7 +643,7 @@ def roberta_tokenizer_files(folder):
 
 def test_folder_with_robertas_vocabulary_and_merges(folder):
     roberta_tokenizer_files(folder)
-    tokenizer = huggingface.load_tokenizer(folder, FIELD)
+    tokenizer = tokenizers.load_tokenizer(folder, FIELD)
     assert tokenizer("godgo")["input_ids"] == [0, 9, 8, 2]
 
 
@@ -652,14 +652,14 @@ def test_folder_with_half_of_robertas_tokenizer(folder, lost):
     roberta_tokenizer_files(folder)
     (folder / lost).unlink()
     with pytest.raises(UserError, match="no tokenizer.*vocab.json and merges.txt"):
-        huggingface.load_tokenizer(folder, FIELD)
+        tokenizers.load_tokenizer(folder, FIELD)
 
 
 def test_folder_with_a_damaged_sentencepiece_model(folder):
     configure(model_type="xlm-roberta")(folder)
     (folder / "sentencepiece.bpe.model").write_bytes(b"\x00broken")
     with pytest.raises(UserError, match="its tokenizer cannot be read") as caught:
-        huggingface.load_tokenizer(folder, FIELD)
+        tokenizers.load_tokenizer(folder, FIELD)
     assert "\n" not in str(caught.value)
 
 

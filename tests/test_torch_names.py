@@ -11,7 +11,7 @@ import record_parity
 from conftest import random_params
 from safetensors.numpy import load_file, save_file
 
-from cofi_jax.checkpoints import hf_config, hf_names, huggingface
+from cofi_jax.checkpoints import hf_config, hf_names, huggingface, tokenizers
 from cofi_jax.config import Model
 from cofi_jax.errors import UserError
 from cofi_jax.models.bert import Encoder
@@ -564,7 +564,7 @@ def test_the_tokenizer_comes_along(tmp_path):
     huggingface.save_hugging_face(
         folder, random_params(config, 0), config, tokenizer=tokenizer
     )
-    again = huggingface.load_tokenizer(folder, FIELD)
+    again = tokenizers.load_tokenizer(folder, FIELD)
     assert again.get_vocab() == tokenizer.get_vocab()
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints import huggingface, saved_model
+from cofi_jax.checkpoints import huggingface, saved_model, tokenizers
 from cofi_jax.config import Model
 from cofi_jax.data import tasks
 from cofi_jax.data.batches import Examples
@@ -85,7 +85,7 @@ def load(
         dense, params = huggingface.load_encoder(
             folder, field="model", **head, model=Model(), key=key
         )
-        tokenizer = huggingface.load_tokenizer(folder, "model") if task else None
+        tokenizer = tokenizers.load_tokenizer(folder, "model") if task else None
     if longest > dense.longest:
         legal = f"must be at most {dense.longest}, the model's positions"
         raise reject("seq_length", longest, legal)

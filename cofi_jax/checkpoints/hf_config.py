@@ -29,8 +29,8 @@ _SAME_ACTIVATION = {
     "gelu_python_tanh": "gelu_pytorch_tanh",
 }
 
-# What these fields may say. Others, of the same name or not, are of models that compute
-# something else with tensors of the same names; None stands for a field that is absent.
+# What these fields may say where they are present; () means that they must be absent.
+# With any other value, a model computes something else with tensors of the same names.
 _NEUTRAL = {
     "is_decoder": (False,),
     "add_cross_attention": (False,),
@@ -53,7 +53,6 @@ _NEUTRAL = {
     "pooler_activation": ("tanh",),
     "norm_type": ("layer_norm", "layernorm", "LayerNorm"),
     "layer_norm_type": ("layer_norm", "layernorm", "LayerNorm", "post"),
-    "num_hidden_groups": (),
     "inner_group_num": (1,),
     **dict.fromkeys(
         (
@@ -69,6 +68,7 @@ _NEUTRAL = {
             "norm_first",
             "normalize_before",
             "num_experts",
+            "num_hidden_groups",
             "num_local_experts",
             "parallel_attention",
             "parallel_attn",
@@ -164,10 +164,10 @@ def from_fields(
     family = "bert" if family is None else family
     _one_of("model_type", family, tuple(FAMILIES))
     for name, values in _NEUTRAL.items():
-        if fields.get(name):  # An empty value is that of a field which is absent.
-            _one_of(name, fields[name], values)
-        elif True in values and fields.get(name) is not None:
-            _one_of(name, fields[name], values)
+        value = fields.get(name)
+        # An empty value is that of an absent field, unless True is what it must be.
+        if value or (value is not None and True in values):
+            _one_of(name, value, values)
     activation = _activation(fields)
 
     def size(name, default=None, **bounds):

@@ -20,8 +20,6 @@ from cofi_jax.checkpoints import foreign, hf_names, tokenizers
 from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.checkpoints.hf_config import class_rows, from_fields, unknown_fields
 from cofi_jax.checkpoints.hf_names import to_hugging_face
-from cofi_jax.checkpoints.tokenizers import check_tokenizer as check_tokenizer
-from cofi_jax.checkpoints.tokenizers import load_tokenizer as load_tokenizer
 from cofi_jax.config import Model
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject, warn

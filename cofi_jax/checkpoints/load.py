@@ -158,7 +158,7 @@ def load_hugging_face(
     dense = huggingface.read_config(
         folder, field, task.num_outputs, model, task.problem.name
     )
-    tokenizer = huggingface.load_tokenizer(folder, field)
+    tokenizer = tokenizers.load_tokenizer(folder, field)
     tokenizers.check_tokenizer(tokenizer, config, field=field, path=path)
     return Loaded(path, folder, Encoder(config), params, tokenizer, task, dense)
 

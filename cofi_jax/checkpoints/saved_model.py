@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as ocp
 
 from cofi_jax import config as config_lib
 from cofi_jax import distributed, files
-from cofi_jax.checkpoints import foreign, huggingface, state
+from cofi_jax.checkpoints import foreign, state, tokenizers
 from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.config import DTYPES, Data
 from cofi_jax.data import tasks
@@ -190,7 +190,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
       UserError: where it is missing or damaged.
     """
-    return huggingface.load_tokenizer(Path(path).expanduser() / "tokenizer", "model")
+    return tokenizers.load_tokenizer(Path(path).expanduser() / "tokenizer", "model")
 
 
 def saved_task(path: str) -> tasks.Task:

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,8 +147,10 @@ def read(store: Any, where: Any, abstract: Any) -> Any:
     except Exception as error:
         reason = foreign.reason(error)
     if reason:
+        # Reads that nobody waits for warn when they are collected, which is only once
+        # the error is gone: it refers to them.
         with warnings.catch_warnings(action="ignore"):
-            gc.collect()  # Reads that are not waited for warn when they are collected.
+            gc.collect()
         raise UserError(reason)
     if distributed.digest(stored) != digest:
         raise UserError("checksum mismatch")
@@ -156,12 +159,14 @@ def read(store: Any, where: Any, abstract: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A block in which the storage library does not log what is wrong with a file.
+    """A block in which the storage library does not say what is wrong with a file.
 
-    It reads on in the background after the first failure, and of what it then finds
-    there would be hundreds of lines whenever the garbage collector comes to it.
+    After its first failure it reads on in the background, and what it finds there would
+    be hundreds of lines, some of them after the block. So two filters stay.
     """
     logging.getLogger("asyncio").addFilter(_is_not_of_storage)
+    if not isinstance(sys.unraisablehook, _WithoutLateReads):
+        sys.unraisablehook = _WithoutLateReads(sys.unraisablehook)
     logger = logging.getLogger("absl")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -174,6 +179,18 @@ def _quiet() -> Iterator[None]:
 def _is_not_of_storage(record: logging.LogRecord) -> bool:
     """Whether a record of asyncio is of others than reads that nobody waits for."""
     return "exception was never retrieved" not in record.getMessage()
+
+
+class _WithoutLateReads:
+    """An unraisable hook that ignores reads which end when their loop is closed."""
+
+    def __init__(self, before: Callable[[Any], Any]):
+        self._before = before
+
+    def __call__(self, raised: Any) -> None:
+        late = isinstance(raised.exc_value, RuntimeError)
+        if not (late and str(raised.exc_value) == "Event loop is closed"):
+            self._before(raised)
 
 
 def alone() -> contextlib.AbstractContextManager:

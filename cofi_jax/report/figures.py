@@ -139,17 +139,20 @@ def sparsity_panel(axes, metrics: Metrics) -> None:
     _line(axes, lines, "sparsity", "exact, as evaluated", **dots)
     _line(axes, lines, "target_sparsity", "target", color=INK, ls="--")
     finish(axes, "optimizer step of the pruning stage", "sparsity")
-    axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.0f} %")
+    _percent_axis(axes)
 
 
 def decision_panel(axes, metrics: Metrics) -> None:
-    """Draws which kinds close over the steps in which masks are learned."""
+    """Draws the closed fraction of each kind over the steps that learn masks."""
     lines = _pruning(metrics)
     for kind, color in _KIND_COLORS.items():
         _line(axes, lines, f"closed_{kind}", kind, color=color)
     _line(axes, lines, "undecided", "undecided, of all", color=INK, ls=":")
-    finish(axes, "optimizer step of the pruning stage", "fraction of the masks")
+    finish(axes, "optimizer step of the pruning stage", "closed fraction of a kind")
+    _percent_axis(axes)
+
+
+def _percent_axis(axes):
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(lambda fraction, _: f"{100 * fraction:.0f} %")
 

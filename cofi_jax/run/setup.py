@@ -108,7 +108,7 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
             model=config.model,
             key=key,
         )
-        tokenizer = huggingface.load_tokenizer(folder, "model.path")
+        tokenizer = tokenizers.load_tokenizer(folder, "model.path")
         return Encoder(sizes), params, tokenizer
     if config.data.task != "demo":
         legal = "must name an encoder; only the demo task brings its own tokenizer"
