@@ -33,6 +33,7 @@ with _epy.lazy_api_imports(globals()):
         target_masks,
     )
     from cofi_jax.pruning.cost import exact_sparsity, num_params
+    from cofi_jax.pruning.importance import ranks, seed_log_alpha
     from cofi_jax.pruning.masks import (
         evaluation_masks,
         init_log_alpha,
@@ -54,3 +55,4 @@ with _epy.lazy_api_imports(globals()):
         without,
     )
     from cofi_jax.report.model_card import text as model_card
+    from cofi_jax.training.importance import importance

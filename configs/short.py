@@ -43,7 +43,7 @@ def recipe(task: str) -> Config:
         _epochs(config, teacher=3, warmup=2, prune=8, finetune=4)
     elif task == "cola":
         _epochs(config, teacher=5, warmup=2, prune=8, finetune=4)
-    elif task == "wnli":  # 20 steps an epoch, and gates need some to close
+    elif task == "wnli":  # 20 steps an epoch, and masks need some to close
         _epochs(config, teacher=3, warmup=4, prune=16, finetune=4)
     elif task == "squad":  # whose rows are windows of many tokens
         config.data.buckets = (128, 192, 256)

@@ -1,10 +1,10 @@
 """The hard-concrete distribution (Louizos et al., 2018), arrays to arrays.
 
-A gate is a random variable whose value is a mask. Its distribution has one parameter,
-the location `log_alpha`: with noise `u` that is uniform in (0, 1),
+In training, a mask is a random variable. Its distribution has one parameter, the
+location `log_alpha`: with noise `u` that is uniform in (0, 1),
 
     s = sigmoid((ln u - ln(1 - u) + log_alpha) / TEMPERATURE)
-    gate = clip(low + (high - low) * s, 0, 1),      (low, high) = STRETCH
+    mask = clip(low + (high - low) * s, 0, 1),      (low, high) = STRETCH
 
 so a mask is exactly 0, and exactly 1, with a probability above 0. Every function here
 works element by element, on arrays of any shape.
@@ -18,15 +18,15 @@ import jax.numpy as jnp
 TEMPERATURE = 2 / 3
 STRETCH = _LOW, _HIGH = (-0.1, 1.1)
 
-# Log-alphas stay in this range. Beyond it the gradient of P(gate > 0) vanishes, so a
-# closed gate would never open again and training would miss the sparsity target.
+# Log-alphas stay in this range. Beyond it the gradient of P(mask > 0) vanishes, so a
+# closed mask would never open again and training would miss the sparsity target.
 LOG_ALPHA_RANGE = (math.log(1e-2), math.log(1e2))
 
-# The log-alpha of a gate with P(gate > 0) = 1/2.
+# The log-alpha of a mask with P(mask > 0) = 1/2.
 _HALF_OPEN = TEMPERATURE * math.log(-_LOW / _HIGH)
 
-# The distance from fully open to P(gate > 0) = 1/2, about 6.2. Adam covers at most the
-# learning rate in a step, so this bounds the steps that closing a gate takes.
+# The distance from fully open to P(mask > 0) = 1/2, about 6.2. Adam covers at most the
+# learning rate in a step, so this bounds the steps that closing a mask takes.
 CLOSING_DISTANCE = LOG_ALPHA_RANGE[1] - _HALF_OPEN
 
 
@@ -37,12 +37,12 @@ def quantile(u: jax.Array, log_alpha: jax.Array) -> jax.Array:
 
 
 def prob_active(log_alpha: jax.Array) -> jax.Array:
-    """Returns the probability that a gate is above 0."""
+    """Returns the probability that a mask is above 0."""
     return jax.nn.sigmoid(log_alpha - _HALF_OPEN)
 
 
 def deterministic(log_alpha: jax.Array) -> jax.Array:
-    """Returns the soft mask in (0, 1) of a gate that stays open at evaluation.
+    """Returns the soft value in (0, 1) of a mask that stays open at evaluation.
 
     The formula is that of the original implementation; it is neither the mean nor the
     median of the distribution.
