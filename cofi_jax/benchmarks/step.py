@@ -27,7 +27,7 @@ from cofi_jax.pruning import masks
 from cofi_jax.training import objectives, teacher
 from cofi_jax.training import step as step_lib
 
-KINDS = ("masked", "plain", "finetune")
+KINDS = ("masked", "plain", "finetune", "exact")
 _KEPT_KINDS = ("masked", "finetune")  # These are timed with kept outputs, too.
 
 
@@ -197,7 +197,7 @@ def ours(subject: Subject, work: Work) -> dict[str, Timed]:
             student,
             subject.dense,
             work.examples.lengths,
-            masked=kind == "masked",
+            masked=kind in ("masked", "exact"),
             taught=cache != "none",
         )
         return Timed(turn, work, flops)
@@ -242,7 +242,8 @@ def prepared(
 
     Args:
       subject: the dense model is the teacher and, but for `finetune`, the student.
-      kind: `masked` is with masks and `plain` without; `finetune` trains the sliced
+      kind: `masked` is with masks and the paper's Lagrangian, `exact` with masks and
+        the exact constraint, and `plain` without masks; `finetune` trains the sliced
         model.
     """
     sizes, params = subject.dense, subject.dense_params
@@ -251,11 +252,12 @@ def prepared(
     projection = jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
     trainable: dict[str, Any] = {"distill_projection": projection}
     imitate, context = objectives.DistillationObjective, {}
-    if kind == "masked":
+    if kind in ("masked", "exact"):
         imitate = objectives.PruningObjective
         key = jax.random.key(2)
         trainable["log_alpha"] = masks.init_log_alpha(subject.dense, key)
-        trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
+        if kind == "masked":
+            trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
         context["target_sparsity"] = jnp.float32(0.95)
         context["warmup_steps"] = jnp.int32(100)
         context["share"] = jnp.float32(1)
