@@ -120,6 +120,43 @@ def test_a_byte_that_is_not_utf_8(suffix, place, wrong, tmp_path, capsys):
         assert "row 1" in found
 
 
+def spoilt(data):
+    """The data with a byte that is not UTF-8, at each place and in three ways."""
+    for place in range(len(data) + 1):
+        yield place, data[:place] + b"\xff" + data[place + 1 :]
+        for byte in (b"\xe9", b"\x80"):
+            yield place, data[:place] + byte + data[place:]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "squad", "txt"])
+def test_a_byte_that_is_not_utf_8_at_every_place(suffix, end, tmp_path, capsys):
+    """In names, in cells that are read and that are not, in labels and between them."""
+    if suffix == "squad":
+        content = {"version": "th\xe9", "data": [official(ME[:1])]}
+        data = json.dumps(content, ensure_ascii=False).encode() + b"\n"
+        path, fields = tmp_path / "train.json", {"task": "squad", "columns": ()}
+    else:
+        table = (
+            ["text", "spare", "label"],
+            [["tea\u2028", "x", "yes"], ["", "\xe9", "no"]],
+        )
+        data = file_of("csv" if suffix == "txt" else suffix, *table, None)
+        path, fields = tmp_path / f"train.{suffix}", {}
+    data = data.replace(b"\n", end.encode())
+    for place, wrong in spoilt(data):
+        path.write_bytes(wrong)
+        found, said = outcome(tmp_path, capsys, **fields)
+        assert said == []
+        if suffix == "txt":  # It is not even looked at.
+            assert "must hold one of ['train.parquet', " in found
+            continue
+        # A letter that lost its first byte is wrong a byte later.
+        lines = {1 + wrong[: place + k].count(b"\n") for k in (0, 1)}
+        line = int(re.search(r"must be UTF-8; byte 0x.. in line (\d+)", found)[1])
+        assert line in lines and f"cannot read {path}: " in found
+
+
 OTHER = "an encoding of another script than the Latin one"
 
 
