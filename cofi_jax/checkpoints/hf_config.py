@@ -184,6 +184,8 @@ def from_fields(
     vocabulary, pad = size("vocab_size"), fields.get("pad_token_id")
     if pad is not None:
         size("pad_token_id", least=0, most=vocabulary - 1)
+    if fields.get("num_labels") is not None:  # The weights tell the number.
+        size("num_labels", least=0)
     # RoBERTa's rows up to that of the padding token are never those of a token.
     offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
     config = EncoderConfig(

@@ -93,7 +93,7 @@ def _check_files(folder):
     for name, kinds in _SETTINGS.items():
         value = settings.get(name)
         if value is not None and type(value) not in kinds:
-            legal = f"must be a {' or '.join(kind.__name__ for kind in kinds)}"
+            legal = f"must be of type {' or '.join(kind.__name__ for kind in kinds)}"
             said = f"{name} is {reprlib.repr(value)}, {legal}"
             raise UnsupportedCheckpoint(f"tokenizer_config.json: {said}")
     sets = [names.split(" and ") for names in _VOCABULARIES]
