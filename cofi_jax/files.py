@@ -98,6 +98,47 @@ def remove(path: str | os.PathLike) -> None:
         pathlib.Path(path).unlink(missing_ok=True)
 
 
+# How files begin, in lower case, that often stand under the name of another kind.
+_PAGE = "is a page of HTML, perhaps of a download that failed"
+_BEGINNINGS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file: git lfs pull",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+    b"\x1f\x8b": "is compressed by gzip; unpack it",
+    b"bzh91ay&sy": "is compressed by bzip2; unpack it",
+    b"\xfd7zxz\0": "is compressed by xz; unpack it",
+    b"(\xb5/\xfd": "is compressed by zstd; unpack it",
+    b"pk\x03\x04": "is a zip archive, as workbooks are, too",
+    b"par1\x15": "is a parquet file under another name",
+}
+
+
+def disguise(path: str | os.PathLike, own: bytes = b"") -> str:
+    """What a file is by its first bytes, where these are of a kind listed above.
+
+    It says nothing of files that begin with `own`, as they should, and of all others.
+    """
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip().lower()
+    if own and start.startswith(own):
+        return ""
+    return next((said for b, said in _BEGINNINGS.items() if start.startswith(b)), "")
+
+
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, as a hook of its parser.
+
+    Raises:
+      ValueError: where a name is there twice. Parsers differ in which one they take.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"names {twice!r} twice")
+    return found
+
+
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
     """The ends of the paths, with as many parts as tell different paths apart."""
     parts = [pathlib.PurePath(path).parts for path in paths]

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import huggingface_hub
 import jax
@@ -263,6 +264,30 @@ def test_the_lines_of_the_card_run(name, saved, exported, expected):
         label = tasks.TASKS["demo"].labels[scores.argmax()]
         assert found[0]["label"] == label
         np.testing.assert_allclose(found[0]["score"], scores.max(), rtol=1e-5)
+
+
+def test_the_lines_of_a_card_load_its_model_once(monkeypatch, tmp_path):
+    """However many texts they are run on, and each text gets its own answer."""
+    calls = []
+    counted = types.SimpleNamespace(load=lambda: calls.append("load"))
+    counted.answer = lambda *texts: calls.append(texts) or np.array([[len(texts), 0.0]])
+    monkeypatch.setitem(sys.modules, "counted", counted)
+    lines = "import counted\ncounted.load()\nwith open('/dev/null') as file:\n    {}\n"
+    lines = lines.format("texts = ({texts},)") + "print(counted.answer(*texts))"
+    card = model_card.Part("nobody", "nothing", lines)
+    form = types.SimpleNamespace(name="counted", card=card)
+
+    def predict(batch):  # A row of two texts has two types of tokens.
+        return np.array([[1.0 + batch["token_type_ids"].max(), 0.0]])
+
+    config = EncoderConfig(
+        *(len(demo_tokenizer()), 8, (1,), 8, (8,), 8), num_labels=2, max_positions=24
+    )
+    model = verify.Model({}, config, predict)
+    task = tasks.find(Data(task="demo"))
+    verify.run_card(form, tmp_path, model, task, demo_tokenizer())
+    assert [len(call) for call in calls] == [len("load"), 1, 2, 2]
+    assert len(set(calls)) == 4
 
 
 def test_the_card_of_a_saved_model(copy):

@@ -1,5 +1,6 @@
 """Folders of all layouts: read as transformers reads them, or refused in one line."""
 
+import gzip
 import json
 
 import foreign_folders as folders
@@ -149,6 +150,7 @@ def vocab_json(**ids):
 
 
 DEEP = '{"a":' * 5000 + "1" + "}" * 5000
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
 SHALLOWER = '{"a":' * 300 + "1" + "}" * 300  # than Python's stack, not than the limit
 VOCAB = "\n".join(WORDS) + "\n"
 
@@ -166,7 +168,51 @@ BAD = {
         {"vocab.txt": VOCAB} | settings(tokenizer_class="XLMRobertaTokenizer"),
         "XLMRobertaTokenizer reads sentencepiece.bpe.model; the folder holds vocab.txt",
     ),
-    "a byte order mark": ({}, {"vocab.txt": "\ufeff" + VOCAB}, r"lacks '\[PAD\]'"),
+    "a byte order mark": ({}, {"vocab.txt": "\ufeff" + VOCAB}, "vocab.txt begins with"),
+    "a byte order mark of merges": (
+        ROBERTA,
+        lambda: {k: "\ufeff" + v for k, v in folders.bpe_files().items()},
+        "begins with a byte order mark",
+    ),
+    "a mark of JSON": (
+        {},
+        {"vocab.txt": VOCAB, "tokenizer_config.json": "\ufeff{}"},
+        "tokenizer_config.json begins with a byte order mark",
+    ),
+    "a pointer": ({}, {"vocab.txt": POINTER}, "vocab.txt is a pointer of Git LFS"),
+    "a pointer to JSON": (
+        {},
+        {"vocab.txt": VOCAB, "tokenizer.json": POINTER},
+        "tokenizer.json is a pointer of Git LFS",
+    ),
+    "a page": ({}, {"vocab.txt": VOCAB, "config.json": "<!doctype html>"}, "of HTML"),
+    "an added id of 5000 digits": (
+        {},
+        {"vocab.txt": VOCAB}
+        | settings(added_tokens_decoder={"9" * 5000: {"content": "[X]"}}),
+        "is '9999",
+    ),
+    **{
+        f"{name} twice": (
+            {},
+            lambda name=name: (
+                folders.wordpiece_files() | {name: '{"a": {"b": [{"c": 1, "c": 1}]}}'}
+            ),
+            f"{name} cannot be read .names 'c' twice",
+        )
+        for name in tokenizers._JSON
+    },
+    **{
+        f"{name} is {value!r}": (
+            {},
+            {"vocab.txt": VOCAB} | settings(**{name: value}),
+            f"tokenizer_config.json: {name} is .*, must be of type",
+        )
+        for name in tokenizers._SETTINGS
+        for value in ("false" if name != "tokenizer_class" else 7, [["512"]], True)
+        if not (value is True and bool in tokenizers._SETTINGS[name])
+        and type(value) not in tokenizers._SETTINGS[name]
+    },
     "special tokens of another style": (
         {},
         {"vocab.txt": VOCAB.replace("[CLS]", "<s>").replace("[SEP]", "</s>")},
@@ -248,7 +294,11 @@ BAD = {
         {"vocab.txt": VOCAB, "tokenizer_config.json": "[1]"},
         "tokenizer_config.json holds a list, must be an object",
     ),
-    "vocab.txt not UTF-8": ({}, {"vocab.txt": VOCAB.encode() + b"caf\xe9"}, "UTF-8"),
+    "vocab.txt not UTF-8": (
+        {},
+        {"vocab.txt": VOCAB.encode() + b"caf\xe9"},
+        "vocab.txt .*utf-8.*0xe9",
+    ),
     "settings not UTF-8": (
         {},
         {"vocab.txt": VOCAB, "tokenizer_config.json": b'{"a": "\xe9"}'},
@@ -274,11 +324,6 @@ BAD = {
             "NoSuchTokenizer": "cannot be read",
         }.items()
     },
-    "class a number": (
-        {},
-        {"vocab.txt": VOCAB} | settings(tokenizer_class=3),
-        "its tokenizer cannot be read .'int' object has no attribute",
-    ),
     "code of its own": (
         {},
         {"vocab.txt": VOCAB}
@@ -458,7 +503,7 @@ def test_fields_that_change_the_function(folder, name):
 NUMBERS = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size "
     "max_position_embeddings type_vocab_size pad_token_id layer_norm_eps "
-    "attention_head_size"
+    "attention_head_size num_labels"
 ).split()
 NO_NUMBERS = {
     "2^31": 2**31,
@@ -563,6 +608,52 @@ def test_names_of_classes_in_every_form(folder, tables, capsys):
     capsys.readouterr()
 
 
+def test_length_without_a_limit(folder):
+    """transformers stores 1e30 where a tokenizer has no longest input."""
+    write(folder, folders.wordpiece_files())
+    _, config = make(folder)
+    for limit in (1e30, 10**30, None, -1):
+        change(folder, "tokenizer_config.json", model_max_length=limit)
+        tokenizer = tokenizers.load_tokenizer(folder, FIELD)
+        columns = {"text": ["tea " * 99], "label": np.zeros(1, np.int32)}
+        rows = tasks.find(OWN).tokenise(columns, tokenizer).input_ids
+        assert len(rows[0]) == OWN.max_length
+        (folder / "written").mkdir(exist_ok=True)
+        tokenizers.write(tokenizer, folder / "written", config)
+        written = json.loads((folder / "written/tokenizer_config.json").read_text())
+        assert written["model_max_length"] == config.longest
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"id2label": {"0": "x", "2": "y"}},
+        {"id2label": {"1": "y", "2": "x"}},
+        {"id2label": {"-1": "y", "0": "x"}},
+        {"id2label": {"0": "x", "1": "x"}},
+        {"id2label": {"0": "x", "00": "x", "1": "y"}},
+        {"id2label": {"no": "x", "yes": "y"}},
+        {"id2label": None, "label2id": {"x": 1, "y": 2}},
+        {"id2label": None, "label2id": {"x": 0, "y": 0}},
+        {"id2label": {"0": "x", "2": "y"}, "label2id": {"x": 0, "y": 2}},
+    ],
+    ids=str,
+)
+def test_names_of_classes_that_make_no_sense(folder, tables, capsys):
+    """Unless somebody says the order; the numbers alone would give one silently."""
+    change(folder, **{"label2id": None} | tables)
+    said = refused(folder, lambda folder, field: load(folder))
+    table = "label2id" if tables["id2label"] is None else "id2label"
+    assert (
+        f"config.json: {table} is {{" in said and "must number different names" in said
+    )
+    assert said.endswith("give them in the order of the model: model.labels")
+    options = {"field": FIELD, "problem": "classification", "model": Model()}
+    options |= {"labels": ("x", "y"), "label_order": ("y", "x")}
+    huggingface.load_classifier(folder, **options)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_names_of_classes_that_disagree(folder):
     names = {"id2label": {"0": "x", "1": "y"}, "label2id": {"x": 1, "y": 0}}
     change(folder, **names)
@@ -593,7 +684,10 @@ def same_as_before(folder, change_folder):
     jax.tree.map(np.testing.assert_array_equal, before[1], after[1])
 
 
-@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "model.", "module.model.", "_orig_mod.", "_orig_mod.module."],
+)
 def test_prefix_of_wrapped_models(folder, prefix):
     """The head's tensors have it as well."""
     same_as_before(
@@ -630,11 +724,17 @@ def test_index_that_does_not_fit(folder):
         ({"weight_map": table | {name: "gone.safetensors"}}, "not in the folder"),
         ({"weight_map": table | {name: "../model.safetensors"}}, "not in the folder"),
         ({"weight_map": {k: v for k, v in table.items() if k != name}}, "lacks"),
+        ({"weight_map": table | {name: 3}}, "not in the folder"),
     ):
         index.write_text(json.dumps(content))
         assert reason in refused(folder, lambda folder, field: load(folder))
-    index.write_text(DEEP)
-    assert "nested deeper" in refused(folder, lambda folder, field: load(folder))
+    for content, reason in (
+        (DEEP, "nested deeper"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "names 'a' twice"),
+        (POINTER, "is a pointer of Git LFS"),
+    ):
+        index.write_text(content)
+        assert reason in refused(folder, lambda folder, field: load(folder))
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
@@ -653,6 +753,76 @@ def test_float8(folder, dtype, file):
     else:
         save_torch(tensors, folder / file)
     assert f"{name} holds " in refused(folder, lambda folder, field: load(folder))
+
+
+NOT_FINITE = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf, "too large": 1e300}
+
+
+@pytest.mark.parametrize("value", NOT_FINITE.values(), ids=list(NOT_FINITE))
+def test_weights_that_are_not_finite(folder, value, recwarn):
+    """One value of one tensor is enough to make every output nan."""
+    name = "bert.encoder.layer.1.output.dense.weight"
+
+    def spoil(tensors):
+        tensors = {k: v.astype(np.float64) for k, v in tensors.items()}
+        tensors[name][3, 5] = value
+        return tensors
+
+    rewrite(folder, spoil)
+    said = refused(folder, lambda folder, field: load(folder))
+    assert f"{name} holds values that are infinite or nan, must be finite" in said
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (POINTER.encode(), "is a pointer of Git LFS"),
+        (b"<html>", "is a page of HTML"),
+        (gzip.compress(b"x"), "is compressed by gzip"),
+        (b"\x80\x02x", "cannot be read"),
+    ],
+    ids=["a pointer", "a page", "gzip", "damage"],
+)
+def test_weights_that_are_something_else(folder, file, content, said):
+    pytest.importorskip("torch")
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_bytes(content)
+    found = refused(folder, lambda folder, field: load(folder))
+    assert f"{file} {said}" in found and "weights_only" not in found
+
+
+@pytest.mark.parametrize(
+    "make_content, said",
+    [
+        (lambda torch, t: {"state_dict": t, "epoch": 3}, "'state_dict' is a dict"),
+        (lambda torch, t: {0: t["classifier.bias"]}, "0 is a Tensor, must be"),
+        (lambda torch, t: {**t, "steps": 3}, "'steps' is a int"),
+        (lambda torch, t: [*t.values()], "must be tensors by name"),
+        (lambda torch, t: torch.nn.Linear(2, 2), "more than tensors, or is damaged"),
+        (
+            lambda torch, t: (
+                t | {"classifier.weight": t["classifier.weight"].to_sparse()}
+            ),
+            "classifier.weight cannot be read",
+        ),
+        (
+            lambda torch, t: (
+                t | {"classifier.weight": t["classifier.weight"].to(torch.complex64)}
+            ),
+            "classifier.weight holds complex64, must be floating point",
+        ),
+    ],
+    ids=["nested", "numbered", "a number", "a list", "a module", "sparse", "complex"],
+)
+def test_files_of_pytorch_that_hold_something_else(folder, make_content, said):
+    torch = pytest.importorskip("torch")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: torch.from_numpy(v) for k, v in tensors.items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(make_content(torch, tensors), folder / "pytorch_model.bin")
+    assert said in refused(folder, lambda folder, field: load(folder))
 
 
 def test_googles_config_without_a_family(folder):

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_formats import spoilt
 from test_report import evaluated, evaluation, make_metrics, make_report
 
 import eval
 import train
 from cofi_jax import commands, config, errors
+from cofi_jax.checkpoints import huggingface, saved_model, tokenizers
+from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.data import sources, squad, tasks, toy
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import compare, figures, html, model_card, pages, tables
@@ -187,6 +190,79 @@ def test_messages_are_one_printable_line(place, text, tmp_path, capsys):
         pytest.skip("no operating system passes it on")
     shown = MESSAGES[place](tmp_path, text, capsys)
     assert shown and is_clean(shown, lines=1)
+
+
+# Files of a foreign folder, with a byte that is not UTF-8 at every place
+
+
+def everything(folder):
+    """A folder with each of the files, all of them short."""
+    for name, fields in {
+        "config.json": {"hidden_size": 8, "id2label": {"0": "caf\u00e9"}},
+        "tokenizer.json": {"model": {"vocab": {"caf\u00e9": 0}}, "added_tokens": []},
+        "tokenizer_config.json": {"cls_token": "[CLS]", "added_tokens_decoder": {}},
+        "special_tokens_map.json": {"cls_token": {"content": "caf\u00e9"}},
+        "added_tokens.json": {"caf\u00e9": 7},
+        "vocab.json": {"<s>": 0, "caf\u00e9": 1},
+        "model.safetensors.index.json": {"weight_map": {"a": "b"}},
+        "model.json": {"format": 1, "config": {}, "about": {}},
+    }.items():
+        (folder / name).write_text(json.dumps(fields, ensure_ascii=False))
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\ncaf\u00e9\n##s\n")
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nf \u00e9\n")
+
+
+def read_weights(folder, field):
+    try:
+        huggingface._open_parts(folder / "model.safetensors.index.json")
+    except UnsupportedCheckpoint as error:
+        raise errors.reject(field, str(folder), str(error)) from error
+
+
+READERS = {
+    **dict.fromkeys(
+        (
+            *("tokenizer.json", "tokenizer_config.json", "vocab.txt", "merges.txt"),
+            *("config.json", "special_tokens_map.json", "added_tokens.json"),
+            "vocab.json",
+        ),
+        lambda folder, field: tokenizers.load_tokenizer(folder, field),
+    ),
+    "config.json of a model": lambda folder, field: huggingface.read_config(
+        folder, field, 2, config.Model()
+    ),
+    "model.safetensors.index.json": read_weights,
+    "model.json": lambda folder, field: saved_model.read_about(folder, field=field),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_byte_that_is_not_utf_8_at_every_place(name, tmp_path, capfd):
+    """The file is named before any library makes something else of it."""
+    everything(tmp_path)
+    file, reader = name.partition(" ")[0], READERS[name]
+    data = (tmp_path / file).read_bytes()
+    for _, wrong in spoilt(data):
+        (tmp_path / file).write_bytes(wrong)
+        shown = caught(reader, tmp_path, "model")
+        assert is_clean(shown, lines=1)
+        assert f"{file} cannot be read ('utf-8' codec can't decode byte" in shown
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("key", ["hidden_act", "id2label", "0", "entailment"])
+def test_keys_that_come_twice(key, tmp_path):
+    """Wherever they stand: one of both values would be taken silently."""
+    everything(tmp_path)
+    fields = json.dumps(
+        {"hidden_act": "relu", "id2label": {"0": "entailment"}, "entailment": 1}
+    )
+    (tmp_path / "config.json").write_text(
+        fields.replace(f'"{key}": ', f'"{key}": null, "{key}": ')
+    )
+    for name in ("config.json", "config.json of a model"):
+        shown = caught(READERS[name], tmp_path, "model")
+        assert f"config.json cannot be read (names '{key}' twice)" in shown
 
 
 # Markdown, HTML, pictures and code

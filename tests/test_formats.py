@@ -1,8 +1,11 @@
 """Files of rows: bytes that are no text, quotes, odd rows, and what is said of them."""
 
+import bz2
 import codecs
 import decimal
+import gzip
 import json
+import lzma
 import re
 
 import pyarrow
@@ -117,6 +120,43 @@ def test_a_byte_that_is_not_utf_8(suffix, place, wrong, tmp_path, capsys):
         assert "row 1" in found
 
 
+def spoilt(data):
+    """The data with a byte that is not UTF-8, at each place and in three ways."""
+    for place in range(len(data) + 1):
+        yield place, data[:place] + b"\xff" + data[place + 1 :]
+        for byte in (b"\xe9", b"\x80"):
+            yield place, data[:place] + byte + data[place:]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "squad", "txt"])
+def test_a_byte_that_is_not_utf_8_at_every_place(suffix, end, tmp_path, capsys):
+    """In names, in cells that are read and that are not, in labels and between them."""
+    if suffix == "squad":
+        content = {"version": "th\xe9", "data": [official(ME[:1])]}
+        data = json.dumps(content, ensure_ascii=False).encode() + b"\n"
+        path, fields = tmp_path / "train.json", {"task": "squad", "columns": ()}
+    else:
+        table = (
+            ["text", "spare", "label"],
+            [["tea\u2028", "x", "yes"], ["", "\xe9", "no"]],
+        )
+        data = file_of("csv" if suffix == "txt" else suffix, *table, None)
+        path, fields = tmp_path / f"train.{suffix}", {}
+    data = data.replace(b"\n", end.encode())
+    for place, wrong in spoilt(data):
+        path.write_bytes(wrong)
+        found, said = outcome(tmp_path, capsys, **fields)
+        assert said == []
+        if suffix == "txt":  # It is not even looked at.
+            assert "must hold one of ['train.parquet', " in found
+            continue
+        # A letter that lost its first byte is wrong a byte later.
+        lines = {1 + wrong[: place + k].count(b"\n") for k in (0, 1)}
+        line = int(re.search(r"must be UTF-8; byte 0x.. in line (\d+)", found)[1])
+        assert line in lines and f"cannot read {path}: " in found
+
+
 OTHER = "an encoding of another script than the Latin one"
 
 
@@ -159,6 +199,54 @@ def test_a_mark_at_the_start_of_utf_8_is_no_part_of_a_name(suffix, tmp_path):
     data = file_of(suffix, *table_with("", ""), None)
     write(tmp_path, f"train.{suffix}", codecs.BOM_UTF8 + data)
     assert texts_of(tmp_path) == ["warm tea", "cold cup"]
+
+
+# Files that are not what their names say
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+TEXT = b"text,label\nwarm tea,yes\ncold cup,no\n"
+
+
+def parquet_bytes(folder):
+    path = folder / "other"
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), path)
+    return path.read_bytes()
+
+
+DISGUISED = {
+    "a pointer": (lambda folder: POINTER, "a pointer of Git LFS"),
+    "a page": (lambda folder: b"\n<!DOCTYPE html><html>", "a page of HTML"),
+    "an old page": (lambda folder: b"<HTML><body>404</body>", "a page of HTML"),
+    "gzip": (lambda folder: gzip.compress(TEXT), "compressed by gzip"),
+    "bzip2": (lambda folder: bz2.compress(TEXT), "compressed by bzip2"),
+    "xz": (lambda folder: lzma.compress(TEXT), "compressed by xz"),
+    "zstd": (
+        lambda folder: pyarrow.compress(TEXT, "zstd", asbytes=True),
+        "compressed by zstd",
+    ),
+    "a workbook": (lambda folder: b"PK\x03\x04" + bytes(99), "a zip archive"),
+    "parquet": (parquet_bytes, "a parquet file under another name"),
+}
+
+
+@pytest.mark.parametrize("kind", DISGUISED)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_file_that_is_not_what_its_name_says(suffix, kind, tmp_path, capsys):
+    content, said = DISGUISED[kind]
+    write(tmp_path, f"train.{suffix}", content(tmp_path))
+    found, _ = outcome(tmp_path, capsys)
+    if suffix == kind:
+        assert found[1]["text"] == ["a", "b"]
+    else:
+        assert f"cannot read {tmp_path}/train.{suffix}: is {said}" in found
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl"])
+def test_zero_bytes_at_the_end_are_not_of_utf_16(suffix, tmp_path, capsys):
+    data = file_of(suffix, *table_with("", ""), None)
+    write(tmp_path, f"train.{suffix}", data + bytes(99))
+    found, _ = outcome(tmp_path, capsys)
+    assert found.endswith("ends in 99 zero bytes; it was not written whole")
 
 
 # Quotes
@@ -333,8 +421,12 @@ def test_rows_of_json(suffix, content, tmp_path):
         ('{"te\\ud800\\u001bxt": ""}', r"it has te\ud800\x1bxt"),
         ("[]", "has no rows"),
         ("", "has no rows"),
+        ('{"text": "a", "text": "b", "label": 1}', "row 0 (the first is 0) is no JSON"),
+        ('[{"text": "a"}, {"x": {"y": 1, "y": 2}}]', "names 'y' twice"),
+        ('{"data": [], "data": []}', "names 'data' twice"),
+        ('{"text": "a"}\n{"n": %s}' % ("9" * 5000), "row 1 (the first is 0) is no"),
     ],
-    ids=range(19),
+    ids=range(23),
 )
 def test_json_that_is_no_table(content, said, tmp_path, capsys):
     found, _ = outcome(write(tmp_path, "train.json", content), capsys)
@@ -401,6 +493,26 @@ def test_every_type_of_text_of_parquet(kind, tmp_path):
     task, rows = load(tmp_path)
     assert rows["text"] == texts and task.labels == ("cold", "warm")
     assert rows["label"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("problem", ["classification", "regression"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pyarrow.int8(), pyarrow.uint64(), pyarrow.float16(), pyarrow.float64()),
+        *(pyarrow.decimal128(5, 2), pyarrow.decimal256(50, 2)),
+    ],
+    ids=str,
+)
+def test_every_type_of_number_of_parquet(kind, problem, tmp_path):
+    numbers = pyarrow.array([3.0, 1.0, 3.0], pyarrow.float32()).cast(kind)
+    table = pyarrow.table({"text": ["a", "b", "c"], "label": numbers})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    task, rows = load(tmp_path, problem=problem)
+    if problem == "regression":
+        assert rows["label"].tolist() == [3.0, 1.0, 3.0]
+    else:
+        assert task.labels == ("1", "3") and rows["label"].tolist() == [1, 0, 1]
 
 
 def test_classes_of_pandas(tmp_path):
@@ -508,13 +620,35 @@ def test_questions_of_version_2_have_no_answers(tmp_path):
         {"paragraphs": [{"context": "x", "qas": [{"question": "q", "answers": [3]}]}]},
         {"paragraphs": [{"qas": [{"question": "q", "answers": []}]}]},
         {"paragraphs": [3]},
+        {"paragraphs": [{"context": "x", "qas": ["q"]}]},
+        {"title": "t"},
     ],
     ids=str,
 )
 def test_articles_that_are_none(article, tmp_path, capsys):
-    write(tmp_path, "train.json", json.dumps({"data": [article]}))
+    write(tmp_path, "train.json", json.dumps({"data": [official(ME), article]}))
     found, _ = outcome(tmp_path, capsys, task="squad", columns=())
     assert "must have the articles of SQuAD" in found
+    assert "article 1 (the first is 0)" in found
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"text": ["me"], "answer_start": [7.0]},
+        {"text": ["me"], "answer_start": ["7"]},
+        {"text": "me", "answer_start": 7},
+        [{"text": "me", "answer_start": 7}],
+        None,
+    ],
+    ids=str,
+)
+def test_answers_of_another_form(answers, tmp_path, capsys):
+    row = {"question": "q", "context": "it was me", "answers": answers}
+    write(tmp_path, "train.jsonl", json.dumps(row))
+    found, _ = outcome(tmp_path, capsys, task="squad", columns=())
+    assert "row 0 (the first is 0) has answers=" in found
+    assert "lists `text` of texts and `answer_start` of integers" in found
 
 
 # What is said of texts and labels
@@ -532,6 +666,19 @@ def test_articles_that_are_none(article, tmp_path, capsys):
         (["good", "bad", "N/A"], ["the class 'N/A' looks like a missing one"]),
         (["good", "bad", "'x'"], ["the class \"'x'\" looks like a word with quotes"]),
         (["good", "bad", "good"], []),
+        (["good", "bad", "go\u200bod"], ["are different classes"]),
+        (["good", "bad", "\ufeffgood"], ["are different classes"]),
+        (["good", "bad", "go\x00od"], ["are different classes"]),
+        (["good", "bad", "\uff47ood"], ["are different classes"]),
+        (["caf\xe9", "bad", "cafe\u0301"], ["are different classes"]),
+        (["0", "1", "+1"], ["['1', '+1'] are different classes"]),
+        (["0", "1", "-0"], ["['0', '-0'] are different classes"]),
+        (["0", "1", "01"], ["are different classes"]),
+        (["0", "1", "-1"], ["the class '-1' looks like a missing one"]),
+        (["1", "-1", "1"], []),
+        (["0", "1", "yes"], ["the class 'yes' is no number, as others are"]),
+        (["False", "1", "0"], ["the class 'False' is no number, as others are"]),
+        (["1", "2", "9" * 5000], []),
     ],
 )
 def test_classes_that_look_like_mistakes(suffix, labels, said, tmp_path, capsys):
@@ -539,10 +686,11 @@ def test_classes_that_look_like_mistakes(suffix, labels, said, tmp_path, capsys)
     path = tmp_path / f"train.{suffix}"
     path.write_bytes(file_of(suffix, ["text", "spare", "label"], rows, path))
     (task, _), lines = outcome(tmp_path, capsys)
-    assert task.labels == tuple(sorted(set(labels)))
+    assert set(task.labels) == set(labels)
     for line, part in zip(lines, said, strict=True):
         assert part in line and f"{path}, row " in line
-        assert "row 2 (the first is 0)" in line or "'good'" in line
+        named = "row 2 (the first is 0)" in line or "'good'" in line
+        assert named or (labels[0] in part and "row 0 (the first is 0)" in line)
     # Names that somebody gave are meant.
     assert outcome(tmp_path, capsys, labels=task.labels)[1] == []
 

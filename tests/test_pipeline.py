@@ -95,6 +95,18 @@ def test_programs_are_few(saved):
     assert predict._cache_size() - before <= 4 * len(LENGTHS)
 
 
+def test_the_first_texts_are_looked_at_and_no_others(saved, capsys):
+    classify = cofi.pipeline(saved)
+    unknown = ["\u4e16\u754c \u4e16\u754c"]
+    classify([])
+    classify(unknown)
+    said = capsys.readouterr().err.splitlines()
+    assert said and all("known to its tokenizer" in line for line in said)
+    classify(unknown)
+    classify(TEXTS[:3] + unknown)
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("texts", [[], (), iter([]), np.array([], str)])
 def test_no_texts_have_no_answers(saved, shapes, texts):
     assert cofi.pipeline(saved)(texts) == [] and shapes == []

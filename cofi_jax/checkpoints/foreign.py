@@ -9,6 +9,8 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from cofi_jax import files
+
 LARGEST = 2**31 - 1  # Sizes and ids are int32 in every format that a model takes.
 _DEEPEST = 100  # levels; tokenizer.json, the deepest of all that we read, has 8
 
@@ -39,17 +41,43 @@ def is_there(path: Path) -> bool:
     return path.is_file()
 
 
+def check_kind(path: Path, own: bytes = b"") -> None:
+    """Raises UnsupportedCheckpoint for a file that is something else, by `disguise`."""
+    if said := files.disguise(path, own):
+        raise UnsupportedCheckpoint(f"{path.name} {said}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of UTF-8.
+
+    Raises:
+      UnsupportedCheckpoint: where there is no such file, it holds something else, or it
+        begins with a byte order mark, which programs take as a letter of the text.
+    """
+    try:
+        check_kind(path)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        legal = f"{path.name} cannot be read ({reason(error)})"
+        raise UnsupportedCheckpoint(legal) from error
+    if text.startswith("\ufeff"):
+        legal = "begins with a byte order mark; must be UTF-8 without one"
+        raise UnsupportedCheckpoint(f"{path.name} {legal}")
+    return text
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, where no object names a key twice.
 
     Raises:
       UnsupportedCheckpoint: where there is no such file, or it holds something else.
     """
+    text = read_text(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(text, object_pairs_hook=files.unique)
     except RecursionError as error:
         raise _too_deep(path) from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         legal = f"{path.name} cannot be read ({reason(error)})"
         raise UnsupportedCheckpoint(legal) from error
     if not isinstance(found, dict):

@@ -184,6 +184,8 @@ def from_fields(
     vocabulary, pad = size("vocab_size"), fields.get("pad_token_id")
     if pad is not None:
         size("pad_token_id", least=0, most=vocabulary - 1)
+    if fields.get("num_labels") is not None:  # The weights tell the number.
+        size("num_labels", least=0)
     # RoBERTa's rows up to that of the padding token are never those of a token.
     offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
     config = EncoderConfig(
@@ -330,8 +332,8 @@ def class_rows(
       UnsupportedCheckpoint: where there is none and the names in `fields` are not
         `labels`.
     """
-    named = class_names(fields)
     where = "labels" if field == "model" else f"{field.removesuffix('.path')}.labels"
+    named = _class_names(fields, where) if labels and not label_order else []
     for fold in (str, str.lower):
         order, wanted = ([*map(fold, x)] for x in (label_order or named, labels))
         if len(set(order)) == len(order) and sorted(order) == sorted(wanted):
@@ -339,7 +341,7 @@ def class_rows(
     if label_order:
         legal = f"must be a permutation of {tuple(labels)}, in the order of the model"
         raise reject(where, tuple(label_order), legal)
-    if labels and not _made_up(named) and len(set(named)) == len(labels):
+    if labels and not _made_up(named) and len(named) == len(labels):
         raise UnsupportedCheckpoint(
             f"names its classes {', '.join(named[:5])}; give the task's own names, "
             f"{', '.join(labels[:5])}, in the order of the model: {where}"
@@ -347,37 +349,47 @@ def class_rows(
     return None if labels else []
 
 
-def class_names(fields: dict) -> list[str]:
+def _class_names(fields, where):
     """The names of the classes that a config.json gives, in the order of the logits.
 
     Where one of its two tables has the names LABEL_0, ..., as transformers writes them
     for classes that nobody has named, the other one counts. With no table there are
-    none.
-
-    Raises:
-      UnsupportedCheckpoint: where `id2label` and `label2id` disagree.
+    none. Where both disagree, or none of them makes sense, it raises
+    UnsupportedCheckpoint.
     """
-    tables = (("id2label", False), ("label2id", True))
-    found = [_by_row(fields.get(field), inverted=way) for field, way in tables]
-    real = [names for names in found if not _made_up(names)]
+    found = {name: _pairs(fields.get(name), name) for name in ("id2label", "label2id")}
+    named = {
+        x: pairs for x, pairs in found.items() if not _made_up(dict(pairs).values())
+    }
+    real = [*filter(None, map(_in_order, named.values()))]
     if len(real) == 2 and real[0] != real[1]:
         raise UnsupportedCheckpoint("config.json: id2label and label2id disagree")
-    return next(iter(real), found[0])
+    for table in named if not real else ():
+        legal = (
+            f"{table} is {reprlib.repr(fields[table])}, must number different names "
+        )
+        legal += f"from 0 on; or give them in the order of the model: {where}"
+        raise UnsupportedCheckpoint(f"config.json: {legal}")
+    return real[0] if real else _in_order(found["id2label"])
 
 
 def _made_up(names):
-    return all(name.startswith("LABEL_") for name in names)
+    return all(str(name).startswith("LABEL_") for name in names)
 
 
-def _by_row(table, *, inverted):
-    """The names in the order of their numbers; none where these make no sense."""
+def _pairs(table, field):
+    """Pairs of a number and a name, as one of the two tables gives them."""
     if isinstance(table, list):
-        table = dict(enumerate(table))
-    pairs = [*table.items()] if isinstance(table, dict) else []
+        return [*enumerate(table)]
+    pairs = table.items() if isinstance(table, dict) else ()
+    return [(row, name) for name, row in pairs] if field == "label2id" else [*pairs]
+
+
+def _in_order(pairs):
+    """The names in the order of their numbers; none where these make no sense."""
     try:
-        if inverted:
-            pairs = [(row, name) for name, row in pairs]
         rows = {int(row): str(name) for row, name in pairs}
-        return [rows[row] for row in range(len(pairs))]
+        names = [rows[row] for row in range(len(pairs))]
     except (KeyError, TypeError, ValueError):
         return []
+    return names if len(set(names)) == len(names) else []

@@ -11,6 +11,7 @@ shapes, is a dict of tuples by those names.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -54,6 +55,9 @@ _UNUSED_INSIDE = ("pooler.", "layer_transformation.")  # behind the prefix
 # Tensors of these names are never a BERT's.
 _OTHERS = ("roberta.", "lm_head.", "classifier.dense.", "classifier.out_proj.")
 
+# What a model that is a part of others has in front of the names of its tensors.
+_WRAPPERS = re.compile(r"^(module\.|model\.|_orig_mod\.)*")
+
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -88,8 +92,8 @@ def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str
     """The names that a folder has, by those that PyTorch would write today.
 
     An encoder that was saved alone has no prefix, and bert-base-uncased itself has the
-    parameters of its LayerNorms under old names. PyTorch's wrapper for several devices
-    puts `module.` in front of every name, that of the head included.
+    parameters of its LayerNorms under old names. PyTorch's wrappers, for several
+    devices or of `torch.compile`, have theirs in front of every name, also the head's.
 
     Raises:
       UnsupportedCheckpoint: where there are no word embeddings, and where a tensor is
@@ -101,9 +105,9 @@ def stored_names(names: Collection[str], config: EncoderConfig) -> dict[str, str
     if not prefixes:
         raise UnsupportedCheckpoint(f"lacks {words}")
     stored, old = {}, min(prefixes, key=len)
-    outer = old.removesuffix(prefix)  # that of a model wrapped for several devices
     # Anything else in front of an encoder is another name of the family's own.
-    outer = outer if outer in ("module.", "model.", "module.model.") else ""
+    outer = old.removesuffix(prefix)
+    outer = outer if _WRAPPERS.fullmatch(outer) else ""
     parts = [part.removeprefix(prefix) for part in encoder_parts(config)]
     inside = tuple(old + part for part in (*parts, *_UNUSED_INSIDE))
     for name in names:
@@ -124,7 +128,7 @@ def check_bert(names: Collection[str], config: EncoderConfig) -> None:
     A RoBERTa's encoder has tensors of the same shapes, but numbers its positions in
     another way, and has one token type alone.
     """
-    names = [name.removeprefix("module.") for name in names]
+    names = [_WRAPPERS.sub("", name, count=1) for name in names]
     other = [name for name in names if name.startswith(_OTHERS)]
     if other or config.type_vocab_size < 2:
         found = other[0] if other else f"type_vocab_size={config.type_vocab_size}"
@@ -160,7 +164,8 @@ def from_torch(
       without: modules of the head to leave out.
 
     Raises:
-      UnsupportedCheckpoint: for integers, as quantised models have them.
+      UnsupportedCheckpoint: for integers, as quantised models have them, and for
+        values that are not finite.
     """
     names = module_names(config)
 
@@ -171,7 +176,12 @@ def from_torch(
             reason = f"{name} holds {array.dtype}, must be floating point"
             raise UnsupportedCheckpoint(reason)
         array = array.T if path[-1].key == "kernel" else array
-        return np.array(array.reshape(like.shape), np.float32, order="C")
+        with np.errstate(over="ignore"):  # It is said below.
+            found = np.array(array.reshape(like.shape), np.float32, order="C")
+        if not np.isfinite(found).all():
+            reason = f"{name} holds values that are infinite or nan, must be finite"
+            raise UnsupportedCheckpoint(reason)
+        return found
 
     wanted = {k: v for k, v in abstract_params(config).items() if k not in without}
     return jax.tree_util.tree_map_with_path(leaf, wanted)

@@ -237,6 +237,7 @@ def _open_weights(folder, config):
 def _open_safetensors(path):
     from safetensors import SafetensorError, safe_open
 
+    foreign.check_kind(path)
     try:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
@@ -283,6 +284,7 @@ def _open_torch(path):
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         reason = f"{path.name} needs PyTorch 2.6, which reads weights alone"
         raise UnsupportedCheckpoint(reason)
+    foreign.check_kind(path, own=b"pk")
     try:
         tensors = torch.load(
             path,
@@ -290,20 +292,31 @@ def _open_torch(path):
             map_location="cpu",
             mmap=zipfile.is_zipfile(path),  # since PyTorch 1.6
         )
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    # Of damage, of what is no tensor, and of what would be executed.
+    # Of damage, and of what would be executed; PyTorch proposes to execute it.
     except Exception as error:
-        reason = f"{path.name} cannot be read ({foreign.reason(error)})"
-        raise UnsupportedCheckpoint(reason) from error
+        said = foreign.reason(error)
+        if said.startswith("Weights only load failed"):
+            said = "it holds more than tensors, or is damaged"
+        legal = f"{path.name} cannot be read ({said})"
+        raise UnsupportedCheckpoint(legal) from error
+    found = tensors.items() if isinstance(tensors, dict) else [("the whole", tensors)]
+    for name, tensor in found:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            legal = f"{name!r} is a {type(tensor).__name__}, must be tensors by name"
+            raise UnsupportedCheckpoint(f"{path.name} cannot be read ({legal})")
 
     def get(name):
         tensor = tensors[name].detach()
         if tensor.is_floating_point() and tensor.element_size() < 2:
             reason = f"{name} holds {tensor.dtype}, must be of 16 bits or more"
             raise UnsupportedCheckpoint(reason)
-        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        try:
+            return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        except (RuntimeError, TypeError) as error:  # sparse or quantised
+            said = f"{name} cannot be read ({foreign.reason(error)})"
+            raise UnsupportedCheckpoint(said) from error
 
-    return shapes, get
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}, get
 
 
 def save_hugging_face(

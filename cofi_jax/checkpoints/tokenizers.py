@@ -7,6 +7,7 @@ each one is checked when it is loaded, against the weights, and on the texts at 
 
 import contextlib
 import json
+import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,19 @@ _JSON = (
     "added_tokens.json",
     "vocab.json",
 )
+_TEXT = ("vocab.txt", "merges.txt")
+# The types of fields that transformers reads without a word on which field was wrong.
+_SETTINGS = {
+    "added_tokens_decoder": (dict,),
+    "do_lower_case": (bool,),
+    "max_len": (int, float),
+    "model_input_names": (list,),
+    "model_max_length": (int, float),
+    "split_special_tokens": (bool,),
+    "strip_accents": (bool,),
+    "tokenize_chinese_chars": (bool,),
+    "tokenizer_class": (str,),
+}
 
 _MOST_UNKNOWN, _FEW_UNKNOWN = 0.5, 0.02  # shares that are refused and warned of
 _HARD = ("A text, it's one.", "caf\u00e9 \u4e16\u754c  two  spaces", "long " * 600, "")
@@ -72,6 +86,16 @@ def _check_files(folder):
             content = foreign.read_json(folder / name)
             for token, row in _ids(name, content):
                 foreign.number(f"{name}: the id of {ascii(token)}", row, least=0)
+    for name in _TEXT:
+        if foreign.is_there(folder / name):
+            foreign.read_text(folder / name)
+    settings = _read(folder / "tokenizer_config.json")
+    for name, kinds in _SETTINGS.items():
+        value = settings.get(name)
+        if value is not None and type(value) not in kinds:
+            legal = f"must be of type {' or '.join(kind.__name__ for kind in kinds)}"
+            said = f"{name} is {reprlib.repr(value)}, {legal}"
+            raise UnsupportedCheckpoint(f"tokenizer_config.json: {said}")
     sets = [names.split(" and ") for names in _VOCABULARIES]
     there = [all([foreign.is_there(folder / name) for name in names]) for names in sets]
     if not any(there):
@@ -94,7 +118,8 @@ def _ids(name, content):
     if name == "tokenizer_config.json":
         table = content.get("added_tokens_decoder")
         for row, token in table.items() if isinstance(table, dict) else ():
-            yield token, int(row) if row.isdecimal() else row
+            # Python makes no integer of thousands of digits.
+            yield token, int(row) if row.isdecimal() and len(row) < 20 else row
 
 
 def _open(folder):

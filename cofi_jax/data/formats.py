@@ -10,12 +10,14 @@ like all others.
 """
 
 import codecs
+import decimal
 import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cofi_jax import files
 from cofi_jax.errors import warn
 
 if TYPE_CHECKING:  # slow to import: a wrong flag should fail before that
@@ -43,7 +45,10 @@ def read(file: pathlib.Path, columns: Sequence[str], *, quoting: bool = True) ->
     Raises:
       Exception: each library has its own for a file that it cannot read.
     """
-    if file.suffix == ".parquet":
+    parquet = file.suffix == ".parquet"
+    if said := files.disguise(file, own=b"par1" if parquet else b""):
+        raise Unreadable(said)
+    if parquet:
         return _read_parquet(file, columns)
     if file.suffix in DELIMITED:
         return _read_delimited(file, columns, DELIMITED[file.suffix], quoting)
@@ -61,9 +66,14 @@ def from_arrow(table: "pyarrow.Table", columns: Sequence[str]) -> Table:
 
 
 def _values(column, name):
-    """The cells of a column as Python's values; some programs store text as bytes."""
+    """The cells of a column as Python's values.
+
+    Some programs store text as bytes, and numbers as decimals of a fixed scale.
+    """
 
     def text(value):
+        if isinstance(value, decimal.Decimal):
+            return float(value)
         return value.decode() if isinstance(value, bytes) else value
 
     try:
@@ -104,6 +114,9 @@ def _of_text(file: pathlib.Path, parse: Callable[[str], list], header: int) -> l
       header: 1 where the first of these is the header, else 0.
     """
     data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    zeros = len(data) - len(data.rstrip(b"\0"))
+    if zeros > 3:  # as many as end a letter of UTF-32
+        raise Unreadable(f"ends in {zeros} zero bytes; it was not written whole")
     try:
         text = data.decode()
         if _looks_like_utf16(data):  # Then each letter is followed by a zero byte.
@@ -221,13 +234,17 @@ def _objects(text: str) -> list[dict]:
     rows = list(_json_values(text))
     if len(rows) == 1 and _all_objects(rows[0].get("data")):
         rows = rows[0]["data"]
-    if rows and all("paragraphs" in row for row in rows):
+    if not any("paragraphs" in row for row in rows):
+        return rows
+    found = []
+    for number, row in enumerate(rows):
         try:
-            return [question for row in rows for question in _questions(row)]
-        except (KeyError, TypeError) as error:
+            found += _questions(row)
+        except (AttributeError, KeyError, TypeError) as error:
             legal = "must have the articles of SQuAD, each with `paragraphs`, `qas`, "
-            raise Unreadable(f"{legal}`answers` ({error!r})") from error
-    return rows
+            where = f"article {number} (the first is 0)"
+            raise Unreadable(f"{legal}`answers`; {where}: {error!r}") from error
+    return found
 
 
 def _all_objects(values):
@@ -236,7 +253,8 @@ def _all_objects(values):
 
 def _json_values(text: str) -> Iterator[dict]:
     """The objects, one after another or in a list."""
-    decoder, place = json.JSONDecoder(), _BLANKS.match(text).end()
+    decoder = json.JSONDecoder(object_pairs_hook=files.unique)
+    place = _BLANKS.match(text).end()
     listed = text[place : place + 1] == "["
     place, number = place + listed, 0
     while (place := _BLANKS.match(text, place).end()) < len(text):
@@ -245,8 +263,9 @@ def _json_values(text: str) -> Iterator[dict]:
         where = f"row {number} (the first is 0)"
         try:
             value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise Unreadable(f"{where} is no JSON: {error}") from error
+        except ValueError as error:  # also of numbers that are too long for Python
+            legal = f"{where} is no JSON that can be read: {error}"
+            raise Unreadable(legal) from error
         except RecursionError as error:
             raise Unreadable(f"{where} is nested too deeply") from error
         if not isinstance(value, dict):

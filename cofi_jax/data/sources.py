@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import decimal
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -215,20 +217,43 @@ def _warn_of_classes(names: Sequence[str], parts: list[_Part], column: str) -> N
         for row, cell in enumerate(part.table.cells[column]):
             first.setdefault(str(cell), f"{part.source}, row {row} (the first is 0)")
     alike = collections.defaultdict(list)
+    words = []
     for name in names:
-        alike[" ".join(name.split()).casefold()].append(name)
+        alike[plain := _plain(name)].append(name)
+        words += [name] * isinstance(plain, str)
         for doubtful, like in (
             (name.strip().casefold() in _MISSING, "a missing one"),
+            # The hub's data sets have it for rows without a class, numbered from 0.
+            (name == "-1" and "0" in names, "a missing one"),
             (_in_quotes(name), "a word with quotes that do not belong to it"),
         ):
             if doubtful:
                 where = first.get(name, column)
-                errors.warn(f"{where}: the class {name!r} looks like {like}")
+                errors.warn(f"{where}: the class {_short(name)} looks like {like}")
+    if 0 < len(words) < len(names):
+        where = first.get(words[0], column)
+        legal = f"the class {_short(words[0])} is no number, as others are"
+        errors.warn(f"{where}: {legal}")
     for group in alike.values():
         if len(group) > 1:
             where = [first[cell] for cell in first if cell in group][-1:]
-            legal = "are different classes, but differ in spaces or case alone"
-            errors.warn(f"{''.join(where) or column}: {group} {legal}")
+            legal = "are different classes, but differ in spaces, case, letters that "
+            legal += "nobody sees or the spelling of a number alone"
+            errors.warn(f"{''.join(where) or column}: {_short(group)} {legal}")
+
+
+def _plain(name: str) -> str | decimal.Decimal:
+    """What classes share that hardly differ: a text, or the number that they spell."""
+    seen = "".join(
+        letter if letter.isprintable() else " " * letter.isspace()
+        for letter in unicodedata.normalize("NFKC", name)
+    )
+    text = " ".join(seen.split()).casefold()
+    try:
+        number = decimal.Decimal(text)  # A float would round, and overflow.
+    except decimal.InvalidOperation:
+        return text
+    return number if number.is_finite() else text
 
 
 def _in_quotes(text: str) -> bool:

@@ -29,7 +29,8 @@ def pipeline(
     Returns:
       A function of a list of texts, or of pairs where the task has two columns (for
       SQuAD a question and its context). For each it gives a dict: the `label` and its
-      probability, the `score`; or the `value` of a regression; or the `answer`.
+      probability, the `score`; or the `value` of a regression; or the `answer`. It
+      warns where the tokenizer knows little of the first texts that it is given.
 
     Raises:
       UserError: where there is no such model; the function, for other inputs.
@@ -41,15 +42,18 @@ def pipeline(
 
     source = {"field": "path", "path": str(path)}
     tokenizers.check_tokenizer(tokenizer, model.config, **source)
+    checked = False
 
     def run(texts: Sequence[Text]) -> list[dict]:
         if not (parts := _parts(texts, len(task.columns))):
             return []
         columns = _columns(parts, task)
         examples = task.tokenise(columns, tokenizer)
-        tokenizers.check_texts(
-            tokenizer, examples, columns, task, **source, refuse=False
-        )
+        nonlocal checked
+        if not checked:  # The first texts tell whether it is the tokenizer for them.
+            options = {"refuse": False, **source}
+            tokenizers.check_texts(tokenizer, examples, columns, task, **options)
+            checked = True
         logits = predict_lib.logits(
             predict, params, task, examples, batch_size=batch_size, shrink=True
         )

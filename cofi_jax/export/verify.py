@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -118,13 +119,14 @@ def run_card(
     """
     one, two = PROBLEMS[model.config.problem].example
     long = f"{two} " * (model.config.longest // 2)
+    scope, ran = {}, []
     for texts in ((one,), (one, two), (one, long)):
         lines = model_card.snippet(form.card, model.config, texts)
         where = model_card.FOLDER
         lines = lines.replace(f"{where}/{form.name}", str(folder))
         try:
             with tokenizers.quiet():
-                found = _result(lines)
+                found = _result(lines, scope, ran)
         except Exception as error:  # Each runtime has its own ways to fail.
             said = foreign.reason(error)
             legal = f"the lines of its card fail on {len(texts)} texts ({said})"
@@ -139,12 +141,19 @@ def run_card(
             raise reject("formats", form.name, f"{legal}; not written")
 
 
-def _result(lines):
-    """What the last line of a program would print, as one array of logits."""
+def _result(lines, scope, ran):
+    """What the last line of a program would print, as one array of logits.
+
+    The statements that it begins with like the program before it, which load the model,
+    are not run again: `ran` are those of that program, and `scope` holds its variables.
+    """
     *before, last = ast.parse(lines).body
-    scope = {}
-    program = ast.Module(before, type_ignores=[])
-    exec(compile(program, "<card>", "exec"), scope)
+    statements = [*map(ast.unparse, before)]
+    pairs = itertools.zip_longest(statements, ran)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    for statement in statements[same:]:
+        exec(compile(statement, "<card>", "exec"), scope)
+    ran[:] = statements
     value = ast.Expression(last.value.args[0])  # what `print` is given
     found = eval(compile(value, "<card>", "eval"), scope)
     if hasattr(found, "start_logits"):

@@ -1,5 +1,6 @@
 """One of several classes for each row."""
 
+import decimal
 import math
 import re
 
@@ -47,7 +48,8 @@ class Classification(Problem):
         if words < found.keys() and all(map(_is_nan, words)):  # It is a missing number.
             found = {name: cell for name, cell in found.items() if name not in words}
         whole = all(re.fullmatch(_WHOLE, name) for name in found)
-        names = sorted(found, key=int if whole else None)
+        # Of any number of digits, where Python's integers have a limit.
+        names = sorted(found, key=decimal.Decimal if whole else None)
         fractions = not whole and all(map(_is_number, found))
         nested = any(isinstance(cell, list | dict) for cell in found.values())
         if fractions or nested or not 2 <= len(names) <= _MOST_CLASSES:

@@ -40,7 +40,8 @@ class Span(Problem):
                 and all(isinstance(text, str) for text in texts)
                 and all(type(start) is int for start in starts)
             ):
-                legal = "must hold lists `text` and `answer_start`, equally long"
+                legal = "must hold lists `text` of texts and `answer_start` of "
+                legal += "integers, equally long"
                 raise WrongLabel(row, legal)
         return np.array(cells, object)
 
