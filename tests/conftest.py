@@ -47,6 +47,15 @@ TINY = EncoderConfig(
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skips what needs more than the test dependencies, where it is not there."""
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch")
+    if item.get_closest_marker("encoder") and "COFI_JAX_ENCODER" not in os.environ:
+        pytest.skip("COFI_JAX_ENCODER does not name the folder of a pretrained encoder")
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """A model small enough to slice two hundred times."""
