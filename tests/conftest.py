@@ -1,5 +1,6 @@
 """Tiny models that several test files share."""
 
+import gc
 import os
 import tempfile
 
@@ -22,16 +23,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 # XLA's older code generators for CPUs give the same programs in half the time.
-_flags = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-
-
-os.environ["XLA_FLAGS"] = " ".join([_flags, os.environ.get("XLA_FLAGS", "")]).strip()
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 
 
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+# Tracing makes so many objects that a tenth of the time would go to looking for cycles.
+gc.set_threshold(50_000)
 
 
 TINY = EncoderConfig(
