@@ -1,5 +1,6 @@
 """Tiny models that several test files share."""
 
+import gc
 import os
 import tempfile
 
@@ -21,10 +22,20 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compiled.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+# XLA's older code generators for CPUs give the same programs in half the time.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
+
+
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+# Tracing makes so many objects that a tenth of the time would go to looking for cycles.
+gc.set_threshold(50_000)
 
 
 TINY = EncoderConfig(
@@ -38,6 +49,15 @@ TINY = EncoderConfig(
     max_positions=9,
     dropout=0.1,
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skips what needs more than the test dependencies, where it is not there."""
+    if item.get_closest_marker("torch"):
+        pytest.importorskip("torch")
+    if item.get_closest_marker("encoder") and "COFI_JAX_ENCODER" not in os.environ:
+        pytest.skip("COFI_JAX_ENCODER does not name the folder of a pretrained encoder")
 
 
 @pytest.fixture(scope="session")

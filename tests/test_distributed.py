@@ -62,9 +62,9 @@ def steps(tmp_path_factory, quick_compile):
     """What pruning came to: on one device, on two, and begun on the other number."""
     top = tmp_path_factory.mktemp("steps")
     one = pruning_steps.learn(top / "one")
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     command = [sys.executable, "tests/pruning_steps.py", top / "two", top / "one"]
-    environment = os.environ | devices | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     return {
         "one": one,

@@ -80,10 +80,14 @@ def available(*names):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_lines_of_the_card_run_with_any_tokenizer(tmp_path, pair):
+@pytest.mark.parametrize(
+    "formats",
+    [("onnx", "stablehlo"), pytest.param(("transformers",), marks=pytest.mark.torch)],
+)
+def test_lines_of_the_card_run_with_any_tokenizer(tmp_path, pair, formats):
     make_files, settings, sizes = PAIRS[pair]
     path = save(tmp_path, make_files(), ("a", "b"), settings, **sizes)
-    checks = run(path, *available("onnx", "stablehlo", "transformers"))
+    checks = run(path, *available(*formats))
     del checks[""]
     for name, check in checks.items():
         said = json.loads((path / name / "tokenizer_config.json").read_text())
@@ -111,9 +115,9 @@ def test_lines_of_the_card_that_fail(tmp_path, monkeypatch):
         assert not (path / "stablehlo").exists()
 
 
+@pytest.mark.torch
 def test_texts_are_cut_where_pipeline_cuts_them(tmp_path):
     """At the task's length, not at the longest input of the model."""
-    pytest.importorskip("torch")
     import transformers
 
     path = save(tmp_path, folders.wordpiece_files())
@@ -224,10 +228,10 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.torch
 @pytest.mark.skipif(not OLD, reason="COFI_JAX_TRANSFORMERS_4 names no transformers 4")
 def test_old_and_new_transformers_load_the_same(tmp_path):
     """Ids and logits of every layout of tokenizers, stock and with code of the hub."""
-    pytest.importorskip("torch")
     where = {}
     for row, (layout, (make_files, settings, sizes)) in enumerate(LAYOUTS.items()):
         (top := tmp_path / str(row)).mkdir()

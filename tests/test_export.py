@@ -58,6 +58,12 @@ NEEDS = {
 }
 
 
+NAMES = [
+    pytest.param(name, marks=pytest.mark.torch if "torch" in packages else ())
+    for name, packages in NEEDS.items()
+]
+
+
 # What must not be needed; None in sys.modules is a package that is not there.
 WITHOUT = {
     "": ("torch", "onnx", "onnxruntime"),
@@ -189,7 +195,7 @@ def expected(saved):
     return logits_of(saved, "A gripping film.")
 
 
-@pytest.mark.parametrize("name", ["", *export.FORMATS])
+@pytest.mark.parametrize("name", NAMES)
 def test_check_says_what_was_found(name, saved, exported):
     if name not in exported:
         pytest.skip(f"needs {NEEDS[name]}")
@@ -232,7 +238,7 @@ def test_no_path_of_this_machine_is_in_the_file(saved, exported):
         assert str(path).encode() not in program
 
 
-@pytest.mark.parametrize("name", NEEDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_lines_of_the_card_run(name, saved, exported, expected):
     """In a fresh process, without what they must not need."""
     if name not in exported:
@@ -420,9 +426,9 @@ def test_a_dtype_is_taken_or_refused():
         assert named == ["folder", "params", "config", "labels", *told]
 
 
+@pytest.mark.torch
 def test_bfloat16_weights(copy, expected, capsys):
     """They are rounded first: what is computed with them is exact."""
-    pytest.importorskip("torch")
     checks = run(copy, "transformers", dtype="bfloat16")
     assert checks["transformers"]["max_abs_difference"] <= 1e-5
     assert checks["transformers"]["weights"] == "bfloat16"
@@ -455,10 +461,19 @@ def test_a_format_brings_its_own_check(copy, monkeypatch):
 # Models of other kinds
 
 
-@pytest.fixture(scope="module", params=["questions", "pairs", "roberta"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("questions", "stablehlo", "onnx"),
+        pytest.param(("questions", "transformers", "stock"), marks=pytest.mark.torch),
+        ("pairs", "stablehlo"),
+        ("roberta", "stablehlo"),
+    ],
+    ids="-".join,
+)
 def other(request, tmp_path_factory):
     """Its kind, path, checks and pipeline; of questions, in all formats."""
-    kind, formats = request.param, ["stablehlo"]
+    kind, *formats = request.param
     top = tmp_path_factory.mktemp(kind)
     where = {"path": str(top), "max_length": 24, "buckets": (24,)}
     rng = random.Random(kind)
@@ -473,7 +488,7 @@ def other(request, tmp_path_factory):
         parquet.write_table(questions(rng, "validation"), top / "validation.parquet")
         data = Data(task="squad", **where)
         save(top / "pruned", data, problem="span", pooler_size=0)
-        formats = available()
+        formats = [name for name in formats if name in available()]
     checks = run(top / "pruned", *formats, batch_size=32, seq_length=24)
     return kind, top / "pruned", checks, cofi.pipeline(top / "pruned")
 
@@ -618,7 +633,8 @@ for both, one in zip(jax.tree.leaves(params), jax.tree.leaves(single), strict=Tr
 
 
 def test_on_two_devices(saved, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    two = "--xla_force_host_platform_device_count=2"
+    monkeypatch.setenv("XLA_FLAGS", two, prepend=" ")
     program = TWO_DEVICES.format(path=str(saved))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()

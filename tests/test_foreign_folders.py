@@ -562,6 +562,7 @@ def test_no_field_of_transformers_own_is_unknown(kind):
     hf_config.from_fields(fields, 2, Model(), "classification")
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("name", "same"),
     [
@@ -572,7 +573,7 @@ def test_no_field_of_transformers_own_is_unknown(kind):
     ],
 )
 def test_other_names_of_our_activations(folder, name, same):
-    torch = pytest.importorskip("torch")
+    import torch
     from transformers.activations import ACT2FN
 
     from cofi_jax.models.layers import ACTIVATIONS
@@ -737,10 +738,11 @@ def test_index_that_does_not_fit(folder):
         assert reason in refused(folder, lambda folder, field: load(folder))
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_float8(folder, dtype, file):
-    torch = pytest.importorskip("torch")
+    import torch
     from safetensors.torch import save_file as save_torch
 
     name = "bert.encoder.layer.0.output.dense.weight"

@@ -33,12 +33,6 @@ TOLERANCE = 1e-4
 FIELD = "model.path"
 
 
-needs_encoder = pytest.mark.skipif(
-    "COFI_JAX_ENCODER" not in os.environ,
-    reason="COFI_JAX_ENCODER does not name the folder of a pretrained encoder",
-)
-
-
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
@@ -104,7 +98,7 @@ def test_recorded_tiny_model(folder, name):
     assert_same(outputs(config, params, batch), batch, expected)
 
 
-@needs_encoder
+@pytest.mark.encoder
 def test_recorded_real_encoder():
     batch = load_file(record_parity.FIXTURES / "minilm_expected.safetensors")
     expected = batch.pop("sample")
@@ -120,7 +114,6 @@ def test_recorded_real_encoder():
 
 def assert_parity(folder, architecture, lengths, seed=0, **sizes):
     """A random model of PyTorch's and what we read of it compute the same."""
-    pytest.importorskip("torch")
     problem = "span" if "Question" in architecture else "classification"
     sizes["num_labels"] = 2 if problem == "span" else 3
     model = record_parity.tiny_model(architecture, seed, **sizes)
@@ -133,6 +126,7 @@ def assert_parity(folder, architecture, lengths, seed=0, **sizes):
     assert_same(outputs(config, params, batch), batch, expected)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("architecture", "depth"),
     [
@@ -160,6 +154,7 @@ def test_live_model_at_every_length(tmp_path, architecture, depth):
     )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "activation", ["gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish"]
 )
@@ -169,12 +164,14 @@ def test_live_activation(tmp_path, activation):
     )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("family", ["XLMRoberta", "Camembert"])
 def test_live_family(tmp_path, family):
     assert_parity(tmp_path, f"{family}ForSequenceClassification", (1, 7, 16))
     assert_parity(tmp_path, f"{family}ForQuestionAnswering", (1, 7, 16))
 
 
+@pytest.mark.torch
 def test_live_padding_id(tmp_path):
     """RoBERTa's first position follows its padding token's id."""
     assert_parity(
@@ -183,9 +180,9 @@ def test_live_padding_id(tmp_path):
     assert load(tmp_path)[0].position_offset == 5
 
 
-@needs_encoder
+@pytest.mark.encoder
+@pytest.mark.torch
 def test_live_real_encoder():
-    pytest.importorskip("torch")
     folder = os.environ["COFI_JAX_ENCODER"]
     batch = record_parity.sentence_batch(folder)
     model = record_parity.real_encoder(folder)
@@ -320,7 +317,8 @@ def test_pretrained_encoders_bring_heads_that_are_ignored(folder, tiny_bert):
 
 
 def to_bin(folder, change=lambda weights: weights, **options):
-    torch = pytest.importorskip("torch")
+    import torch
+
     weights = change(load_file(folder / "model.safetensors"))
     tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
     torch.save(tensors, folder / "pytorch_model.bin", **options)
@@ -339,6 +337,7 @@ def without_prefix(weights):
     return {k.removeprefix("bert."): v for k, v in weights.items()}
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("change", [dict, old_names, without_prefix])
 def test_torch_file_reads_as_the_safetensors(folder, tiny_bert, change):
     to_bin(folder, change)
@@ -346,14 +345,17 @@ def test_torch_file_reads_as_the_safetensors(folder, tiny_bert, change):
     assert_trees_equal(load(folder)[1], tiny_bert)
 
 
+@pytest.mark.torch
 def test_torch_file_of_before_2020(folder, tiny_bert):
     to_bin(folder, _use_new_zipfile_serialization=False)
     assert_trees_equal(load_trained(folder)[1], tiny_bert)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_torch_file_of_another_precision(folder, dtype):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tensors = to_bin(folder)
     tensors = {k: v.to(getattr(torch, dtype)) for k, v in tensors.items()}
     torch.save(tensors, folder / "pytorch_model.bin")
@@ -363,9 +365,11 @@ def test_torch_file_of_another_precision(folder, dtype):
     np.testing.assert_array_equal(down.T, tensors[name].float().numpy(), strict=True)
 
 
+@pytest.mark.torch
 def test_torch_file_of_parameters(folder, tiny_bert):
     """As `torch.save(dict(model.named_parameters()), ...)` writes it."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     tensors = {k: torch.nn.Parameter(v) for k, v in to_bin(folder).items()}
     torch.save(tensors, folder / "pytorch_model.bin")
     assert_trees_equal(load_trained(folder)[1], tiny_bert)
@@ -384,9 +388,11 @@ class Intruder:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("how", ["pickle", "zip", "old"])
 def test_torch_file_is_never_executed(folder, tmp_path, how):
-    torch = pytest.importorskip("torch")
+    import torch
+
     (folder / "model.safetensors").unlink()
     file, trace = folder / "pytorch_model.bin", tmp_path / "trace"
     harmful = {"bert.embeddings.word_embeddings.weight": Intruder(trace)}
@@ -413,15 +419,18 @@ def test_torch_file_without_torch(folder, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("content", [[1, 2], {"model": {"a": 1}}, {"epoch": 3}, 7])
 def test_torch_file_of_something_else(folder, content):
-    torch = pytest.importorskip("torch")
+    import torch
+
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin cannot be read"):
         load_trained(folder)
 
 
+@pytest.mark.torch
 def test_torch_file_cut_off(folder):
     to_bin(folder)
     file = folder / "pytorch_model.bin"

@@ -189,8 +189,15 @@ def test_a_new_kind_from_its_rows_to_its_export(task, tmp_path):
     assert dataclasses.replace(again, max_positions=24) == config
 
 
-@pytest.mark.parametrize("kind", ["several", "tokens"])
-def test_a_new_kind_in_other_runtimes(kind, task, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "runtime"),
+    [
+        ("several", to_onnx),
+        ("tokens", to_onnx),
+        pytest.param("several", to_transformers, marks=pytest.mark.torch),
+    ],
+)
+def test_a_new_kind_in_other_runtimes(kind, runtime, task, tmp_path):
     task = dataclasses.replace(task, labels=WORDS, problem=PROBLEMS[kind])
     config = sizes(task, 30)
     params = cofi.init_params(config, jax.random.key(0))
@@ -198,16 +205,10 @@ def test_a_new_kind_in_other_runtimes(kind, task, tmp_path):
     batch = {"input_ids": ids, "attention_mask": ids * 0 + 1, "token_type_ids": ids * 0}
     expected = cofi.Encoder(config).apply({"params": params}, batch).logits
     assert expected.shape == ((2, 3) if kind == "several" else (2, 6, 3))
-    (tmp_path / "onnx").mkdir()
-    to_onnx.write(tmp_path / "onnx", params, config, WORDS)
-    fields = json.loads((tmp_path / "onnx" / "config.json").read_text())
-    assert fields["architectures"] == [f"BertFor{task.problem.auto_model}"]
-    pytest.importorskip("onnxruntime")
-    found = to_onnx.load(tmp_path / "onnx")(batch)
+    runtime.write(tmp_path, params, config, WORDS)
+    if runtime is to_onnx:
+        fields = json.loads((tmp_path / "config.json").read_text())
+        assert fields["architectures"] == [f"BertFor{task.problem.auto_model}"]
+        pytest.importorskip("onnxruntime")
+    found = runtime.load(tmp_path)(batch)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    if kind == "several":
-        pytest.importorskip("torch")
-        (tmp_path / "torch").mkdir()
-        to_transformers.write(tmp_path / "torch", params, config, WORDS)
-        found = to_transformers.load(tmp_path / "torch")(batch)
-        np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -234,10 +234,10 @@ def test_random_batches_hold_the_same_rows_and_are_as_long_as_their_longest():
         assert len(rows) == 8 and length == found.examples.lengths[rows].max()
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("weights", [(0.1, 0.9), (1.0, 0.0), (0.0, 1.0)])
 def test_pytorch_does_the_same_work(dense, weights):
     """Equal losses and gradients, of rows of unequal lengths."""
-    pytest.importorskip("torch")
     pytest.importorskip("transformers")
     distill = Distill(*weights, num_layers=3)
     student, teacher = (random_params(dense, seed) for seed in (0, 1))
@@ -268,9 +268,9 @@ def test_pytorch_does_the_same_work(dense, weights):
     np.testing.assert_allclose(found, [float(expected), norm], rtol=1e-5)
 
 
+@pytest.mark.torch
 def test_pytorch_learns(dense):
     """Its optimizer moves what is trained: the same batch's loss falls."""
-    pytest.importorskip("torch")
     params = [random_params(dense, seed) for seed in (0, 1)]
     eye = np.eye(12, dtype=np.float32)
     step = baselines.pytorch_step(*params, eye, dense, Distill())
@@ -418,8 +418,8 @@ def test_rows_and_models_of_folders(kind, tmp_path, monkeypatch):
     assert all(tuple(row.tolist()) in known for row in work.examples.input_ids)
 
 
+@pytest.mark.torch
 def test_inference_writes_a_row_for_each_runtime(turns, tmp_path):
-    pytest.importorskip("torch")
     pytest.importorskip("onnxruntime")
     file = tmp_path / "inference.json"
     how = ["--batch_size=1,2", "--seq_length=4", "--repeats=1", f"--json={file}"]
@@ -516,9 +516,9 @@ def test_the_module_runs_without_a_warning():
     assert "startup" in done.stdout
 
 
+@pytest.mark.torch
 @pytest.mark.slow
 def test_memory_of_each_kind(tmp_path):
-    pytest.importorskip("torch")
     file = tmp_path / "memory.json"
     assert run("memory", *SIZES, "--batch_size=2", "--repeats=1", f"--json={file}") == 0
     found = json.loads(file.read_text())["rows"]

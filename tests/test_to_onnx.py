@@ -430,10 +430,12 @@ def test_labels_of_another_task(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("problem", ["classification", "span"])
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_transformers_runs_it(tmp_path, family, problem):
-    torch = pytest.importorskip("torch")
+    import torch
+
     pytest.importorskip("onnxscript")
     exporters = pytest.importorskip("transformers.exporters")
     config = sizes(family=family, problem=problem)

@@ -19,7 +19,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.layers import ACTIVATIONS
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("quick_compile")]
 
 
 torch = pytest.importorskip("torch")

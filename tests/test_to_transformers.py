@@ -35,7 +35,10 @@ HEADS, UNITS = (3, 0, 0, 1, 2), (17, 5, 0, 0, 1)
 TENSOR = "bert.encoder.layer.{}.{}"
 
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "code_cache")
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.usefixtures("quick_compile", "code_cache"),
+]
 
 
 def sizes(family="bert", problem="classification", **others):

@@ -263,9 +263,11 @@ def test_sliced_checkpoint_computes_what_the_masked_model_does(
     assert len(structures) == 3
 
 
+@pytest.mark.torch
 def test_sliced_checkpoint_as_a_torch_file(tmp_path):
     """As those of the original are published."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     *_, small = write_sliced(tmp_path, "bert", "classification", 3)
     tensors = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -458,6 +460,7 @@ def test_transformers_reads_the_config(tmp_path):
     np.testing.assert_array_equal(ordered["classifier"]["kernel"], kernel)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("family", "problem", "architecture"),
     [
@@ -473,7 +476,6 @@ def test_transformers_reads_the_config(tmp_path):
 def test_pytorch_computes_the_same_from_what_is_saved(
     tmp_path, family, problem, architecture
 ):
-    pytest.importorskip("torch")
     import transformers
 
     config = sizes(family, problem)
