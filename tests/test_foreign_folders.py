@@ -776,7 +776,13 @@ def test_weights_that_are_not_finite(folder, value, recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model.safetensors",
+        pytest.param("pytorch_model.bin", marks=pytest.mark.torch),
+    ],
+)
 @pytest.mark.parametrize(
     "content, said",
     [
@@ -788,13 +794,13 @@ def test_weights_that_are_not_finite(folder, value, recwarn):
     ids=["a pointer", "a page", "gzip", "damage"],
 )
 def test_weights_that_are_something_else(folder, file, content, said):
-    pytest.importorskip("torch")
     (folder / "model.safetensors").unlink()
     (folder / file).write_bytes(content)
     found = refused(folder, lambda folder, field: load(folder))
     assert f"{file} {said}" in found and "weights_only" not in found
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     "make_content, said",
     [
@@ -819,7 +825,8 @@ def test_weights_that_are_something_else(folder, file, content, said):
     ids=["nested", "numbered", "a number", "a list", "a module", "sparse", "complex"],
 )
 def test_files_of_pytorch_that_hold_something_else(folder, make_content, said):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tensors = load_file(folder / "model.safetensors")
     tensors = {k: torch.from_numpy(v) for k, v in tensors.items()}
     (folder / "model.safetensors").unlink()
