@@ -83,7 +83,7 @@ def available(*names):
 def test_lines_of_the_card_run_with_any_tokenizer(tmp_path, pair):
     make_files, settings, sizes = PAIRS[pair]
     path = save(tmp_path, make_files(), ("a", "b"), settings, **sizes)
-    checks = run(path, *available("onnx", "stablehlo", "transformers"))
+    checks = run(path, *available("onnx", "onnx-int8", "stablehlo", "transformers"))
     del checks[""]
     for name, check in checks.items():
         said = json.loads((path / name / "tokenizer_config.json").read_text())
