@@ -213,7 +213,7 @@ def section(check: Mapping[str, Any]) -> str:
             )
         )
     times = [f"ms, {cell['batch_size']} x {cell['seq_length']}" for cell in cells]
-    head = ("model", *map(escape, check["scores"]), "size", *times)
+    head = ("model", *check["scores"], "size", *times)
     by_model = tables.Table("<" + ">" * (len(head) - 1), head, rows)
     metrics = list(check["scores"])
     rows = [

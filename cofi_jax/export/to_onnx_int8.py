@@ -8,9 +8,8 @@ The folder holds the same files as that of `to_onnx`, whose float32 graph is qua
 
 The weights have 7 bits, in [-64, 64]. CPUs without VNNI add two neighbouring products
 of 8 bits in 16 bits, where they saturate in silence; with 7 bits all CPUs compute the
-same, at the same speed. Unsigned weights would not saturate either, but onnxruntime's
-products of these are no faster than float32 on many CPUs. The table of word embeddings
-has 8 bits and one scale.
+same, at the same speed. Unsigned weights would not saturate either, but onnxruntime
+multiplies them more slowly. The table of word embeddings has 8 bits and one scale.
 """
 
 import contextlib
