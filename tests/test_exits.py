@@ -82,7 +82,10 @@ def available(*names):
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize(
     "formats",
-    [("onnx", "stablehlo"), pytest.param(("transformers",), marks=pytest.mark.torch)],
+    [
+        ("onnx", "onnx-int8", "stablehlo"),
+        pytest.param(("transformers",), marks=pytest.mark.torch),
+    ],
 )
 def test_lines_of_the_card_run_with_any_tokenizer(tmp_path, pair, formats):
     make_files, settings, sizes = PAIRS[pair]

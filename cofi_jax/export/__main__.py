@@ -5,8 +5,13 @@
 
 The formats appear as folders beside the saved parameters, each with a `check.json`:
 `transformers` and, only when asked for, `stock`, a plain BERT (both need `pip install
-'cofi-jax[torch]'`), `onnx` (`'cofi-jax[onnx]'`) and `stablehlo`. The model card,
-`README.md`, says how each is loaded.
+'cofi-jax[torch]'`), `onnx` and, only when asked for, `onnx-int8`, in 8-bit integers
+(both need `'cofi-jax[onnx]'`), and `stablehlo`. The model card, `README.md`, says how
+each is loaded.
+
+`onnx-int8` comes with a certificate of what it costs and gains, beside the dense model
+if that lies in the folder `teacher` next to the saved model. It is not written where
+the score falls by more than `--max_loss` and by more than two standard errors of that.
 """
 
 import sys
@@ -19,7 +24,8 @@ from cofi_jax.report import model_card
 
 _USAGE = (
     "python -m cofi_jax.export --model path/to/pruned [--formats A,B] [--data D] "
-    "[--rows N] [--dtype T] [--batch_size N] [--seq_length N] [--repeats N]"
+    "[--rows N] [--dtype T] [--batch_size N] [--seq_length N] [--repeats N] "
+    "[--max_loss X]"
 )
 _DEFAULT = "transformers,onnx,stablehlo"
 
@@ -29,12 +35,20 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     parser = commands.Parser(usage=_USAGE, description=__doc__)
     parser.add_argument("--model", required=True, help="a saved model")
-    parser.add_argument("--formats", default=_DEFAULT, help=f"{_DEFAULT} and stock")
+    parser.add_argument(
+        "--formats", default=_DEFAULT, help=f"{_DEFAULT}, onnx-int8 and stock"
+    )
     parser.add_argument("--data", default="", help="hub name or folder")
     parser.add_argument(
         "--dtype",
         default="float32",
         help="of weights; bfloat16 is for --formats transformers",
+    )
+    parser.add_argument(
+        "--max_loss",
+        type=float,
+        help=f"by how much the score of onnx-int8 may fall; {export.MAX_LOSS} if not "
+        "given",
     )
     numbers = {
         "rows": (0, 0, "validation rows to compare; 0 for all"),
@@ -57,6 +71,7 @@ def main(argv: list[str]) -> int:
         batch_size=args.batch_size,
         seq_length=args.seq_length,
         repeats=args.repeats,
+        max_loss=args.max_loss,
     )
     print(model_card.checked(checks, CARDS))
     return 0

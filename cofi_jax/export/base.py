@@ -30,9 +30,11 @@ class Format:
       dtypes: the dtypes that the weights can be stored in. For another one than
         float32, `write` is called with the option `dtype`.
       facts: `facts(config)` returns what else `check.json` says.
-      check: `check(name, model, validation)` compares the loaded model with the masked
-        one. It returns the content of `check.json` and raises UserError for a model
-        that is not to be shipped.
+      check: `check(form, folder, subject)` looks at the folder that was written. It
+        returns the content of `check.json` and raises UserError for a model that is not
+        to be shipped. Of a `lossy` format it may write the model once more.
+      lossy: whether the model computes in a lower precision than the saved one. How
+        much it may lose is then the caller's choice.
     """
 
     name: str
@@ -43,4 +45,5 @@ class Format:
     extra: str = ""
     dtypes: tuple[str, ...] = ("float32",)
     facts: Callable[[EncoderConfig], dict[str, Any]] = lambda config: {}
-    check: Callable[..., dict[str, Any]] = verify.compare
+    check: Callable[["Format", Path, verify.Subject], dict[str, Any]] = verify.check
+    lossy: bool = False

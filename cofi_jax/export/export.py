@@ -10,17 +10,16 @@ results, from which the model card is written anew.
 import dataclasses
 import importlib.util
 import json
-import tempfile
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
 from cofi_jax import files
 from cofi_jax.checkpoints import saved_model, tokenizers
 from cofi_jax.config import DTYPES
-from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject
 from cofi_jax.export import verify
 from cofi_jax.export.base import Format
@@ -31,30 +30,7 @@ from cofi_jax.pruning import slicing
 from cofi_jax.report import model_card
 
 CHECK = "check.json"
-
-
-class Subject(NamedTuple):
-    """What each format is made from and compared with.
-
-    Attributes:
-      model: the saved model.
-      dense: the dense model that it was cut from, or None.
-      rows: the rows of the comparison, and the masked model's logits.
-      labels: the names of the classes.
-      dtype: the dtype that the weights are stored in.
-      sizes: those of the timed passes, the arguments of `verify.time`.
-      task: what the model was made for.
-      tokenizer: the saved model's.
-    """
-
-    model: verify.Model
-    dense: verify.Model | None
-    rows: verify.Validation
-    labels: Sequence[str]
-    dtype: str
-    sizes: Mapping[str, int]
-    task: Task
-    tokenizer: Any
+MAX_LOSS = 0.01
 
 
 def export(
@@ -67,6 +43,7 @@ def export(
     batch_size: int = 32,
     seq_length: int = 0,
     repeats: int = 30,
+    max_loss: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the saved model at `path` in each of `formats`, into folders of that name.
 
@@ -83,6 +60,9 @@ def export(
       batch_size: sequences in a batch of the timed passes.
       seq_length: tokens of a sequence there; 0 for 64 or the model's longest input.
       repeats: the number of timed turns.
+      max_loss: the most that the score of a format in a lower precision may fall, as a
+        difference of the metric that decides; None for `MAX_LOSS`. A fall within two of
+        its standard errors is not refused.
 
     Returns:
       The content of each `check.json`, by format; that of the saved model by "".
@@ -93,14 +73,15 @@ def export(
         folder of that format before stays as it was.
     """
     path = Path(path).expanduser().absolute()
-    _check_request(formats, dtype)
+    _check_request(formats, dtype, max_loss)
+    max_loss = MAX_LOSS if max_loss is None else max_loss
     sizes = {"batch_size": batch_size, "seq_length": seq_length, "repeats": repeats}
     saved_model.read_about(path)  # It says what is there instead of a saved model.
     with files.locked(path):
-        return _export(path, formats, data_path, num_rows, dtype, sizes)
+        return _export(path, formats, data_path, num_rows, dtype, sizes, max_loss)
 
 
-def _export(path, formats, data_path, num_rows, dtype, sizes):
+def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
     """The rest of `export`, in which no other process changes the folder."""
     config, spec, about = saved_model.read_about(path)
     task = saved_model.saved_task(str(path))
@@ -135,10 +116,21 @@ def _export(path, formats, data_path, num_rows, dtype, sizes):
                 dense = verify.in_jax(whole, sizes_before)
                 masks, name = spec.masks(sizes_before), "the masked model"
                 reference = verify.in_jax(whole, sizes_before, masks)
-            labels = about.get("labels", ())
-            rows = read(reference, name)
-            return Subject(model, dense, rows, labels, dtype, sizes, task, tokenizer)
+            return verify.Subject(
+                model,
+                dense,
+                teacher,
+                read(reference, name),
+                about.get("labels", ()),
+                dtype,
+                sizes,
+                max_loss,
+                task,
+                tokenizer,
+            )
 
+        lossy = any(FORMATS[name].lossy for name in formats)
+        teacher = _teacher(path, about) if spec and lossy else None
         original = stored = subject(params, "float32")
         checks = {"": verify.compare("cofi-jax", original.model, original.rows)}
         if original.dense:
@@ -158,13 +150,41 @@ def _export(path, formats, data_path, num_rows, dtype, sizes):
     return checks
 
 
-def _check_request(formats, dtype):
-    """Refuses what is not known, lacks a package or cannot have weights of a dtype."""
+def _teacher(path, about):
+    """The dense model of the run that made the saved model, or None.
+
+    It lies beside the saved model. One of other sizes, task or scores is not it.
+    """
+    other = path.with_name("teacher")
+    if not saved_model.is_model(other):
+        return None
+    config, _, described = saved_model.read_about(other)
+    sizes = EncoderConfig.from_json(about["dense"])
+    scores = about.get("report", {}).get("teacher", described).get("scores")
+    if (
+        dataclasses.replace(config, dtype=sizes.dtype, dropout=sizes.dropout) != sizes
+        or any(described.get(key) != about.get(key) for key in ("task", "labels"))
+        or described.get("scores") != scores
+    ):
+        return None
+    _, params, _ = saved_model.load_model(other, dtype="float32")
+    return verify.in_jax(params, config)
+
+
+def _check_request(formats, dtype, max_loss):
+    """Refuses what is not known, lacks a package or ignores an option."""
     if dtype not in DTYPES:
         raise reject("dtype", dtype, f"must be one of {', '.join(DTYPES)}")
     for name in formats:
         if name not in FORMATS:
             raise reject("formats", name, f"must be among {', '.join(FORMATS)}")
+    if max_loss is not None:
+        if not 0 <= max_loss < math.inf:
+            raise reject("max_loss", max_loss, "must be a number, 0 or more")
+        lossy = [name for name, form in FORMATS.items() if form.lossy]
+        if not {*lossy} & {*formats}:
+            legal = f"is for the formats {', '.join(lossy)} alone; give --formats"
+            raise reject("max_loss", max_loss, legal)
     takers = [name for name, form in FORMATS.items() if dtype in form.dtypes]
     if not {*formats} <= {*takers} or (dtype != "float32" and not formats):
         legal = f"is for the formats {', '.join(takers)} alone; give --formats"
@@ -176,39 +196,23 @@ def _check_request(formats, dtype):
             raise reject("formats", form.name, legal)
 
 
-def _write(form: Format, folder: Path, subject: Subject) -> dict[str, Any]:
+def _write(form: Format, folder: Path, subject: verify.Subject) -> dict[str, Any]:
     """Writes one format, which gets its name if it passes its check; returns that."""
     if folder.exists() and not (folder / CHECK).exists():
         raise reject("formats", folder.name, f"{folder} is not an export; move it away")
-    model, dense, rows, labels, dtype, sizes, task, tokenizer = subject
-    options = {} if dtype == "float32" else {"dtype": dtype}
-
-    def through(model, folder):
-        """The model as it is loaded from the folder that it is written to."""
-        form.write(folder, model.params, model.config, labels, **options)
-        return model._replace(predict=form.load(folder))
-
+    model, task, tokenizer = subject.model, subject.task, subject.tokenizer
+    options = {} if subject.dtype == "float32" else {"dtype": subject.dtype}
     with files.new_folder(folder, replace=True) as partial:
-        written = through(model, partial)
+        form.write(partial, model.params, model.config, subject.labels, **options)
+        check = form.check(form, partial, subject)
         source = {"field": "model", "path": str(folder.parent)}
         cut = {"max_length": task.max_length}
         tokenizers.write(tokenizer, partial, model.config, **cut, **source)
-        check = form.check(form.name, written, rows)
-        # A format whose weights are not those of the model has a check of its own.
-        exact = dtype == "float32" and form.check is verify.compare
+        exact = subject.dtype == "float32" and not form.lossy
         verify.run_card(form, partial, model, task, tokenizer, exact=exact)
-        check |= {"weights": dtype} | form.facts(model.config)
+        check |= {"weights": subject.dtype} | form.facts(model.config)
         if not tokenizer.is_fast:
             check["tokenizer"] = f"{type(tokenizer).__name__}, in Python"
-        if dense:
-            with tempfile.TemporaryDirectory() as scratch:
-                # Its name is known: transformers caches code under names of folders.
-                scratch = Path(scratch) / "dense"
-                scratch.mkdir()
-                packages = form.packages or ("jax",)
-                check |= verify.time(
-                    written, through(dense, scratch), packages, **sizes
-                )
         check |= verify.files(partial)
         files.write_json(partial / CHECK, check)
     return check

@@ -10,7 +10,8 @@ import functools
 import hashlib
 import importlib
 import itertools
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,6 +55,35 @@ class Validation(NamedTuple):
     logits: np.ndarray  # (N, C), or (N, T, C) where the head reads every token
 
 
+class Subject(NamedTuple):
+    """What each format is made from and compared with.
+
+    Attributes:
+      model: the saved model.
+      dense: a model of the sizes that it was cut from, or None; it is timed alone.
+      teacher: the dense model of its run, as it was fine-tuned, or None. Only formats
+        that are `lossy` are compared with it.
+      rows: the rows of the comparison, and the masked model's logits.
+      labels: the names of the classes.
+      dtype: the dtype that the weights are stored in.
+      sizes: those of the timed passes, the arguments of `time`.
+      max_loss: the most that the score of a `lossy` format may fall.
+      task: what the model was made for.
+      tokenizer: the saved model's.
+    """
+
+    model: Model
+    dense: Model | None
+    teacher: Model | None
+    rows: Validation
+    labels: Sequence[str]
+    dtype: str
+    sizes: Mapping[str, int]
+    max_loss: float
+    task: Task
+    tokenizer: Any
+
+
 def in_jax(params: dict, config: EncoderConfig, masks: Masks | None = None) -> Model:
     """Returns a model that jax runs in float32, with masks or without."""
     config = dataclasses.replace(config, dtype="float32")
@@ -88,7 +118,7 @@ def validation(
         examples = batches.first_rows(examples, wanted, field="rows")
 
     def of(reference, against):
-        logits = _logits(reference, task, examples)
+        logits = logits_of(reference.predict, task, examples)
         return Validation(task, examples, split, against, logits)
 
     return of
@@ -180,11 +210,39 @@ def _answer(model, task, tokenizer, texts):
     return np.asarray(model.predict({k: np.array([row[k]], np.int32) for k in names}))
 
 
-def _logits(model, task, examples):
-    def predict(params, masks, batch):
-        return model.predict(batch)
+def logits_of(
+    predict: Callable[[Batch], Any], task: Task, examples: batches.Examples
+) -> np.ndarray:
+    """Returns the logits of all rows, which the model is given in batches of 32."""
 
-    return predict_lib.logits(predict, {}, task, examples, batch_size=32)
+    def of(params, masks, batch):
+        return predict(batch)
+
+    return predict_lib.logits(of, {}, task, examples, batch_size=32)
+
+
+def check(form: "Format", folder: Path, subject: Subject) -> dict[str, Any]:
+    """Compares what was written with the masked model, and times it beside the dense.
+
+    See `Format.check`: this is the check of the formats that change nothing.
+    """
+
+    def loaded(model, folder):
+        return model._replace(predict=form.load(folder))
+
+    model, dense = loaded(subject.model, folder), subject.dense
+    found = compare(form.name, model, subject.rows)
+    if not dense:
+        return found
+    with tempfile.TemporaryDirectory() as scratch:
+        # Its name is known: transformers caches code under names of folders.
+        scratch = Path(scratch) / "dense"
+        scratch.mkdir()
+        options = {} if subject.dtype == "float32" else {"dtype": subject.dtype}
+        form.write(scratch, dense.params, dense.config, subject.labels, **options)
+        packages = form.packages or ("jax",)
+        dense = loaded(dense, scratch)
+        return found | time(model, dense, packages, **subject.sizes)
 
 
 def compare(
@@ -202,12 +260,9 @@ def compare(
       UserError: where the logits differ by more than the tolerance.
     """
     task, examples, split, against, expected = validation
-    found = _logits(model, task, examples)
-    difference = np.abs(found - expected)
-    if difference.ndim == 3:  # What a model says of padding is never read.
-        for row, length in zip(difference, examples.lengths, strict=True):
-            row[length:] = 0
-    worst, scale = float(difference.max()), max(1.0, float(np.abs(expected).max()))
+    found = logits_of(model.predict, task, examples)
+    worst = float(differences(found, expected, examples).max())
+    scale = max(1.0, float(np.abs(expected).max()))
     if not worst <= tolerance * scale:
         legal = f"its logits differ from {against}'s by {worst:.1e}; not written"
         raise reject("formats", name, legal)
@@ -221,6 +276,17 @@ def compare(
         "scores": task.scores(found, examples),
         "reference_scores": task.scores(expected, examples),
     }
+
+
+def differences(
+    found: np.ndarray, expected: np.ndarray, examples: batches.Examples
+) -> np.ndarray:
+    """Returns those of two models' logits of all rows, in absolute value."""
+    difference = np.abs(found - expected)
+    if difference.ndim == 3:  # What a model says of padding is never read.
+        for row, length in zip(difference, examples.lengths, strict=True):
+            row[length:] = 0
+    return difference
 
 
 def time(

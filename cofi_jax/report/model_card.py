@@ -29,12 +29,14 @@ class Part(NamedTuple):
         {texts} is a text or a pair, {example} the same as one value, and {auto}
         transformers' class of the head.
       note: `note(check)` returns a sentence on the content of its `check.json`, or "".
+      section: `section(check)` returns Markdown that follows what was checked, or "".
     """
 
     user: str
     what: str
     snippet: str
     note: Callable[[Mapping[str, Any]], str] = lambda check: ""
+    section: Callable[[Mapping[str, Any]], str] = lambda check: ""
 
 
 _SAVED_MODEL = Part(
@@ -166,7 +168,8 @@ def checked(checks: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
             how = check["benchmark"]
             fast = f"{check['speedup']:.1f}x ({tables.spread(check)}), "
             fast += f"{how['batch_size']} x {how['seq_length']}"
-            places[f"{escape(how['device'])}, {how['dtype']}"] = None  # in order
+            dtypes = places.setdefault(escape(how["device"]), {})
+            dtypes[how["dtype"]] = None  # in order
         rows.append(
             (
                 name or "this folder",
@@ -181,9 +184,11 @@ def checked(checks: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
     against = " and ".join(sorted({c["checked_against"] for c in checks.values()}))
     note = f"Each part was loaded by its own runtime and compared with {against}."
     if places:
+        named = (f"{place}, {' and '.join(how)}" for place, how in places.items())
+        where = " and ".join(named)
         note += (
             " Speedup: pruned against dense in the same runtime, timed in turn on "
-            f"{' and '.join(places)}, in batches of sequences x tokens; in brackets "
+            f"{where}, in batches of sequences x tokens; in brackets "
             "the 5th and 95th percentile."
         )
     notes = [note, *(part.note(checks.get(name, {})) for name, part in parts.items())]
@@ -192,4 +197,6 @@ def checked(checks: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
         notes.append(f"{note}, with the packages that this one needs.")
     note = " ".join(filter(None, notes))
     table = tables.Table("<>>>>>", head, rows)
-    return f"{table}\n\n{note} More in each `check.json`."
+    found = [str(table), f"{note} More in each `check.json`."]
+    found += [part.section(checks.get(name, {})) for name, part in parts.items()]
+    return "\n\n".join(filter(None, found))

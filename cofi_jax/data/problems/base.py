@@ -140,6 +140,14 @@ class Problem:
         """The answer to each text, as `pipeline` gives it."""
         raise NotImplementedError
 
+    def per_example(
+        self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """The values of all examples, for those `metrics` that are means of them."""
+        if "accuracy" not in metrics:
+            return {}
+        return {"accuracy": np.argmax(logits, axis=-1) == examples.labels}
+
     def scorer(
         self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]
     ) -> tuple[int, Scorer]:

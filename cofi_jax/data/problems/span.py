@@ -64,13 +64,16 @@ class Span(Problem):
         answers = squad.best_answers(logits, examples.questions)
         return [{"answer": answer} for answer in answers]
 
-    def scorer(self, logits, examples, metrics):
+    def per_example(self, logits, examples, metrics):
         questions = examples.questions
         texts = squad.best_answers(logits, questions)
-        values = {
+        return {
             name: np.array([*map(squad.METRICS[name], texts, questions.answers)])
             for name in metrics
         }
-        return len(texts), lambda chosen: {
+
+    def scorer(self, logits, examples, metrics):
+        values = self.per_example(logits, examples, metrics)
+        return len(examples.questions.answers), lambda chosen: {
             name: float(np.mean(value[chosen])) for name, value in values.items()
         }
