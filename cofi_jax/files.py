@@ -104,7 +104,7 @@ _BEGINNINGS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file: git lfs pull",
     b"<!doctype html": _PAGE,
     b"<html": _PAGE,
-    b"\x1f\x8b": "is compressed by gzip; unpack it",
+    b"\x1f\x8b\x08": "is compressed by gzip; unpack it",
     b"bzh91ay&sy": "is compressed by bzip2; unpack it",
     b"\xfd7zxz\0": "is compressed by xz; unpack it",
     b"(\xb5/\xfd": "is compressed by zstd; unpack it",

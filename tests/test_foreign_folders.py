@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import foreign_folders as folders
 import jax
@@ -636,6 +637,12 @@ def test_length_without_a_limit(folder):
         {"id2label": {"no": "x", "yes": "y"}},
         {"id2label": None, "label2id": {"x": 1, "y": 2}},
         {"id2label": None, "label2id": {"x": 0, "y": 0}},
+        {"id2label": None, "label2id": {"x": 0.5, "y": 1}},
+        {"id2label": None, "label2id": {"x": math.inf, "y": 1}},
+        {"id2label": None, "label2id": {"x": [0], "y": [1]}},
+        {"id2label": None, "label2id": {"x": {}, "y": 1}},
+        {"id2label": None, "label2id": {"x": False, "y": True}},
+        {"id2label": None, "label2id": {"x": 0, "LABEL_1": 0}},
         {"id2label": {"0": "x", "2": "y"}, "label2id": {"x": 0, "y": 2}},
     ],
     ids=str,
@@ -800,6 +807,17 @@ def test_weights_that_are_something_else(folder, file, content, said):
     assert f"{file} {said}" in found and "weights_only" not in found
 
 
+def test_a_header_as_long_as_the_mark_of_gzip(folder):
+    """The file begins with the length of its header, and 35,615 is 1f 8b."""
+    path, expected = folder / "model.safetensors", load(folder)[1]
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].ljust(0x8B1F)
+    start = len(header).to_bytes(8, "little")
+    path.write_bytes(start + header + data[8 + size :])
+    jax.tree.map(np.testing.assert_array_equal, load(folder)[1], expected)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize(
     "make_content, said",
@@ -808,6 +826,7 @@ def test_weights_that_are_something_else(folder, file, content, said):
         (lambda torch, t: {0: t["classifier.bias"]}, "0 is a Tensor, must be"),
         (lambda torch, t: {**t, "steps": 3}, "'steps' is a int"),
         (lambda torch, t: [*t.values()], "must be tensors by name"),
+        (lambda torch, t: t["classifier.bias"], "a Tensor, must be tensors by name"),
         (lambda torch, t: torch.nn.Linear(2, 2), "more than tensors, or is damaged"),
         (
             lambda torch, t: (
@@ -822,7 +841,16 @@ def test_weights_that_are_something_else(folder, file, content, said):
             "classifier.weight holds complex64, must be floating point",
         ),
     ],
-    ids=["nested", "numbered", "a number", "a list", "a module", "sparse", "complex"],
+    ids=[
+        "nested",
+        "numbered",
+        "a number",
+        "a list",
+        "a tensor",
+        "a module",
+        "sparse",
+        "complex",
+    ],
 )
 def test_files_of_pytorch_that_hold_something_else(folder, make_content, said):
     import torch

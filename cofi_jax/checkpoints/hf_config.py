@@ -359,7 +359,9 @@ def _class_names(fields, where):
     """
     found = {name: _pairs(fields.get(name), name) for name in ("id2label", "label2id")}
     named = {
-        x: pairs for x, pairs in found.items() if not _made_up(dict(pairs).values())
+        table: pairs
+        for table, pairs in found.items()
+        if not _made_up(name for _, name in pairs)
     }
     real = [*filter(None, map(_in_order, named.values()))]
     if len(real) == 2 and real[0] != real[1]:
@@ -388,8 +390,9 @@ def _pairs(table, field):
 def _in_order(pairs):
     """The names in the order of their numbers; none where these make no sense."""
     try:
-        rows = {int(row): str(name) for row, name in pairs}
+        # The numbers are keys in one table and values in the other one: text or not.
+        rows = {int(str(row)): str(name) for row, name in pairs}
         names = [rows[row] for row in range(len(pairs))]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, ValueError):
         return []
     return names if len(set(names)) == len(names) else []

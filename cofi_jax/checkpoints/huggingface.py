@@ -299,11 +299,16 @@ def _open_torch(path):
             said = "it holds more than tensors, or is damaged"
         legal = f"{path.name} cannot be read ({said})"
         raise UnsupportedCheckpoint(legal) from error
-    found = tensors.items() if isinstance(tensors, dict) else [("the whole", tensors)]
-    for name, tensor in found:
+
+    def wrong(what, value):
+        legal = f"{what} is a {type(value).__name__}, must be tensors by name"
+        return UnsupportedCheckpoint(f"{path.name} cannot be read ({legal})")
+
+    if not isinstance(tensors, dict):
+        raise wrong("it", tensors)
+    for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            legal = f"{name!r} is a {type(tensor).__name__}, must be tensors by name"
-            raise UnsupportedCheckpoint(f"{path.name} cannot be read ({legal})")
+            raise wrong(repr(name), tensor)
 
     def get(name):
         tensor = tensors[name].detach()
