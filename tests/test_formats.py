@@ -632,6 +632,19 @@ def test_articles_that_are_none(article, tmp_path, capsys):
     assert "article 1 (the first is 0)" in found
 
 
+@pytest.mark.parametrize("paragraphs", [3, None, ["a", "b"], [], [{"text": "a"}]])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_column_of_that_name_is_none_of_squad(paragraphs, rows, tmp_path):
+    """Nobody asked for it, in some rows or in all."""
+    more = {"paragraphs": paragraphs}
+    content = [
+        {"text": "tea", "label": n} | (more if n < rows else {}) for n in range(2)
+    ]
+    write(tmp_path, "train.jsonl", "\n".join(map(json.dumps, content)))
+    task, found = load(tmp_path)
+    assert task.labels == ("0", "1") and found["text"] == ["tea", "tea"]
+
+
 @pytest.mark.parametrize(
     "answers",
     [

@@ -234,7 +234,7 @@ def _objects(text: str) -> list[dict]:
     rows = list(_json_values(text))
     if len(rows) == 1 and _all_objects(rows[0].get("data")):
         rows = rows[0]["data"]
-    if not any("paragraphs" in row for row in rows):
+    if not any(map(_is_article, rows)):
         return rows
     found = []
     for number, row in enumerate(rows):
@@ -245,6 +245,14 @@ def _objects(text: str) -> list[dict]:
             where = f"article {number} (the first is 0)"
             raise Unreadable(f"{legal}`answers`; {where}: {error!r}") from error
     return found
+
+
+def _is_article(row):
+    """Whether it has paragraphs with questions, and not just a column of that name."""
+    paragraphs = row.get("paragraphs")
+    return isinstance(paragraphs, list) and any(
+        isinstance(each, dict) and "qas" in each for each in paragraphs
+    )
 
 
 def _all_objects(values):
