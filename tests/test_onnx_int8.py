@@ -235,6 +235,8 @@ def test_what_changes_between_two_models():
         (8, 100, 0.1, False),
         (10, 2000, 0.01, False),  # 0.005, which is certain but small
         (30, 2000, 0.01, True),
+        (10, 1000, 0.01, False),  # 0.01 itself, but 1 - 0.99 is more in floats
+        (11, 1000, 0.01, True),
         (0, 100, 0.0, False),
     ],
 )
@@ -244,6 +246,27 @@ def test_what_is_a_loss(wrong, count, max_loss, refused):
     after = np.eye(2)[(np.arange(count) < wrong).astype(int)]
     results = [certificate.result(task, examples, x) for x in (logits, after)]
     assert certificate.loses(task, *results, max_loss) == refused
+
+
+@pytest.mark.parametrize("at", ["before", "after"])
+def test_a_score_that_is_no_number_is_a_loss(at):
+    task, examples = tasks.TASKS["sst2"], examples_of(np.zeros(9, int))
+    found = certificate.result(task, examples, np.eye(2)[np.zeros(9, int)])
+    results = {"before": found, "after": found}
+    results[at] = found._replace(scores={"accuracy": np.nan})
+    assert certificate.loses(task, *results.values(), 0.01)
+
+
+def test_an_answer_may_be_the_empty_text():
+    """Its changes are counted, and there are none to count of numbers."""
+    task, examples = tasks.TASKS["sst2"], examples_of(np.zeros(2, int))
+    task = dataclasses.replace(task, labels=("", "full"))
+    logits = np.eye(2)[[0, 0]], np.eye(2)[[0, 1]]
+    results = [certificate.result(task, examples, x) for x in logits]
+    assert certificate.compare(task, examples, *results)["flips"] == 1
+    task, examples, *logits = two_models("pearson")
+    results = [certificate.result(task, examples, x) for x in logits]
+    assert "flips" not in certificate.compare(task, examples, *results)
 
 
 # Models that int8 harms, whose own answers are the labels.

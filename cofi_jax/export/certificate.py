@@ -13,6 +13,7 @@ differences.
 
 import functools
 import importlib
+import math
 import pathlib
 import platform
 import re
@@ -97,10 +98,9 @@ def compare(
             verify.differences(after.logits, before.logits, examples).max()
         ),
     }
-    pairs = zip(*(_answers(task, examples, x) for x in (before, after)), strict=True)
-    changed = [one != other for one, other in pairs]
-    if any(_answers(task, examples, before)):
-        found["flips"] = sum(changed)
+    answers = [_answers(task, examples, each) for each in (before, after)]
+    if None not in answers[0]:
+        found["flips"] = sum(one != other for one, other in zip(*answers, strict=True))
     if task.problem.names_classes:
         right = [x.logits.argmax(-1) == examples.labels for x in (after, before)]
         recalls = {
@@ -126,7 +126,9 @@ def loses(task: Task, before: Result, after: Result, max_loss: float) -> bool:
     """
     metric = task.metrics[0]
     fall = before.scores[metric] - after.scores[metric]
-    return fall > max(max_loss, 2 * standard_error(metric, before, after))
+    limit = max(max_loss, 2 * standard_error(metric, before, after))
+    # A fall that is the limit but for rounding is allowed, and one that is nan is not.
+    return not (fall <= limit or math.isclose(fall, limit))
 
 
 def time(
