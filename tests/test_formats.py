@@ -515,6 +515,17 @@ def test_every_type_of_number_of_parquet(kind, problem, tmp_path):
         assert task.labels == ("1", "3") and rows["label"].tolist() == [1, 0, 1]
 
 
+def test_decimals_of_more_digits_than_a_float_has(tmp_path):
+    """Two classes that are the same float stay two."""
+    ids = [decimal.Decimal(10**30 + last) for last in (1, 2, 1)]
+    numbers = pyarrow.array(ids, pyarrow.decimal128(38, 0))
+    table = pyarrow.table({"text": ["a", "b", "c"], "label": numbers})
+    parquet.write_table(table, tmp_path / "train.parquet")
+    task, rows = load(tmp_path)
+    assert task.labels == tuple(map(str, ids[:2]))
+    assert rows["label"].tolist() == [0, 1, 0]
+
+
 def test_classes_of_pandas(tmp_path):
     labels = pyarrow.array([7, 3, 7]).dictionary_encode()
     table = pyarrow.table({"text": ["a", "b", "c"], "label": labels})
@@ -692,6 +703,7 @@ def test_answers_of_another_form(answers, tmp_path, capsys):
         (["0", "1", "yes"], ["the class 'yes' is no number, as others are"]),
         (["False", "1", "0"], ["the class 'False' is no number, as others are"]),
         (["1", "2", "9" * 5000], []),
+        (["1_2", "12", "yes"], ["the class '1_2' is no number, as others are"]),
     ],
 )
 def test_classes_that_look_like_mistakes(suffix, labels, said, tmp_path, capsys):

@@ -72,8 +72,8 @@ def _values(column, name):
     """
 
     def text(value):
-        if isinstance(value, decimal.Decimal):
-            return float(value)
+        if isinstance(value, decimal.Decimal):  # Integers may be too long for a float.
+            return int(value) if value == int(value) else float(value)
         return value.decode() if isinstance(value, bytes) else value
 
     try:

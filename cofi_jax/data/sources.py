@@ -253,7 +253,8 @@ def _plain(name: str) -> str | decimal.Decimal:
         number = decimal.Decimal(text)  # A float would round, and overflow.
     except decimal.InvalidOperation:
         return text
-    return number if number.is_finite() else text
+    # Python alone reads 1_2 as 12.
+    return number if number.is_finite() and "_" not in text else text
 
 
 def _in_quotes(text: str) -> bool:
