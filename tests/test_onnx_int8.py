@@ -340,7 +340,7 @@ def test_a_product_that_int8_harms_is_kept_in_float32(tmp_path):
     assert check["scores"]["accuracy"] >= 0.95
     assert f"{SPOILT}.weight_Transposed_quantized" not in arrays(path / "onnx-int8")
     card = (path / "README.md").read_text()
-    assert f"kept in float32, which int8 harms most: `{SPOILT}`." in card
+    assert f"that int8 harms most are kept in float32: `{SPOILT}`." in card
 
 
 def test_a_loss_is_refused_and_the_flag_allows_it(tmp_path, monkeypatch):

@@ -40,7 +40,8 @@ _FEATURES = {
     "asimddp": "dot product",
     "i8mm": "I8MM",
 }
-_REST_MS = 20.0  # onnxruntime's threads look out for work so long after a pass.
+# For about so long after a pass, onnxruntime's threads wait for work and use the cores.
+_REST_MS = 20.0
 
 
 class Result(NamedTuple):
@@ -69,7 +70,10 @@ def result(task: Task, examples: batches.Examples, logits: np.ndarray) -> Result
 
 
 def standard_error(metric: str, before: Result, after: Result) -> float:
-    """Returns that of the difference of two models' scores, both of the same rows."""
+    """Returns the standard error of the difference of two models' scores.
+
+    Both are of the same rows. A single row tells nothing of it; then it is 0.
+    """
     if metric not in before.values:
         return float(np.std(after.draws[metric] - before.draws[metric], ddof=1))
     differences = after.values[metric].astype(float) - before.values[metric]
@@ -84,12 +88,13 @@ def compare(
     """What changes from one model to another one, on the same rows.
 
     Returns:
-      `differences`, `standard_errors`  by metric, after minus before
-      `max_abs_difference`              of the logits
-      `flips`                           examples that get another class or answer; not
-                                        there where the answers are numbers
-      `worst_recall`                    the `class` whose recall falls most, and the
-                                        `change` of that; of classes alone
+      `differences`         of the scores by metric, after minus before
+      `standard_errors`     of these differences, by metric
+      `max_abs_difference`  of the logits
+      `flips`               the number of examples that get another class or text; it
+                            is left out where the answers are numbers
+      `worst_recall`        the `class` whose recall falls most, and the `change` of
+                            its recall; it is left out where there are no classes
     """
     found = {
         "differences": {m: after.scores[m] - before.scores[m] for m in task.metrics},
@@ -120,9 +125,10 @@ def _answers(task, examples, result):
 
 
 def loses(task: Task, before: Result, after: Result, max_loss: float) -> bool:
-    """Whether the score that decides falls by more than is allowed, and than chance.
+    """Whether the score that decides falls by too much.
 
-    The latter is two standard errors of the difference.
+    It does where it falls by more than `max_loss` and also by more than two standard
+    errors of the difference.
     """
     metric = task.metrics[0]
     fall = before.scores[metric] - after.scores[metric]
@@ -148,7 +154,7 @@ def time(
       batch_size: sequences in a batch (B).
       seq_length: tokens of each (T).
       repeats: the turns of each model.
-      last: the model whose speedup over the first is told.
+      last: the model whose speedup over the first one is returned.
 
     Returns:
       A part of `check.json`: `latency` of one sequence and of batches, each with the
@@ -253,21 +259,22 @@ def _words(check):
     )
     if not all("scores" in model for model in found["models"].values()):
         yield (
-            "The dense model was not at hand: one of its sizes was timed, and there is "
-            "no score of it."
+            "The dense model was not at hand: a model of its sizes was timed in its "
+            "place, which has no score."
         )
     kept = ", ".join(f"`{name}`" for name in found["kept_in_float32"])
     yield (
-        f"These products are kept in float32, which int8 harms most: {kept}."
+        f"The products that int8 harms most are kept in float32: {kept}."
         if kept
-        else "All products with weights are those of int8, but for the classifier's."
+        else "All products with weights but the classifier's are computed in int8."
     )
     runtime = check["versions"]["onnxruntime"]
     yield (
         f"Latency is the median, and in brackets the 5th and 95th percentile; all "
         f"models were timed in turn by onnxruntime {runtime} with {where['threads']} "
         f"threads on {escape(where['name'])}, whose instructions for int8 are "
-        f"{' and '.join(where['int8']) or 'not known'}. A CPU without VNNI gains less."
+        f"{' and '.join(where['int8']) or 'not known'}. On x86, a CPU without VNNI "
+        "gains less."
     )
 
 

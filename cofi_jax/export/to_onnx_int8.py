@@ -34,7 +34,7 @@ from cofi_jax.report.model_card import Part
 
 _GRAPH, _DATA = "model.onnx", "model.onnx.data"
 _WORDS = "bert.embeddings.word_embeddings"
-# These take no time, and their results are the logits.
+# The classifiers stay in float32: they take no time, and they compute the logits.
 _FLOAT = {problem.classifier for problem in PROBLEMS.values()}
 _SECONDS = 60.0  # for the search of products that int8 harms
 _SAMPLE = 64  # rows that a product is tried on
@@ -244,8 +244,8 @@ def _rescue(source, folder, subject, expected):
       expected: the float32 model's `certificate.Result`.
 
     Returns:
-      The names of the products with which the loss is allowed, at most a quarter of
-      all; [] where none are found within a minute.
+      The names of the products that must stay in float32 for the loss to be allowed,
+      at most a quarter of all, rounded up; [] where none are found within a minute.
     """
     task, examples = subject.rows.task, subject.rows.examples
     start = time.monotonic()
