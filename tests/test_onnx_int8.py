@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from conftest import random_params
@@ -447,6 +448,22 @@ def test_another_dense_model_is_not_taken_for_it(sliced, tmp_path, others):
         shutil.rmtree(path.with_name("teacher"))
         save_teacher(path, scores={"x": {"accuracy": 0.9}})
         assert export._teacher(path, about) is not None
+
+
+def test_the_dense_model_is_loaded_on_the_cpu(sliced, tmp_path, monkeypatch):
+    """As all of an export is, where the first device is another one, too."""
+    path = shutil.copytree(sliced, tmp_path / "pruned")
+    params, _ = save_teacher(path)
+    _, _, about = saved_model.read_about(path)
+    known = jax.local_devices
+
+    def devices(*args, backend=None):
+        assert backend == "cpu"
+        return known(backend=backend)
+
+    monkeypatch.setattr(jax, "local_devices", devices)
+    found = export._teacher(path, about)
+    jax.tree.map(np.testing.assert_array_equal, found.params, params)
 
 
 def test_without_the_dense_model_the_certificate_says_so(sliced, tmp_path):

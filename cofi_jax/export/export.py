@@ -96,11 +96,8 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
     except OSError as error:
         legal = f"must be a folder that can be written ({error.strerror})"
         raise reject("model", str(path), legal) from error
-    cpu = jax.local_devices(backend="cpu")[0]
-    with jax.default_device(cpu):
-        _, params, _ = saved_model.load_model(
-            path, sharding=jax.sharding.SingleDeviceSharding(cpu)
-        )
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = _params_on_cpu(path)
         tokenizer = saved_model.load_tokenizer(path)
         source = {"field": "model", "path": str(path)}
         tokenizers.check_tokenizer(tokenizer, config, **source)
@@ -150,6 +147,12 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
     return checks
 
 
+def _params_on_cpu(path):
+    cpu = jax.local_devices(backend="cpu")[0]
+    sharding = jax.sharding.SingleDeviceSharding(cpu)
+    return saved_model.load_model(path, sharding=sharding)[1]
+
+
 def _teacher(path, about):
     """The dense model of the run that made the saved model, or None.
 
@@ -167,8 +170,7 @@ def _teacher(path, about):
         or described.get("scores") != scores
     ):
         return None
-    _, params, _ = saved_model.load_model(other, dtype="float32")
-    return verify.in_jax(params, config)
+    return verify.in_jax(_params_on_cpu(other), config)
 
 
 def _check_request(formats, dtype, max_loss):
