@@ -114,9 +114,10 @@ _BEGINNINGS = {
 
 
 def disguise(path: str | os.PathLike, own: bytes = b"") -> str:
-    """What a file is by its first bytes, where these are of a kind listed above.
+    """Says what a file is that begins like one of the kinds listed above.
 
-    It says nothing of files that begin with `own`, as they should, and of all others.
+    The result is "" for all other files, and for a file that begins with `own` (in
+    lower case), as it should.
     """
     with open(path, "rb") as file:
         start = file.read(64).lstrip().lower()
@@ -126,7 +127,9 @@ def disguise(path: str | os.PathLike, own: bytes = b"") -> str:
 
 
 def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, as a hook of its parser.
+    """Makes a dict of the names and values of a JSON object.
+
+    It is meant for `object_pairs_hook` of the parser.
 
     Raises:
       ValueError: where a name is there twice. Parsers differ in which one they take.

@@ -243,7 +243,7 @@ def _warn_of_classes(names: Sequence[str], parts: list[_Part], column: str) -> N
 
 
 def _plain(name: str) -> str | decimal.Decimal:
-    """What classes share that hardly differ: a text, or the number that they spell."""
+    """The number or text that a class spells; equal for those that hardly differ."""
     seen = "".join(
         letter if letter.isprintable() else " " * letter.isspace()
         for letter in unicodedata.normalize("NFKC", name)

@@ -60,7 +60,7 @@ class Subject(NamedTuple):
 
     Attributes:
       model: the saved model.
-      dense: a model of the sizes that it was cut from, or None; it is timed alone.
+      dense: a model of the sizes that it was cut from, or None; it is only timed.
       teacher: the dense model of its run, as it was fine-tuned, or None. Only formats
         that are `lossy` are compared with it.
       rows: the rows of the comparison, and the masked model's logits.
