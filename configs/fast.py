@@ -12,9 +12,9 @@ half of them to learn masks and half to recover; the last target recovers for tw
 long. The default budget follows from the number of rows of the task; it is 4 for the
 task "own".
 
-A run never prunes to a high target at one go, because that costs score: the targets
-0.6, 0.8 and 0.9 are made on the way where they lie below the last one, also if nobody
-asked for them. To have 0.7 and 0.95 alone, set --config.prune.targets=0.7,0.95.
+The steps of one target do not suffice to go from the dense model to a high one, so the
+targets 0.6, 0.8 and 0.9 are made on the way where they lie below the last one, also if
+nobody asked for them. To have 0.7 and 0.95 alone, set --config.prune.targets=0.7,0.95.
 
 Masks start in the order of their importance, a common offset holds the expected
 sparsity exactly at its target, and each model is cut from the recovered one before.
