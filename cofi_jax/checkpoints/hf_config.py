@@ -366,7 +366,8 @@ def _class_names(fields, where):
     real = [*filter(None, map(_in_order, named.values()))]
     if len(real) == 2 and real[0] != real[1]:
         raise UnsupportedCheckpoint("config.json: id2label and label2id disagree")
-    for table in named if not real else ():
+    if named and not real:
+        table = next(iter(named))
         legal = (
             f"{table} is {reprlib.repr(fields[table])}, must number different names "
         )

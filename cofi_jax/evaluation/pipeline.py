@@ -45,11 +45,11 @@ def pipeline(
     checked = False
 
     def run(texts: Sequence[Text]) -> list[dict]:
+        nonlocal checked
         if not (parts := _parts(texts, len(task.columns))):
             return []
         columns = _columns(parts, task)
         examples = task.tokenise(columns, tokenizer)
-        nonlocal checked
         if not checked:  # The first texts tell whether it is the tokenizer for them.
             options = {"refuse": False, **source}
             tokenizers.check_texts(tokenizer, examples, columns, task, **options)

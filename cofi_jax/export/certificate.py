@@ -12,12 +12,11 @@ differences.
 """
 
 import functools
-import importlib
 import math
 import pathlib
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -52,12 +51,14 @@ class Result(NamedTuple):
       scores: each metric, the one that decides first.
       values: (Q,) values of each of the Q examples, for metrics that are their means.
       draws: (RESAMPLES,) values of the other metrics on resampled examples.
+      answers: the class or text that answers each example, or None for numbers.
     """
 
     logits: np.ndarray
     scores: dict[str, float]
     values: dict[str, np.ndarray]
     draws: dict[str, np.ndarray]
+    answers: list[str | None]
 
 
 def result(task: Task, examples: batches.Examples, logits: np.ndarray) -> Result:
@@ -66,7 +67,9 @@ def result(task: Task, examples: batches.Examples, logits: np.ndarray) -> Result
     values = task.problem.per_example(logits, examples, task.metrics)
     others = set(task.metrics) - set(values)
     draws = evaluate.resampled(score, count) if others else {}
-    return Result(logits, score(np.arange(count)), values, draws)
+    decoded = task.problem.decode(logits, examples, task.labels)
+    answers = [each.get("label", each.get("answer")) for each in decoded]
+    return Result(logits, score(np.arange(count)), values, draws, answers)
 
 
 def standard_error(metric: str, before: Result, after: Result) -> float:
@@ -103,9 +106,9 @@ def compare(
             verify.differences(after.logits, before.logits, examples).max()
         ),
     }
-    answers = [_answers(task, examples, each) for each in (before, after)]
-    if None not in answers[0]:
-        found["flips"] = sum(one != other for one, other in zip(*answers, strict=True))
+    if None not in before.answers:
+        pairs = zip(before.answers, after.answers, strict=True)
+        found["flips"] = sum(one != other for one, other in pairs)
     if task.problem.names_classes:
         right = [x.logits.argmax(-1) == examples.labels for x in (after, before)]
         recalls = {
@@ -116,12 +119,6 @@ def compare(
         worst = min(recalls, key=recalls.__getitem__)
         found["worst_recall"] = {"class": worst, "change": recalls[worst]}
     return found
-
-
-def _answers(task, examples, result):
-    """The class or text that answers each example, or None for numbers."""
-    decoded = task.problem.decode(result.logits, examples, task.labels)
-    return [each.get("label", each.get("answer")) for each in decoded]
 
 
 def loses(task: Task, before: Result, after: Result, max_loss: float) -> bool:
@@ -159,7 +156,7 @@ def time(
     Returns:
       A part of `check.json`: `latency` of one sequence and of batches, each with the
       median, the 5th and the 95th percentile in ms by model; and for batches what
-      `verify.time` calls `speedup`, `speedup_spread`, `latency_ms` and `benchmark`.
+      `verify.speed` says.
     """
     cells, found = [], {}
     for rows in sorted({1, batch_size}):
@@ -167,20 +164,10 @@ def time(
         batch = jax.device_get(latency.random_batch(vocab_size, **sizes))
         calls = {k: functools.partial(call, batch) for k, call in models.items()}
         timings = timing.side_by_side(calls, repeats=repeats, rest_ms=_REST_MS)
-        ratio, *spread = timing.speedup(next(iter(timings.values())), timings[last])
         spreads = {name: each.spread_ms for name, each in timings.items()}
         cells.append(sizes | {"latency_ms": spreads})
-        found = {
-            "speedup": ratio,
-            "speedup_spread": spread,
-            "latency_ms": {name: each.median_ms for name, each in timings.items()},
-            "benchmark": {
-                "device": timing.describe(jax.local_devices(backend="cpu")[0]),
-                "dtype": "int8",
-                **sizes,
-                "repeats": repeats,
-            },
-        }
+        how = {"dtype": "int8", **sizes, "repeats": repeats}
+        found = verify.speed(timings, last, how)
     return found | {"latency": cells}
 
 
@@ -196,11 +183,6 @@ def cpu() -> dict[str, Any]:
         "int8": [name for flag, name in _FEATURES.items() if flag in flags],
         "threads": timing.cores(),
     }
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Returns the version of each module."""
-    return {p: importlib.import_module(p).__version__ for p in packages}
 
 
 def section(check: Mapping[str, Any]) -> str:

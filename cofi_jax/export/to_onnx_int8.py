@@ -183,7 +183,7 @@ def check(form: Format, folder: Path, subject: verify.Subject) -> dict[str, Any]
             "kept_in_float32": kept,
             "cpu": certificate.cpu(),
         },
-        "versions": certificate.versions(_PACKAGES),
+        "versions": verify.versions(_PACKAGES),
         **timed,
     }
 
@@ -309,34 +309,29 @@ def _bytes(folder):
     return sum((folder / name).stat().st_size for name in (_GRAPH, _DATA))
 
 
+_NAME = "onnx-int8"
+_FLOAT_CARD = to_onnx.FORMAT.card
 _CARD = Part(
     "onnxruntime on a CPU",
     "an ONNX graph with 8-bit integers in place of float32",
-    """\
-import onnxruntime
-from transformers import AutoTokenizer
-folder = "path/to/this/folder/onnx-int8"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx")
-inputs = dict(tokenizer({texts}, truncation=True, return_tensors="np"))
-print(session.run(None, inputs))""",
+    _FLOAT_CARD.snippet.replace(f'/{to_onnx.FORMAT.name}"', f'/{_NAME}"'),
     lambda check: (
-        "The speedup of `onnx-int8/` is that over the dense model in float32."
+        f"The speedup of `{_NAME}/` is that over the dense model in float32."
         if "certificate" in check
         else ""
     ),
     certificate.section,
 )
 
-_PACKAGES = ("onnx", "onnxruntime")
+_PACKAGES = to_onnx.FORMAT.packages
 
 FORMAT = Format(
-    "onnx-int8",
+    _NAME,
     write,
     to_onnx.load,
     _CARD,
     packages=_PACKAGES,
-    extra="onnx",
+    extra=to_onnx.FORMAT.extra,
     facts=lambda config: {"weights": "int8"},
     check=check,
     lossy=True,

@@ -308,19 +308,33 @@ def time(
     models = {"dense": dense, "pruned": pruned}
     calls = {k: functools.partial(m.predict, batch) for k, m in models.items()}
     timings = timing_lib.side_by_side(calls, repeats=repeats)
-    ratio, *spread = timing_lib.speedup(*timings.values())
+    how = {"dtype": "float32", **sizes, "repeats": repeats}
+    return speed(timings, "pruned", how) | {"versions": versions(packages)}
+
+
+def speed(
+    timings: Mapping[str, timing_lib.Timing], name: str, how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the part of `check.json` on the speed of one model on a CPU.
+
+    Args:
+      timings: those of models that took turns, by name; the first is the slow one.
+      name: the model whose speedup over the first one is told.
+      how: the dtype, the sizes and the number of turns.
+    """
+    ratio, *spread = timing_lib.speedup(next(iter(timings.values())), timings[name])
+    device = timing_lib.describe(jax.local_devices(backend="cpu")[0])
     return {
         "speedup": ratio,
         "speedup_spread": spread,
         "latency_ms": {name: each.median_ms for name, each in timings.items()},
-        "benchmark": {
-            "device": timing_lib.describe(jax.local_devices(backend="cpu")[0]),
-            "dtype": "float32",
-            **sizes,
-            "repeats": repeats,
-        },
-        "versions": {p: importlib.import_module(p).__version__ for p in packages},
+        "benchmark": {"device": device, **how},
     }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Returns the version of each module."""
+    return {p: importlib.import_module(p).__version__ for p in packages}
 
 
 def files(folder: Path, parts: Sequence[str] = (".",)) -> dict[str, Any]:
