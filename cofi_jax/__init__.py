@@ -49,6 +49,7 @@ with _epy.lazy_api_imports(globals()):
         harden,
         keep_at_least,
         keep_layers,
+        keep_most,
         only,
         round_to_device,
         round_to_multiple,

@@ -7,6 +7,7 @@ Nothing changes a config after `validate`.
 
 import dataclasses
 import json
+import re
 import typing
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,10 @@ def _fractions(*default: float) -> Any:
 
     legal = "must be one or more rising fractions in [0, 1), 0.0001 or more apart"
     return _ruled(default, legal, holds)
+
+
+def _share() -> Any:
+    return _ruled(1.0, "must be in (0, 1]", lambda value: 0 < value <= 1)
 
 
 def _choice(default: str, *others: str) -> Any:
@@ -153,12 +158,33 @@ class Distill:
 
 
 @dataclasses.dataclass
+class Structure:
+    """What stays of the dense model, where that is given by hand; by default, all.
+
+    Which heads, feed-forward units and hidden dimensions stay follows from
+    `prune.seeds`; with "equal", they are drawn at random.
+    """
+
+    # The layers, as a slice in Python: ":3" are the first three, "::2" every second.
+    layers: str = _ruled(
+        ":",
+        "must be a slice of layers such as ':3' or '::2'",
+        lambda value: re.fullmatch(r"(-?\d+)?:(-?\d+)?(:0*[1-9]\d*)?", value),
+    )
+    head: float = _share()  # of the heads of each of these layers
+    intermediate: float = _share()  # of the feed-forward units of each of these layers
+    hidden: float = _share()  # of the hidden dimensions
+
+
+@dataclasses.dataclass
 class Prune(Stage):
     """The pruning stage (paper, section 3.1 and appendix A).
 
-    `epochs` includes `prepruning_epochs`.
+    `epochs` includes `prepruning_epochs`. If both are equal, masks are not learned but
+    follow from `seeds`, at the target, or in the structure that is given.
     """
 
+    epochs: int = _count(20, least=0)
     kinds: tuple[str, ...] = KINDS
     # The sparsities of the models to make. Each is cut from the one before, once that
     # has recovered: the stages after pre-pruning run once for each target.
@@ -166,8 +192,10 @@ class Prune(Stage):
     # What holds the expected sparsity at its target: the paper's multipliers, or a
     # common offset of all log-alphas, which meets it in every step.
     constraint: str = _choice("lagrangian", "exact")
-    # Where log-alphas start: all alike as in the paper, or by what each mask is worth.
-    seeds: str = _choice("equal", "importance")
+    structure: Structure = dataclasses.field(default_factory=Structure)
+    # Where log-alphas start: all alike as in the paper; by what each mask is worth; or
+    # by the magnitude of the parameters that closing it removes.
+    seeds: str = _choice("equal", "importance", "magnitude")
     seed_batches: int = _count(40)  # batches that importance is measured on
     seed_spread: float = _weight(30.0)  # from the most to the least important mask
     round_widths: bool = True  # up to what the device likes: transforms.round_to_device
@@ -252,10 +280,21 @@ def validate(config: Config) -> None:
     if model.hidden_size % model.num_heads:
         legal = f"must be a multiple of model.num_heads={model.num_heads}"
         raise reject("model.hidden_size", model.hidden_size, legal)
-    if prune.epochs <= prune.prepruning_epochs:
-        legal = f"must be above prune.prepruning_epochs={prune.prepruning_epochs}"
+    by_hand = prune.structure != Structure()
+    if by_hand and prune.epochs != prune.prepruning_epochs:
+        legal = f"must be prune.prepruning_epochs={prune.prepruning_epochs} with a "
+        raise reject("prune.epochs", prune.epochs, f"{legal}prune.structure")
+    if by_hand and len(prune.targets) > 1:
+        legal = "must be a single one with a prune.structure, which does not read it"
+        raise reject("prune.targets", prune.targets, legal)
+    least = prune.prepruning_epochs
+    if prune.constraint == "lagrangian" and not by_hand:  # Its masks start open.
+        least += 1
+    if prune.epochs < least:
+        legal = f"must be at least {least} with prune.prepruning_epochs="
+        legal += f"{prune.prepruning_epochs} and prune.constraint={prune.constraint!r}"
         raise reject("prune.epochs", prune.epochs, legal)
-    if (prune.constraint, prune.seeds) == ("lagrangian", "importance"):
+    if prune.constraint == "lagrangian" and prune.seeds != "equal":
         if prune.seed_spread > _BOUNDED_SPREAD:
             legal = (
                 f"must be at most {_BOUNDED_SPREAD} with prune.constraint='lagrangian'"

@@ -1,4 +1,4 @@
-"""Masks and log-alphas in the order of importance.
+"""Masks and log-alphas in the order of importance, or of magnitude.
 
 The importance of a mask is the mean squared gradient of a loss with respect to it, at
 masks of 1; `training.importance` measures it. To second order, it is proportional to
@@ -7,18 +7,61 @@ information in place of the Hessian. Importance divided by the cost that closing
 mask removes says what a unit of cost is worth there.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import INNER
+from cofi_jax.models.spec import INNER, KINDS, place
 from cofi_jax.pruning.cost import PARAMETERS, Cost
-from cofi_jax.pruning.masks import LogAlpha, Masks, real_positions
+from cofi_jax.pruning.masks import LogAlpha, Masks, mask_shapes, real_positions
 
 # The log-alpha of the most important unit, just inside `LOG_ALPHA_RANGE`.
 _OPEN = 4.5
 # The offset of the masks of whole blocks, which close after most masks inside them.
+
+
+def magnitude(
+    params: dict, config: EncoderConfig, kinds: Sequence[str] = KINDS
+) -> dict[str, np.ndarray]:
+    """Returns the sum of squares of the parameters that closing each mask removes.
+
+    It takes the place of importance in `ranks` and `seed_log_alpha`, to prune by
+    magnitude. Only the parameters that the cost counts are summed up.
+
+    Args:
+      params: the parameters of the model.
+      config: the sizes of the model.
+      kinds: the kinds of masks.
+
+    Returns:
+      For each kind a float array of the shape of its masks, 0 at padding.
+
+    Raises:
+      UserError: if a kind is unknown or if there is none.
+    """
+    found = {k: np.zeros(shape) for k, shape in mask_shapes(config, kinds).items()}
+    flat = traverse_util.flatten_dict(params)
+    for path, array in flat.items():
+        axes, layer, block = place(path, flat)
+        if block is None or path[1] == block.norm:
+            continue
+        squares = np.square(np.asarray(array, np.float64))
+        sums = {  # over all other axes than that of the units
+            letter: squares.sum(tuple(i for i, x in enumerate(axes) if x != letter))
+            for letter in (block.unit, "D")
+        }
+        if block.outer in found:
+            found[block.outer][layer] += squares.sum()
+        if block.inner in found and block.unit in axes:
+            units = block.sizes(config)[layer]
+            found[block.inner][layer, :units] += sums[block.unit]
+        if "hidden" in found and "D" in axes:
+            found["hidden"] += sums["D"]
+    return found
 
 
 def removed_alone(

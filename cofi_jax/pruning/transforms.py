@@ -80,6 +80,39 @@ def keep_at_least(config: EncoderConfig | None = None, **counts: int) -> MaskTra
     return _open_more(config, lambda kind, number: counts[kind] - number, counts, 1.0)
 
 
+def keep_most(config: EncoderConfig | None = None, **counts: int) -> MaskTransform:
+    """Closes all but the most open masks of each row of a kind.
+
+    An example is `keep_most(head=6, intermediate=512)`, applied to the `ranks` of
+    importance. Masks that stay open keep their value; of equally open ones, the first
+    stay. For `mha` and `ffn`, whose arrays are one row, the number is that of layers.
+
+    Args:
+      config: the sizes of the model that is pruned, if its layers differ in width.
+      **counts: the number of masks by kind that stay open in each row, where so many
+        are open.
+
+    Raises:
+      UserError: if a kind is unknown, if there is none, or if a number is not a whole
+        number above 0.
+    """
+    check_kinds("kinds", tuple(counts))
+    for kind, number in counts.items():
+        if type(number) is not int or number < 1:
+            raise reject(kind, number, "must be a whole number above 0")
+
+    def apply(masks):
+        masks, real = dict(masks), real_positions(config) if config else {}
+        for kind, number in counts.items():
+            if kind in masks:
+                there = masks[kind] * real.get(kind, 1.0)
+                place = jnp.argsort(jnp.argsort(-there, -1, stable=True), -1)
+                masks[kind] = jnp.where(place < number, there, 0)
+        return masks
+
+    return apply
+
+
 def round_to_multiple(
     config: EncoderConfig | None = None, **multiples: int
 ) -> MaskTransform:

@@ -45,8 +45,10 @@ def figures(config: Config) -> dict[str, Any] | None:
 
 
 def _variant(config):
-    distill = config.distill
-    if "roberta" in config.model.path.lower() or set(config.prune.kinds) != set(KINDS):
+    distill, prune = config.distill, config.prune
+    if prune.epochs == prune.prepruning_epochs:  # No mask is learned.
+        return "other"
+    if "roberta" in config.model.path.lower() or set(prune.kinds) != set(KINDS):
         return "other"
     if not distill.layers:
         return "logits_only" if distill.logits else "no_distillation"

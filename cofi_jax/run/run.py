@@ -24,7 +24,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost, slicing
 from cofi_jax.report import model_card
 from cofi_jax.report.tables import read_report
-from cofi_jax.run import artefacts, results, setup, stages
+from cofi_jax.run import artefacts, results, setup, stages, structure
 from cofi_jax.training import log as log_lib
 from cofi_jax.training.teacher import TeacherCache
 
@@ -178,7 +178,8 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
         teacher = TeacherCache(dense, params, config.distill)
     student, seconds["prepruning"] = stages.preprune(run, dense, params, teacher)
     model, spec, reports = dense, None, []
-    for stair in stages.stairs(config.prune.targets):
+    targets = structure.targets(config.prune, dense.config)
+    for stair in stages.stairs(targets):
         student, masks, seconds[f"prune{stair.suffix}"] = stages.learn_masks(
             run, stair, model, student, teacher
         )

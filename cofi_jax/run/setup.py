@@ -20,6 +20,7 @@ from cofi_jax.errors import reject, warn
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, hard_concrete
+from cofi_jax.run import structure
 from cofi_jax.training import teacher as teacher_lib
 
 # A run may go on with other values of these, which change how it works, not its result.
@@ -192,6 +193,9 @@ def _check_model(
     tokenizers.check_tokenizer(tokenizer, sizes, **source)
     tokenizers.check_writable(tokenizer, sizes, **source)
     prune = config.prune
+    if structure.given(prune):
+        structure.targets(prune, sizes)
+        return
     bounds = {"lowest": -math.inf} if prune.constraint == "exact" else {}
     highest = min(
         constraint.max_sparsity(sizes, prune.kinds, **bounds),
@@ -224,6 +228,8 @@ def _check_rows(config: Config, train: batches.Examples) -> None:
         return
     steps = batches.steps_per_epoch(len(rows), prune.batch_size)
     steps *= prune.epochs - prune.prepruning_epochs
+    if not steps:  # A structure is given by hand.
+        return
     if prune.mask_schedule == "linear":  # which covers half the way
         steps /= 2
     enough = hard_concrete.CLOSING_DISTANCE / steps

@@ -3,7 +3,8 @@
 teacher -> prepruning -> prune -> (slice) -> finetune
 
 With several targets, prune, slice and finetune run once for each of them, like the
-steps of a stair: each cuts the model that the one before has made.
+steps of a stair: each cuts the model that the one before has made. In a stage without a
+step, prune takes the masks that follow from the seeds, or a structure given by hand.
 """
 
 import dataclasses
@@ -28,11 +29,12 @@ from cofi_jax.errors import warn
 from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning import constraint, cost, transforms
 from cofi_jax.pruning import masks as masks_lib
-from cofi_jax.pruning.importance import seed_log_alpha
+from cofi_jax.pruning.importance import magnitude, seed_log_alpha
 from cofi_jax.pruning.masks import LogAlpha, Masks
-from cofi_jax.run import artefacts
+from cofi_jax.run import artefacts, structure
 from cofi_jax.training import importance, loop, objectives, step
 from cofi_jax.training import log as log_lib
 from cofi_jax.training.objectives import whole_params
@@ -211,8 +213,10 @@ class Run:
                 ),
                 teacher_outputs=teacher
                 and teacher.of(rows, self.buckets, settings.batch_size),
-                # The start of pruning is dense, and pre-pruning returns its last state.
-                start_counts=_kind(stage) in ("teacher", "finetune"),
+                # The start of pruning is dense, but where masks are not learned it is
+                # all there is; and pre-pruning returns its last state.
+                start_counts=_kind(stage) in ("teacher", "finetune")
+                or (_kind(stage) == "prune" and not steps),
             )
             state, seconds = loop.fit(distributed.replicate(state), stage_loop)
         return distributed.local(state), seconds
@@ -317,24 +321,36 @@ def learn_masks(
         )
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
 
+    by_hand = structure.given(settings)
     target = constraint.of_part(stair.target, share)
 
-    def settled(log_alpha):
-        """Log-alphas whose expected sparsity is held at the target."""
-        if settings.constraint == "lagrangian":
-            return log_alpha
-        return constraint.at_target(log_alpha, model.config, target)
+    def masks_by_hand(log_alpha):
+        keep = structure.transform(settings.structure, model.config)
+        return keep(masks_lib.prob_active(log_alpha))
 
     def evaluate(trainable, frozen):
-        log_alpha = settled(distributed.local(trainable["log_alpha"]))
-        if settings.constraint == "lagrangian":
+        log_alpha = distributed.local(trainable["log_alpha"])
+        if by_hand:
+            masks = masks_by_hand(log_alpha)
+        elif settings.constraint == "lagrangian":
             masks = masks_lib.evaluation_masks(log_alpha)
         else:  # Any state can be cut to the target, also while that still rises.
+            log_alpha = constraint.at_target(log_alpha, model.config, target)
             masks = constraint.target_masks(log_alpha, model.config, target)
         removed = constraint.of_whole(cost.exact_sparsity(masks, model.config), share)
         met = removed >= stair.target - settings.sparsity_epsilon
         score = run.score(model, whole_params(trainable, frozen), masks)
         return loop.Evaluation(score, met, {"sparsity": removed})
+
+    def final(log_alpha):
+        if by_hand:
+            return masks_by_hand(log_alpha)
+        if settings.constraint == "exact":
+            log_alpha = constraint.at_target(log_alpha, model.config, target)
+        transform = transforms.chain()
+        if settings.round_widths:
+            transform = transforms.round_to_device(config=model.config)
+        return constraint.final_masks(log_alpha, model.config, target, transform)
 
     state, seconds = run.fit(
         stage,
@@ -362,18 +378,31 @@ def learn_masks(
             "masks are shifted to the target. More epochs would do, or higher rates of "
             "masks and multipliers where there are multipliers"
         )
-    masks = _final_masks(run, stair, model, best["log_alpha"], settled, share)
+    masks = _final_masks(run, stair, model, best["log_alpha"], final, share)
     params = whole_params(best, state.frozen)
     return Student(params, best["distill_projection"]), masks, seconds
 
 
 def _first_log_alpha(run, stage, model, params) -> LogAlpha:
     settings = run.config.prune
-    # An earlier target may have removed all that a kind of masks could close.
-    kinds = masks_lib.kinds_left(model.config, settings.kinds)
+    # An earlier target may have removed all that a kind of masks could close. A
+    # structure that is given by hand may cut any kind.
+    kinds = KINDS if structure.given(settings) else settings.kinds
+    kinds = masks_lib.kinds_left(model.config, kinds)
     if settings.seeds == "equal":
         key = jax.random.key(run.config.seed)
         return masks_lib.init_log_alpha(model.config, key, kinds)
+    if settings.seeds == "magnitude":
+        found = magnitude(params, model.config, kinds)
+    else:
+        found = distributed.local(_importance(run, stage, model, params, kinds))
+    # The Lagrangian's log-alphas have bounds, which leave no room for later ones.
+    later = {"blocks_later": 0.0} if settings.constraint == "lagrangian" else {}
+    return seed_log_alpha(found, model.config, spread=settings.seed_spread, **later)
+
+
+def _importance(run, stage, model, params, kinds) -> Masks:
+    settings = run.config.prune
     stream = batches.stream(
         run._rows(stage),
         batch_size=settings.batch_size // settings.micro_batches,
@@ -382,35 +411,24 @@ def _first_log_alpha(run, stage, model, params) -> LogAlpha:
         stage=f"importance of {stage}",
     )
     some = itertools.islice(stream, settings.seed_batches)
-    found = importance.importance(
+    return importance.importance(
         model,
         distributed.replicate(params),
         (distributed.shard(batch) for _, batch in some),
         kinds=kinds,
     )
-    # The Lagrangian's log-alphas have bounds, which leave no room for later ones.
-    later = {"blocks_later": 0.0} if settings.constraint == "lagrangian" else {}
-    spread = settings.seed_spread
-    return seed_log_alpha(
-        distributed.local(found), model.config, spread=spread, **later
-    )
 
 
-def _final_masks(run, stair, model, log_alpha, settled, share) -> Masks:
+def _final_masks(run, stair, model, log_alpha, final, share) -> Masks:
     """The content of `masks.npz`.
 
     They are always read from the file: the widths that they are rounded to depend on
     the kind of device, and a run may go on on another kind.
     """
-    settings, path = run.config.prune, run.workdir / f"masks{stair.suffix}.npz"
+    path = run.workdir / f"masks{stair.suffix}.npz"
 
     def make():
-        transform = transforms.chain()
-        if settings.round_widths:
-            transform = transforms.round_to_device(config=model.config)
-        target = constraint.of_part(stair.target, share)
-        final = settled(log_alpha)
-        found = constraint.final_masks(final, model.config, target, transform)
+        found = final(log_alpha)
         removed = constraint.of_whole(cost.exact_sparsity(found, model.config), share)
         if not removed >= stair.target - _TOLERANCE:
             text = f"masks of sparsity {removed:.4f} miss target {stair.target}"
