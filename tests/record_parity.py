@@ -45,10 +45,8 @@ TINY = {
 
 def tiny_model(architecture, seed=0, **sizes):
     """A model in which every parameter matters: no zero biases, no unit scales."""
-    import torch
     import transformers
 
-    torch.manual_seed(seed)
     model_class = getattr(transformers, architecture)
     default = {
         "vocab_size": 101,
@@ -60,11 +58,19 @@ def tiny_model(architecture, seed=0, **sizes):
         "num_labels": 3,
         "attn_implementation": "eager",
     }
-    model = model_class(model_class.config_class(**default | sizes)).eval()
+    return filled(model_class, model_class.config_class(**default | sizes), seed)
+
+
+def filled(model_class, config, seed=0):
+    """A model of this config, with parameters as `tiny_model` has them."""
+    import torch
+
+    torch.manual_seed(seed)
+    model = model_class(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(0, 0.2)
-            if "LayerNorm.weight" in name:
+            if name.lower().endswith("norm.weight"):
                 parameter.add_(1)
     return model
 
@@ -81,7 +87,7 @@ def padded_batch(lengths, padded_length, config, seed):
         ),
         "attention_mask": real.astype(np.int64),
         "token_type_ids": np.where(
-            real, rng.integers(0, config.type_vocab_size, shape), 0
+            real, rng.integers(0, getattr(config, "type_vocab_size", 1), shape), 0
         ),
     }
 

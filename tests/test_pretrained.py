@@ -558,9 +558,9 @@ BAD_FOLDERS = {
         configure(num_attention_heads=4, hidden_size=36),
         r"query.weight has 32 rows, must be whole heads of 9",
     ),
-    "distilbert": (
-        configure(model_type="distilbert"),
-        "model_type is 'distilbert', must be 'bert' or 'roberta' or 'xlm-roberta' or",
+    "electra": (
+        configure(model_type="electra"),
+        "model_type is 'electra', must be 'bert' or 'roberta' or 'xlm-roberta' or",
     ),
     "quick_gelu": (
         configure(hidden_act="quick_gelu"),

@@ -124,6 +124,13 @@ def test_computes_what_our_model_does(tmp_path, structure, family, problem):
     assert_same(tmp_path, sizes(structure, family, problem))
 
 
+def test_a_distilbert(tmp_path):
+    distilbert = {"type_vocab_size": 1, "pooler_activation": "relu"}
+    assert_same(
+        tmp_path, sizes("ragged", "distilbert", position_offset=0, **distilbert)
+    )
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_random_structures(tmp_path, seed):
     family = ("bert", "xlm-roberta")[seed % 2]

@@ -50,6 +50,13 @@ ROBERTA = {
 }
 
 
+DISTILBERT = {
+    "model_type": "distilbert",
+    "type_vocab_size": 1,
+    "pooler_activation": "relu",
+}
+
+
 def random_sizes(seed):
     """Ragged; the pooler and the heads fit the hidden size, or they do not."""
     rng = np.random.default_rng(seed)
@@ -302,8 +309,9 @@ def test_activations_hold_the_identity(activation):
         sizes((0, 4, 2), (5, 0, 3), problem="regression"),
         sizes((3, 0, 1), (5, 4, 0), 13, problem="span", **ROBERTA),
         sizes((3, 2), (5, 0), 12, 16, **ROBERTA),
+        sizes((3, 0, 2), (5, 4, 0), 14, 16, **DISTILBERT),
     ],
-    ids=["classification", "regression", "span, roberta", "roberta"],
+    ids=["classification", "regression", "span, roberta", "roberta", "distilbert"],
 )
 def test_a_folder_is_loaded_by_transformers_alone(tmp_path, config):
     params, batch = random_params(config), batch_of(config)
@@ -318,7 +326,8 @@ def test_a_folder_is_loaded_by_transformers_alone(tmp_path, config):
         "model.safetensors",
     }
     fields = json.loads((tmp_path / "config.json").read_text())
-    assert fields["model_type"] == "bert"
+    stays = config.model_type == "distilbert"
+    assert fields["model_type"] == (config.model_type if stays else "bert")
     assert fields["pad_token_id"] == (1 if config.position_offset else 0)
     assert fields["max_position_embeddings"] == config.longest
     assert "auto_map" not in fields

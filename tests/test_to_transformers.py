@@ -126,6 +126,7 @@ def assert_close(theirs, expected, real=...):
         sizes("roberta"),
         sizes("xlm-roberta", "span"),
         sizes("camembert", "regression"),
+        sizes(type_vocab_size=1, pooler_activation="relu"),
         *(sizes(**random_widths(seed)) for seed in range(4)),
         sizes(heads=(0, 0), intermediate=(0, 0)),
         *(sizes(activation=name) for name in ("gelu_new", "relu", "silu")),

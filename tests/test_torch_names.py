@@ -50,7 +50,8 @@ def sizes(family, problem, hidden=48, **others):
             "type_vocab_size": 2 if family == "bert" else 1,
             "problem": problem,
             "model_type": family,
-            "position_offset": 0 if family == "bert" else 2,
+            "pooler_activation": "relu" if family == "distilbert" else "tanh",
+            "position_offset": 0 if family in ("bert", "distilbert") else 2,
         }
         | others
     )

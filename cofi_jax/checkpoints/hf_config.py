@@ -18,7 +18,21 @@ FAMILIES = {
     "roberta": ("Roberta", "roberta."),
     "xlm-roberta": ("XLMRoberta", "roberta."),
     "camembert": ("Camembert", "roberta."),
+    "distilbert": ("DistilBert", "distilbert."),
 }
+
+# DistilBERT's own names of fields that the others share.
+_DISTILBERT = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+# What DistilBERT has no field for: it does without token types.
+_FIXED_IN_DISTILBERT = {"type_vocab_size": 1, "layer_norm_eps": 1e-12}
 
 
 # Names that transformers has for functions of ours.
@@ -109,7 +123,8 @@ _NEUTRAL = {
 _HARMLESS = frozenset(
     """
     _attn_implementation _attn_implementation_internal _commit_hash _name_or_path
-    _num_labels adapter_layers architectures attention_probs_dropout_prob
+    _num_labels adapter_layers architectures attention_dropout
+    attention_probs_dropout_prob
     attn_dropout attn_implementation author auto_map bad_words_ids base_model_name
     begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
     cls_token_id cross_attention_hidden_size custom_pipelines dataset datasets
@@ -124,11 +139,12 @@ _HARMLESS = frozenset(
     name_or_path no_repeat_ngram_size nsp num_beam_groups num_beams
     num_return_sequences output_attentions output_hidden_states output_past
     output_scores pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type prefix remove_invalid_values repetition_penalty
-    return_dict return_dict_in_generate seed sentence_transformers sep_token_id
+    pooler_size_per_head pooler_type prefix pruned_heads qa_dropout
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate seed
+    sentence_transformers sep_token_id seq_classif_dropout sinusoidal_pos_embds
     summary_activation summary_first_dropout summary_last_dropout
     summary_proj_to_labels summary_type summary_use_proj suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_word_embeddings
+    task_specific_params temperature tf_legacy_loss tie_weights_ tie_word_embeddings
     tokenizer_class top_k top_p torch_dtype torchscript train_batch_size
     transformers.js_config transformers_version typical_p unk_token_id use_bfloat16
     use_cache use_flash_attn xla_device
@@ -142,9 +158,9 @@ _READ = frozenset(
     hidden_act hidden_activation hidden_size id2label intermediate_size label2id
     layer_norm_eps max_position_embeddings model_type num_attention_heads
     num_hidden_layers num_key_value_heads num_labels pad_token_id problem_type
-    type_vocab_size vocab_size
+    qkv_size type_vocab_size vocab_size
     """.split()
-)
+).union(_DISTILBERT.values())
 
 _MOST_LAYERS = 1000
 
@@ -163,6 +179,10 @@ def from_fields(
     family = fields.get("model_type")
     family = "bert" if family is None else family
     _one_of("model_type", family, tuple(FAMILIES))
+    own_names = _DISTILBERT if family == "distilbert" else {}
+    if own_names:
+        shared = {k: fields[own] for k, own in own_names.items() if own in fields}
+        fields = fields | shared | _FIXED_IN_DISTILBERT
     for name, values in _NEUTRAL.items():
         value = fields.get(name)
         # An empty value is that of an absent field, unless True is what it must be.
@@ -171,10 +191,11 @@ def from_fields(
     activation = _activation(fields)
 
     def size(name, default=None, **bounds):
+        own = own_names.get(name, name)
         if name not in fields and default is None:
-            raise UnsupportedCheckpoint(f"config.json lacks {name!r}")
+            raise UnsupportedCheckpoint(f"config.json lacks {own!r}")
         value = fields.get(name, default)
-        return foreign.number(f"config.json: {name}", value, **bounds)
+        return foreign.number(f"config.json: {own}", value, **bounds)
 
     heads, hidden = size("num_attention_heads"), size("hidden_size")
     for name, value in (("num_key_value_heads", heads), ("embedding_size", hidden)):
@@ -187,7 +208,8 @@ def from_fields(
     if fields.get("num_labels") is not None:  # The weights tell the number.
         size("num_labels", least=0)
     # RoBERTa's rows up to that of the padding token are never those of a token.
-    offset = 0 if family == "bert" else size("pad_token_id", 1, least=0) + 1
+    from_start = FAMILIES[family][1] != "roberta."
+    offset = 0 if from_start else size("pad_token_id", 1, least=0) + 1
     config = EncoderConfig(
         heads=(heads,) * size("num_hidden_layers", most=_MOST_LAYERS),
         head_size=_head_size(fields, hidden, heads),
@@ -205,6 +227,7 @@ def from_fields(
         model_type=family,
         position_offset=offset,
         pooler_size=0,
+        pooler_activation=pooler_activation(family),
     )
     # A head that follows from the problem is not named, so that equal models have equal
     # sizes, however they were described.
@@ -212,6 +235,11 @@ def from_fields(
     named = {} if config.reads_every_token == (head == "every") else {"head": head}
     pooler = hidden if head == "first" else 0
     return dataclasses.replace(config, pooler_size=pooler, **named)
+
+
+def pooler_activation(family: str) -> str:
+    """Returns the activation function of the pooler of a family."""
+    return "relu" if family == "distilbert" else "tanh"
 
 
 def unknown_fields(fields: dict) -> list[str]:
@@ -244,10 +272,15 @@ def _head_size(fields, hidden, heads):
     name, value = _stated(fields, ("attention_head_size", "head_dim"))
     if value is not None:
         return foreign.number(f"config.json: {name}", value, most=hidden)
-    if hidden % heads:
-        legal = "must divide hidden_size"
-        raise UnsupportedCheckpoint(f"num_attention_heads is {heads}, {legal}")
-    return hidden // heads
+    name, width = "hidden_size", hidden
+    if fields.get("qkv_size") is not None:  # AutoTinyBERT's, for all heads together
+        name = "qkv_size"
+        width = foreign.number(f"config.json: {name}", fields[name])
+    if width % heads:
+        raise UnsupportedCheckpoint(
+            f"num_attention_heads is {heads}, must divide {name}"
+        )
+    return width // heads
 
 
 def _stated(fields, names):
@@ -262,7 +295,12 @@ def is_dense(config: EncoderConfig) -> bool:
     """Returns whether transformers has a model of these sizes."""
     hidden, units = config.hidden_size, set(config.intermediate)
     attention = {heads * config.head_size for heads in config.heads}
-    pooler = config.reads_every_token or config.pooler_size == hidden
+    activation = config.pooler_activation == pooler_activation(config.model_type)
+    pooler = config.pooler_size == hidden and activation
+    pooler = pooler or config.reads_every_token
+    if config.model_type == "distilbert":  # A lower epsilon changes nothing.
+        most = tuple(_FIXED_IN_DISTILBERT.values())
+        pooler &= (config.type_vocab_size, config.layer_norm_eps) <= most
     return attention == {hidden} and len(units) == 1 and 0 not in units and pooler
 
 
@@ -277,14 +315,17 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
         legal = "must be a dense model's; transformers cannot hold a sliced one"
         raise reject("config", config.widths(), legal)
     name, _ = FAMILIES[config.model_type]
-    return shared_fields(config, labels) | {
+    fields = shared_fields(config, labels) | {
         "architectures": [f"{name}For{PROBLEMS[config.problem].auto_model}"],
         "model_type": config.model_type,
         "num_attention_heads": config.heads[0],
         "intermediate_size": config.intermediate[0],
         "max_position_embeddings": config.max_positions,
-        "position_embedding_type": "absolute",
     }
+    if config.model_type != "distilbert":
+        return fields | {"position_embedding_type": "absolute"}
+    kept = {k: v for k, v in fields.items() if k not in _FIXED_IN_DISTILBERT}
+    return {_DISTILBERT.get(name, name): value for name, value in kept.items()}
 
 
 def shared_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:

@@ -1,9 +1,10 @@
-"""Our parameters by the names that PyTorch's BERT and RoBERTa give them.
+"""Our parameters by the names that PyTorch's BERT, RoBERTa and DistilBERT give them.
 
 One table for each architecture serves both directions. A PyTorch linear layer holds
 (out, in) and is transposed; query, key and value kernels are (D, H, d) here and the
 attention output kernel is (H, d, D), there they are (H * d, D) and (D, H * d).
-Embeddings and LayerNorms are the same on both sides.
+Embeddings and LayerNorms are the same on both sides. DistilBERT has no table of token
+types: here its only type has zeros, and there the words have what is added to all.
 
 Names start with the family's prefix; what is read without loading it, the tensors'
 shapes, is a dict of tuples by those names.
@@ -46,14 +47,35 @@ _BERT = {
     "classifier": "classifier",
 }
 _ROBERTA = _BERT | {"pooler": "classifier.dense", "classifier": "classifier.out_proj"}
-_NAMES = dict.fromkeys(FAMILIES, _ROBERTA) | {"bert": _BERT}
+_DISTILBERT = {
+    "embeddings.word": "{p}embeddings.word_embeddings",
+    "embeddings.position": "{p}embeddings.position_embeddings",
+    "embeddings.norm": "{p}embeddings.LayerNorm",
+    "layer_{i}": "{p}transformer.layer.{i}",
+    "layer_{i}.attention.query": "{p}transformer.layer.{i}.attention.q_lin",
+    "layer_{i}.attention.key": "{p}transformer.layer.{i}.attention.k_lin",
+    "layer_{i}.attention.value": "{p}transformer.layer.{i}.attention.v_lin",
+    "layer_{i}.attention.output": "{p}transformer.layer.{i}.attention.out_lin",
+    "layer_{i}.attention_norm": "{p}transformer.layer.{i}.sa_layer_norm",
+    "layer_{i}.ffn.up": "{p}transformer.layer.{i}.ffn.lin1",
+    "layer_{i}.ffn.down": "{p}transformer.layer.{i}.ffn.lin2",
+    "layer_{i}.ffn_norm": "{p}transformer.layer.{i}.output_layer_norm",
+    "pooler": "pre_classifier",
+    "classifier": "classifier",
+}
+_NAMES = dict.fromkeys(FAMILIES, _ROBERTA)
+_NAMES |= {"bert": _BERT, "distilbert": _DISTILBERT}
 
 # What pretraining and distillation leave behind, and a pooler that nothing reads.
-_UNUSED = ("cls.", "lm_head.", "layer_transformation.")
+_UNUSED = ("cls.", "lm_head.", "layer_transformation.", "fit_dense.", "fit_denses.")
+_UNUSED += ("vocab_transform.", "vocab_layer_norm.", "vocab_projector.")
 _UNUSED_INSIDE = ("pooler.", "layer_transformation.")  # behind the prefix
 
 # Tensors of these names are never a BERT's.
 _OTHERS = ("roberta.", "lm_head.", "classifier.dense.", "classifier.out_proj.")
+_OTHERS += ("distilbert.", "vocab_transform.", "pre_classifier.")
+
+_TYPES = "embeddings.type"
 
 # What a model that is a part of others has in front of the names of its tensors.
 _WRAPPERS = re.compile(r"^(module\.|model\.|_orig_mod\.)*")
@@ -138,8 +160,12 @@ def check_bert(names: Collection[str], config: EncoderConfig) -> None:
 
 def to_torch(params: dict, config: EncoderConfig) -> dict[str, jax.Array]:
     """`params` (NumPy's or JAX's) in PyTorch's shapes, by PyTorch's names."""
-    names = module_names(config)
-    tensors = {}
+    names, tensors = module_names(config), {}
+    if _TYPES not in names:
+        tables = params["embeddings"]
+        words = tables["word"] + tables["type"][0]
+        rest = {name: table for name, table in tables.items() if name != "type"}
+        params = params | {"embeddings": rest | {"word": words}}
     for path, array in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key == "kernel":
             joins_heads = path[-2].key == "output"
@@ -170,6 +196,8 @@ def from_torch(
     names = module_names(config)
 
     def leaf(path, like):
+        if _TYPES not in names and path[-1].key == "type":
+            return np.zeros(like.shape, np.float32)
         name = _name(path, names)
         array = get(name)
         if not jax.numpy.issubdtype(array.dtype, np.floating):
@@ -192,7 +220,8 @@ def bert_form(params: dict, config: EncoderConfig) -> tuple[dict, EncoderConfig]
 
     RoBERTa differs in the rows of its position table, which are cut off here where no
     token has them, and in the names of its head. It numbers real tokens alone, so for
-    padding on the right only.
+    padding on the right only. DistilBERT differs in the activation function of its
+    pooler, which stays.
     """
     table = params["embeddings"]["position"][config.position_offset :]
     embeddings = params["embeddings"] | {"position": table}

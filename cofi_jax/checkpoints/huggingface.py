@@ -1,4 +1,4 @@
-"""Hugging Face folders of BERT and RoBERTa, dense and sliced, to our parameters.
+"""Hugging Face folders of encoders, dense and sliced, to our parameters.
 
 Sliced are the checkpoints of the original CoFi: tensors have their pruned shapes,
 absent blocks are missing, config.json has the dense sizes. Dense ones are written.

@@ -16,7 +16,7 @@ from cofi_jax.data import tasks
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.pruning import cost
+from cofi_jax.pruning import cost, slicing
 
 _DESCRIBES_TASK = ("name", "columns", "label_column", "problem", "labels")
 
@@ -115,8 +115,12 @@ def _load_other(path, task, labels, dtype):
         raise reject("task", "", legal)
     settings = Model(dtype=dtype or "float32")
     found = load_hugging_face(path, task, labels=labels, model=settings)
+    # Some pruners leave zeros in the place of what they cut, which would take time.
+    sizes = found.model.config
+    params, spec = slicing.drop_zero_units(found.params, sizes)
     return found._replace(
-        params=jax.tree.map(lambda x: jnp.asarray(x, settings.dtype), found.params),
+        model=Encoder(spec.config(sizes)),
+        params=jax.tree.map(lambda x: jnp.asarray(x, settings.dtype), params),
         task=dataclasses.replace(
             task, max_length=min(task.max_length, found.model.config.longest)
         ),

@@ -215,7 +215,8 @@ class _Graph:
         """The logits; returns the shapes of the outputs by name."""
         problem, labels = PROBLEMS[self.config.problem], self.config.num_labels
         if not self.config.reads_every_token:
-            x = self("Tanh", self.linear("bert.pooler.dense", x))
+            activation = self.config.pooler_activation.capitalize()  # Tanh or Relu
+            x = self(activation, self.linear("bert.pooler.dense", x))
             self.linear("classifier", x, to=("logits",))
             return {"logits": [_DIMS[0], labels]}
         x, names = self.linear(problem.classifier, x), problem.outputs  # (B * T, C)
@@ -289,6 +290,7 @@ def _describe(config, labels):
         head_size=hidden // heads,
         intermediate=(max(*config.intermediate, 1),) * layers,
         pooler_size=hidden,
+        pooler_activation="tanh",
     )
     return to_fields(alike, labels) | {"torch_dtype": "float32"}
 

@@ -1,5 +1,7 @@
 """The same function as a plain BERT, for software that knows nothing else.
 
+A DistilBERT stays one: it is a BERT but for its pooler's activation function.
+
 A sliced model has D hidden dimensions, heads of width d, and layers that lack blocks or
 differ in their widths. It becomes a dense one, which transformers calls `model_type:
 bert`: L' equal layers, D' hidden dimensions, n heads of width d' = D' / n, F' units.
@@ -70,7 +72,7 @@ def stock_config(config: EncoderConfig) -> EncoderConfig:
         units += _LINEAR
     return dataclasses.replace(
         config,
-        model_type="bert",
+        model_type="bert" if config.pooler_activation == "tanh" else "distilbert",
         max_positions=config.longest,
         position_offset=0,
         hidden_size=hidden,

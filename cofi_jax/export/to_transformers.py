@@ -76,6 +76,7 @@ def _fields(config, labels):
         "intermediate_sizes": config.intermediate,
         "head_dim": config.head_size,
         "pooler_size": config.pooler_size,
+        "pooler_activation": config.pooler_activation,
         "num_attention_heads": max(config.heads),
         "intermediate_size": max(config.intermediate),
         "max_position_embeddings": config.longest,
@@ -110,7 +111,8 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
 
     model = load_torch(folder)
     # Types are for models of several: a tokenizer of another family may give them.
-    names = INPUTS if model.config.type_vocab_size > 1 else INPUTS[:2]
+    types = getattr(model.config, "type_vocab_size", 1)  # DistilBERT has no such field.
+    names = INPUTS if types > 1 else INPUTS[:2]
 
     def predict(batch):
         inputs = {k: torch.tensor(np.asarray(batch[k], np.int64)) for k in names}

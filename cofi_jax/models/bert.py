@@ -1,7 +1,8 @@
 """The Transformer encoder: one linen module is the dense, masked and sliced model.
 
 The encoder is BERT, which applies LayerNorm after each residual sum. RoBERTa differs
-only in the row of the position table that the first token takes. Masks arrive in the
+only in the row of the position table that the first token takes, and DistilBERT in the
+activation function of the pooler. Masks arrive in the
 variable collection `masks`, which may hold any subset of the kinds in `spec.KINDS`. If
 z denotes the masks of the hidden dimensions, which scale every vector of width D, then
 the embeddings e and the two blocks of layer l compute
@@ -260,7 +261,8 @@ class Encoder(nn.Module):
             first = nn.Dense(
                 config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
             )(x[:, 0])
-            x = Dropout(config.dropout)(jnp.tanh(first), train=train)  # (B, pooler)
+            first = {"tanh": jnp.tanh, "relu": nn.relu}[config.pooler_activation](first)
+            x = Dropout(config.dropout)(first, train=train)  # (B, pooler)
         logits = nn.Dense(config.num_labels, kernel_init=_INIT, name="classifier")(
             x.astype(jnp.float32)
         )  # (B, C) or (B, T, C)

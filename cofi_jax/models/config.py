@@ -25,6 +25,7 @@ class EncoderConfig:
       activation: the activation function, a key of `layers.ACTIVATIONS`.
       model_type: the name of the model family in Hugging Face configs.
       position_offset: the row of the position table that the first token takes.
+      pooler_activation: the activation function of the pooler, "tanh" or "relu".
       head: the tokens that the classifier reads, "first" or "every"; if empty, the
         problem decides.
     """
@@ -46,6 +47,7 @@ class EncoderConfig:
     model_type: str = "bert"
     position_offset: int = 0
     head: str = ""
+    pooler_activation: str = "tanh"
 
     @classmethod
     def dense(

@@ -117,7 +117,7 @@ BERT = Architecture(
 
 # The architectures by `EncoderConfig.model_type`.
 ARCHITECTURES: dict[str, Architecture] = dict.fromkeys(
-    ("bert", "roberta", "xlm-roberta", "camembert"), BERT
+    ("bert", "roberta", "xlm-roberta", "camembert", "distilbert"), BERT
 )
 
 KINDS = ("head", "mha", "intermediate", "ffn", "hidden")

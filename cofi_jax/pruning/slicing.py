@@ -18,6 +18,8 @@ from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import Place, blocks, place
 from cofi_jax.pruning.masks import Masks, present_blocks
 
+_LINEAR = ("kernel", "bias")  # the parameters of a linear module
+
 
 @dataclasses.dataclass(frozen=True)
 class PrunedSpec:
@@ -193,3 +195,39 @@ def prune(params: dict, masks: Masks, config: EncoderConfig) -> tuple[dict, Prun
     """
     spec = spec_of(masks, config)
     return take(fold(params, masks, config), spec), spec
+
+
+def drop_zero_units(params: dict, config: EncoderConfig) -> tuple[dict, PrunedSpec]:
+    """Cuts the heads and the feed-forward units that contribute nothing.
+
+    Some pruners set weights to 0 and keep the shapes. A unit contributes nothing if the
+    weights behind it are all 0, or if all that lead to its value are 0, biases too,
+    because every activation function maps 0 to 0. One unit of each block stays: the
+    block may still add its bias, and normalises.
+
+    Args:
+      params: the parameters of the model.
+      config: the sizes of the model.
+
+    Returns:
+      The parameters of a model that computes the same, and what they were cut to.
+    """
+    masks: dict[str, Any] = {}
+    for block in blocks(config):
+        before, behind = ("value", "output") if block.unit == "H" else ("up", "down")
+        rows = []
+        for layer, width in enumerate(block.sizes(config)):
+            row = np.zeros(max(block.sizes(config)), np.float32)
+            if width:
+                module = params[f"layer_{layer}"][block.name]
+                kernel, bias = (np.asarray(module[before][k]) for k in _LINEAR)
+                inputs = np.abs(np.concatenate([kernel, bias[None]]))  # (D + 1, units)
+                outputs = np.abs(np.asarray(module[behind]["kernel"]))  # (units, D)
+                alive = inputs.reshape(len(inputs), width, -1).max((0, 2)) > 0
+                alive &= outputs.reshape(width, -1).max(-1) > 0
+                row[:width] = alive
+                row[0] = max(row[0], not alive.any())
+            rows.append(row)
+        masks[block.inner] = np.stack(rows)
+    spec = spec_of(masks, config)
+    return take(params, spec), spec

@@ -14,6 +14,7 @@ _DEFAULTS = {
     "intermediate_sizes": (3072,) * 12,
     "head_dim": 64,
     "pooler_size": 768,
+    "pooler_activation": "tanh",
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1,
@@ -32,6 +33,7 @@ class CofiConfig(PretrainedConfig):
       intermediate_sizes: feed-forward units of each layer, 0 where it has none.
       head_dim: width of a head; `hidden_size` need not be a multiple of it.
       pooler_size: width of the pooler's output; 0 where there is no pooler.
+      pooler_activation: its activation function, of those that transformers knows.
       num_hidden_layers, num_attention_heads, intermediate_size: the number of layers
         and the largest widths, for tools that expect one number.
     """

@@ -178,6 +178,7 @@ class CofiModel(CofiPreTrainedModel):
         if config.pooler_size:
             linear = nn.Linear(config.hidden_size, config.pooler_size)
             self.pooler = nn.ModuleDict({"dense": linear})
+            self.pooler_activation = ACT2FN[config.pooler_activation]
         self.post_init()
 
     def forward(
@@ -218,7 +219,9 @@ class CofiModel(CofiPreTrainedModel):
             x, weights = layer(x, mask)
             states = (*states, x) if output_hidden_states else None
             attentions = (*attentions, weights) if output_attentions else None
-        pooled = self.pooler and self.pooler["dense"](x[:, 0]).tanh()
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler_activation(self.pooler["dense"](x[:, 0]))
         output = BaseModelOutputWithPooling(hidden_states=states, attentions=attentions)
         found = {"last_hidden_state": x, "pooler_output": pooled}
         return self._output(BaseModelOutputWithPooling, output, found, return_dict)
