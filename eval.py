@@ -16,6 +16,9 @@ saved model beside it.
 that is not the task's, as with their MNLI models. `--dtype bfloat16` measures what
 models do in that precision.
 
+`--runtime onnx,onnx-int8` measures each model in onnxruntime, in float32 and in 8-bit
+integers, on the CPU; `jax` is the runtime that is used without the flag.
+
 The task `own` is described as for `train.py`, and so are its files:
 
     python eval.py --model path/to/model --task own --data path/to/folder \
@@ -27,14 +30,15 @@ import sys
 
 from cofi_jax import commands, files
 from cofi_jax.errors import reject
-from cofi_jax.evaluation.evaluate import evaluate
+from cofi_jax.evaluation.evaluate import JAX, evaluate
+from cofi_jax.export import runtimes
 from cofi_jax.report import tables
 from cofi_jax.run import cli
 
 _USAGE = (
     "python eval.py --model path/to/model [--model M] [--task T] [--labels A,B] "
     "[--data D] [--batch_size 1,32] [--seq_length 32,64] [--repeats N] [--dtype T] "
-    "[--json F] [--config.data.X=Y]"
+    "[--runtime jax,onnx,onnx-int8] [--json F] [--config.data.X=Y]"
 )
 
 # The fields that have flags of their own, or none.
@@ -53,6 +57,7 @@ def main(argv: list[str]) -> int:
         ("seq_length", (), commands.positives, "tokens in their sequences"),
         ("repeats", 30, commands.positive, "turns of each model"),
         ("dtype", "", str, "float32 or bfloat16"),
+        ("runtime", ("jax",), commands.words, "jax, onnx and onnx-int8"),
         ("json", "", str, "also write the result here"),
     ):
         parser.add_argument(f"--{name}", default=default, type=kind, help=text)
@@ -60,6 +65,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", action="append", required=True, help=text)
     options, rest = parser.parse_known_args(argv[1:])
     data = dict(_fields_of_data(rest))
+    opened_in = runtimes.openers(options.runtime, "--runtime")
+    if options.dtype == "bfloat16" and opened_in != JAX:
+        raise reject("--dtype", options.dtype, "is for --runtime jax alone")
     target = pathlib.Path(options.json).absolute()
     if options.json:
         try:
@@ -78,6 +86,7 @@ def main(argv: list[str]) -> int:
         seq_lengths=options.seq_length,
         repeats=options.repeats,
         dtype=options.dtype,
+        runtimes=opened_in,
     )
     print(tables.evaluation(result))
     if options.json:

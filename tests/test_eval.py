@@ -330,6 +330,26 @@ def test_models_side_by_side_at_every_size(there, tmp_path, capsys):
     assert max(map(len, out.split("\n\n", 1)[1].splitlines())) <= 100
 
 
+def test_models_in_several_runtimes(there, tmp_path, capsys):
+    file = tmp_path / "x.json"
+    arguments = [f"--model={there[name]}" for name in ("dense", "pruned")]
+    arguments += ["--batch_size=2", "--seq_length=4", "--repeats=1", f"--json={file}"]
+    status, out, err = run(capsys, *arguments, "--runtime=jax,onnx,onnx-int8")
+    assert (status, err) == (0, "")
+    result = json.loads(file.read_text())
+    found = {model["name"]: model for model in result["models"]}
+    runtimes = ("jax", "onnx", "onnx-int8")
+    assert [*found] == [f"{n}, {r}" for r in runtimes for n in ("dense", "pruned")]
+    assert [cell["model"] for cell in result["grid"]] == [*found]
+    for name in ("dense", "pruned"):
+        by_hand = accuracy_by_hand(there[name])
+        for runtime in ("jax", "onnx"):
+            assert found[f"{name}, {runtime}"]["score"] == pytest.approx(by_hand)
+        sizes = [found[f"{name}, {runtime}"]["bytes"] for runtime in runtimes]
+        assert len({*sizes}) == 3  # Each has files of its own.
+    assert "pruned, onnx-int8" in out
+
+
 @pytest.mark.parametrize(
     "backend, problem, longest, expected",
     [
@@ -593,6 +613,14 @@ BAD = {
     "dtype": (
         ["--model={dense}", "--dtype=float16"],
         ["dtype='float16'", "float32, bfloat16"],
+    ),
+    "runtime": (
+        ["--model={dense}", "--runtime=onnx,tensorrt"],
+        ["--runtime='tensorrt'", "jax, onnx, onnx-int8"],
+    ),
+    "dtype of another runtime": (
+        ["--model={dense}", "--runtime=onnx", "--dtype=bfloat16"],
+        ["--dtype='bfloat16'", "--runtime jax alone"],
     ),
     "own without columns": (
         ["--model={hf}", "--task=own"],

@@ -9,8 +9,9 @@ the scores where both models fail on the same examples.
 
 import dataclasses
 import pathlib
+import tempfile
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from cofi_jax.data.problems.base import Scorer
 from cofi_jax.errors import reject
 from cofi_jax.evaluation import latency
 from cofi_jax.evaluation import predict as predict_lib
+from cofi_jax.models.bert import Batch
 
 RESAMPLES = 200
 
@@ -49,9 +51,55 @@ class Scored(NamedTuple):
     examples: dict[str, int]  # how many there are; for SQuAD, questions
 
 
-def scored(loaded: Loaded, columns: dict[str, Any]) -> Scored:
+# Opens a model in another runtime than JAX: writes it into an existing, empty folder,
+# and returns the function from a batch, of arrays (B, T), to logits.
+Opener = Callable[[Loaded, pathlib.Path], Callable[[Batch], Any]]
+
+JAX: Mapping[str, Opener | None] = types.MappingProxyType({"jax": None})
+_REST_MS = 50.0  # in which the threads of another runtime stop waiting for work
+
+
+class Opened(NamedTuple):
+    """A model in one of the runtimes."""
+
+    name: str
+    loaded: Loaded
+    predict: Callable[..., Any]  # of parameters, masks and a batch
+    call: Callable[[Batch], Any]
+    sizes: dict[str, int]  # what differs from `load.sizes`
+
+
+def opened(
+    models: Mapping[str, Loaded],
+    runtimes: Mapping[str, Opener | None],
+    folder: pathlib.Path,
+) -> list[Opened]:
+    """Opens each model in each of the runtimes, which write into the folder."""
+    found = []
+    for runtime, opener in runtimes.items():
+        for number, (name, one) in enumerate(models.items()):
+            name = name if runtimes == JAX else f"{name}, {runtime}"
+            if opener is None:
+                predict = predict_lib.make_predict(one.model)
+                call = latency.call(one.model, one.params)
+                found.append(Opened(name, one, predict, call, {}))
+                continue
+            there = folder / f"{runtime}-{number}"
+            there.mkdir()
+            call = opener(one, there)
+            written = [path for path in there.rglob("*") if path.is_file()]
+            sizes = {"bytes": sum(path.stat().st_size for path in written)}
+
+            def predict(params, masks, batch, call=call):
+                return call(batch)
+
+            found.append(Opened(name, one, predict, call, sizes))
+    return found
+
+
+def scored(opened: Opened, columns: dict[str, Any]) -> Scored:
     """The metrics of a model on the splits that `sources.load` read."""
-    predict, task = predict_lib.make_predict(loaded.model), loaded.task
+    loaded, predict, task = opened.loaded, opened.predict, opened.loaded.task
     found = Scored({}, {}, {})
     for split in task.validation:
         examples = task.tokenise(columns[split], loaded.tokenizer)
@@ -118,6 +166,7 @@ def evaluate(
     seq_lengths: Sequence[int] = (),
     repeats: int = 30,
     dtype: str = "",
+    runtimes: Mapping[str, Opener | None] = JAX,
 ) -> dict[str, Any]:
     """What the command prints, as plain data.
 
@@ -137,6 +186,8 @@ def evaluate(
         384 for SQuAD, or the models' longest input where that is shorter.
       repeats: turns of each model, each of 50 ms or one pass.
       dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given.
+      runtimes: what each model is opened in, by name; None is JAX. The others write
+        the model and run on the CPU.
 
     Returns:
       `task`, its `metric` that decides, `data` (where the rows came from), `examples`
@@ -158,8 +209,10 @@ def evaluate(
     rows_of = dataclasses.replace(loaded[0].task, **where, **how)
     batch_sizes, seq_lengths = _timed_sizes(loaded, batch_sizes, seq_lengths)
     _, columns = sources.load(rows_of, rows_of.validation)
-    scores = [scored(one, columns) for one in loaded]
     models = dict(zip(names(paths), loaded, strict=True))
+    with tempfile.TemporaryDirectory() as scratch:
+        all_opened = opened(models, runtimes, pathlib.Path(scratch))
+    scores = [scored(one, columns) for one in all_opened]
     timed = {name: (one.model, one.params) for name, one in models.items()}
     return {
         "task": rows_of.name,
@@ -167,13 +220,19 @@ def evaluate(
         "data": rows_of.path or rows_of.hub or rows_of.name,
         "examples": scores[0].examples,
         "models": [
-            {"model": one.path, "name": name}
+            {"model": one.loaded.path, "name": one.name}
             | compared(its_scores, scores[0])
-            | load.sizes(one, seq_lengths)
-            for (name, one), its_scores in zip(models.items(), scores, strict=True)
+            | load.sizes(one.loaded, seq_lengths)
+            | one.sizes
+            for one, its_scores in zip(all_opened, scores, strict=True)
         ],
         "grid": latency.grid(
-            timed, batch_sizes=batch_sizes, seq_lengths=seq_lengths, repeats=repeats
+            {one.name: one.call for one in all_opened},
+            min(one.model.config.vocab_size for one in loaded),
+            batch_sizes=batch_sizes,
+            seq_lengths=seq_lengths,
+            repeats=repeats,
+            rest_ms=0.0 if runtimes == JAX else _REST_MS,
         ),
         "benchmark": latency.conditions(timed) | {"repeats": repeats},
     }

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,23 +11,27 @@ import numpy as np
 
 from cofi_jax.evaluation import timing
 from cofi_jax.evaluation.timing import Timing
-from cofi_jax.models.bert import Encoder
+from cofi_jax.models.bert import Batch, Encoder
 
 
 def grid(
-    models: dict[str, tuple[Encoder, dict]],
+    calls: Mapping[str, Callable[[Batch], Any]],
+    vocab_size: int,
     *,
     batch_sizes: Sequence[int],
     seq_lengths: Sequence[int],
     repeats: int,
+    rest_ms: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Times all models at every batch size and length: the `grid` of `evaluate`.
 
     Args:
-      models: as in `inference`.
+      calls: functions from a batch to logits by the name of the model.
+      vocab_size: the number of tokens that all models know.
       batch_sizes: the values of B.
       seq_lengths: the values of T.
       repeats: the turns of each model.
+      rest_ms: as in `timing.side_by_side`.
 
     Returns:
       For each batch size, length and model
@@ -40,7 +44,7 @@ def grid(
     found = []
     for batch_size, seq_length in itertools.product(batch_sizes, seq_lengths):
         cell = {"batch_size": batch_size, "seq_length": seq_length}
-        timings = passes(models, **cell, repeats=repeats)
+        timings = passes(calls, vocab_size, **cell, repeats=repeats, rest_ms=rest_ms)
         first = next(iter(timings.values()))
         for name, each in timings.items():
             ratio, *spread = timing.speedup(first, each)
@@ -80,7 +84,9 @@ def inference(
       UserError: where the memory does not suffice.
     """
     sizes = {"batch_size": batch_size, "seq_length": seq_length}
-    timings = passes(models, **sizes, repeats=repeats)
+    vocab_size = min(model.config.vocab_size for model, _ in models.values())
+    calls = {name: call(*pair) for name, pair in models.items()}
+    timings = passes(calls, vocab_size, **sizes, repeats=repeats)
     result: dict[str, Any] = {
         "latency_ms": {name: each.median_ms for name, each in timings.items()}
     }
@@ -96,21 +102,24 @@ def inference(
 
 
 def passes(
-    models: dict[str, tuple[Encoder, dict]],
+    calls: Mapping[str, Callable[[Batch], Any]],
+    vocab_size: int,
     *,
     batch_size: int,
     seq_length: int,
     repeats: int,
+    rest_ms: float = 0.0,
 ) -> dict[str, Timing]:
-    """Returns the timings behind `inference`, of any number of models."""
-    vocab_size = min(model.config.vocab_size for model, _ in models.values())
+    """Returns the timings behind `inference` and `grid`, of any number of models."""
     with timing.memory_suffices(batch_size, seq_length):
         batch = random_batch(vocab_size, batch_size=batch_size, seq_length=seq_length)
-        calls = {
-            name: functools.partial(forward(model), jax.device_put(params), batch)
-            for name, (model, params) in models.items()
-        }
-        return timing.side_by_side(calls, repeats=repeats)
+        bound = {name: functools.partial(each, batch) for name, each in calls.items()}
+        return timing.side_by_side(bound, repeats=repeats, rest_ms=rest_ms)
+
+
+def call(model: Encoder, params: dict) -> Callable[[Batch], jax.Array]:
+    """Returns the jitted function from a batch to the logits of a model."""
+    return functools.partial(forward(model), jax.device_put(params))
 
 
 def conditions(models: dict[str, tuple[Encoder, Any]]) -> dict[str, str]:

@@ -1,0 +1,58 @@
+"""The runtimes that `eval.py` measures models in, each by the format of its export."""
+
+import importlib.util
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from cofi_jax.checkpoints.load import Loaded
+from cofi_jax.errors import reject
+from cofi_jax.evaluation.evaluate import Opener
+from cofi_jax.export.formats import FORMATS
+from cofi_jax.models.bert import Batch
+
+NAMES = ("jax", "onnx", "onnx-int8")
+
+
+def openers(names: Sequence[str], field: str) -> dict[str, Opener | None]:
+    """Returns how a model is opened in each of the runtimes, None for JAX.
+
+    Args:
+      names: some of `NAMES`.
+      field: the flag that named them, for messages.
+
+    Raises:
+      UserError: for an unknown name, a missing package, and where JAX runs on another
+        device than the CPU, which the other runtimes use.
+    """
+    found: dict[str, Opener | None] = {}
+    for name in names:
+        if name not in NAMES:
+            raise reject(field, name, f"must be among {', '.join(NAMES)}")
+        if name == "jax":
+            found[name] = None
+            continue
+        form = FORMATS[name]
+        missing = [p for p in form.packages if importlib.util.find_spec(p) is None]
+        if missing:
+            legal = f"needs {', '.join(missing)}: pip install 'cofi-jax[{form.extra}]'"
+            raise reject(field, name, legal)
+        if "jax" in names and jax.default_backend() != "cpu":
+            legal = "runs on the CPU; set JAX_PLATFORMS=cpu to compare it with jax"
+            raise reject(field, name, legal)
+        found[name] = _opener(name)
+    if not found:
+        raise reject(field, "", f"must be among {', '.join(NAMES)}")
+    return found
+
+
+def _opener(name) -> Opener:
+    def opener(loaded: Loaded, folder: pathlib.Path) -> Callable[[Batch], Any]:
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), loaded.params)
+        FORMATS[name].write(folder, params, loaded.model.config, loaded.task.labels)
+        return FORMATS[name].load(folder)
+
+    return opener
