@@ -7,6 +7,7 @@ each one is checked when it is loaded, against the weights, and on the texts at 
 
 import contextlib
 import json
+import re
 import reprlib
 import shutil
 import tempfile
@@ -52,6 +53,8 @@ _SETTINGS = {
     "tokenize_chinese_chars": (bool,),
     "tokenizer_class": (str,),
 }
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how a piece of a single byte is called
 
 _MOST_UNKNOWN, _FEW_UNKNOWN = 0.5, 0.02  # shares that are refused and warned of
 _HARD = ("A text, it's one.", "caf\u00e9 \u4e16\u754c  two  spaces", "long " * 600, "")
@@ -218,15 +221,35 @@ def _check_merges(tokenizer):
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model.get("ignore_merges"):
         return
-    pairs = [x.split(" ") if isinstance(x, str) else x for x in model["merges"]]
-    prefix = model.get("continuing_subword_prefix") or ""
-    made = {a + b.removeprefix(prefix) for a, b in pairs}
+    made = {piece for _, piece in merges(model)}
     special = set(tokenizer.get_added_vocab()) | set(tokenizer.all_special_tokens)
-    pieces = [x for x in model["vocab"] if len(x) > 1 and x not in special]
+    pieces = [x for x in model["vocab"] if not is_single(x, model) and x not in special]
     lost = [piece for piece in pieces if piece not in made]
     if len(lost) > _MOST_UNKNOWN * max(len(pieces), 1):
         legal = f"{len(lost)} of the {len(pieces)} pieces of its vocabulary"
         raise UnsupportedCheckpoint(f"has no merges that make {legal}")
+
+
+def is_single(piece: str, model: Mapping[str, Any]) -> bool:
+    """Whether a piece is a single character, or a byte for want of characters.
+
+    `model` is the one of a `tokenizer.json`.
+    """
+    piece = piece.removeprefix(model.get("continuing_subword_prefix") or "")
+    piece = piece.removesuffix(model.get("end_of_word_suffix") or "")
+    byte = model.get("byte_fallback") and _BYTE.fullmatch(piece)
+    return len(piece) <= 1 or bool(byte)
+
+
+def merges(model: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yields the two parts of each merge of a BPE, and the piece that it makes.
+
+    `model` is the one of a `tokenizer.json`.
+    """
+    prefix = model.get("continuing_subword_prefix") or ""
+    for pair in model["merges"]:
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        yield (left, right), left + right.removeprefix(prefix)
 
 
 def _types_of_pairs(tokenizer) -> list[int]:

@@ -58,6 +58,17 @@ def read(file: pathlib.Path, columns: Sequence[str], *, quoting: bool = True) ->
     return Table(names, cells, len(rows))
 
 
+def lines(file: pathlib.Path) -> list[str]:
+    """Reads the lines of a file of plain text.
+
+    Raises:
+      Unreadable: where it is not UTF-8, or a file of another kind.
+    """
+    if said := files.disguise(file):
+        raise Unreadable(said)
+    return _of_text(file, str.splitlines, header=0)
+
+
 def from_arrow(table: "pyarrow.Table", columns: Sequence[str]) -> Table:
     """The columns of a table of pyarrow, of whichever of its types of text."""
     names = table.column_names

@@ -1,6 +1,7 @@
 """Rows of a task, read from the hub or from files; every row is checked."""
 
 import collections
+import contextlib
 import dataclasses
 import decimal
 import pathlib
@@ -113,18 +114,25 @@ def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
     if file.suffix.removeprefix(".") not in FORMATS:
         raise errors.reject(*field, f"must be a file of one of the formats {FORMATS}")
     file = file.expanduser()
-    try:
+    with _readable(field, file):
         table = formats.read(file, _wanted(task), quoting=task.quoting)
-    except formats.Unreadable as error:
-        raise errors.reject(*field, f"cannot read {file}: {error}") from error
-    except Exception as error:  # Each parser has its own ways to refuse a file.
-        problem = f"cannot read {file} ({type(error).__name__}: {error})"
-        raise errors.reject(*field, problem) from error
     if file.suffix in formats.DELIMITED and not task.problem.names_classes:
         # Only there is a number written as a text.
         labels = table.cells.get(task.label_column, [])
         table.cells[task.label_column] = [*map(_number, labels)]
     return _Part(field, file, table)
+
+
+@contextlib.contextmanager
+def _readable(field, file):
+    """A block that reads a file; whatever it raises becomes a UserError."""
+    try:
+        yield
+    except formats.Unreadable as error:
+        raise errors.reject(*field, f"cannot read {file}: {error}") from error
+    except Exception as error:  # Each parser has its own ways to refuse a file.
+        problem = f"cannot read {file} ({type(error).__name__}: {error})"
+        raise errors.reject(*field, problem) from error
 
 
 def _number(text: str | None) -> float | str | None:
@@ -133,6 +141,62 @@ def _number(text: str | None) -> float | str | None:
         return text if text is None or "_" in text else float(text)
     except ValueError:
         return text
+
+
+def texts(path: str, task: Task, *, field: str) -> list[str]:
+    """Reads texts that need no labels, as they are met where a model is used.
+
+    Args:
+      path: a file, or a folder whose files are all read, those below it included. The
+        files with other endings than those of `FORMATS` and `.txt` are passed over.
+        Of rows, the task's columns are read that the file has; each line of a `.txt` is
+        a text.
+      task: the task.
+      field: what messages call the path.
+
+    Returns:
+      The texts in their order, each once and without those that are blank or missing.
+
+    Raises:
+      UserError: where there is no such file, one of them cannot be read or has none of
+        the columns, a cell is no text, or no text is left.
+    """
+    named, top = (field, path), pathlib.Path(path).expanduser()
+    suffixes = {".txt", *(f".{suffix}" for suffix in FORMATS)}
+    legal = f"must be a file or a folder of texts in {', '.join(sorted(suffixes))}"
+    files = [top] if top.is_file() else sorted(f for f in top.rglob("*") if f.is_file())
+    if not (files := [file for file in files if file.suffix in suffixes]):
+        raise errors.reject(*named, legal)
+    found: dict[str, None] = {}  # in order
+    for file in files:
+        for text in _texts_of(named, task, file):
+            if text.strip():
+                found[text] = None
+    if not found:
+        raise errors.reject(*named, f"{legal}; all texts there are blank or missing")
+    return [*found]
+
+
+def _texts_of(field, task, file):
+    """Yields the texts of one file, blank ones included."""
+    with _readable(field, file):
+        if file.suffix == ".txt":
+            table = Table(["text"], {"text": formats.lines(file)}, 0)
+        else:
+            table = formats.read(file, task.columns, quoting=task.quoting)
+    if not table.cells:
+        there, wanted = ", ".join(table.names), " or ".join(task.columns)
+        problem = f"{file} needs a column {wanted}; it has {there}"
+        raise errors.reject(*field, problem)
+    for column, cells in table.cells.items():
+        for row, cell in enumerate(cells):
+            if cell is None:
+                continue
+            if not isinstance(cell, str) or not formats.is_whole(cell):
+                where = f"{file}, row {row} (the first is 0)"
+                problem = f"{where} has {column}={_short(cell)}, must be text"
+                raise errors.reject(*field, problem)
+            yield cell
 
 
 def _load_from_hub(task: Task, split: str) -> Table:

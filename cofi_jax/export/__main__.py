@@ -2,6 +2,7 @@
 
     python -m cofi_jax.export --model runs/sst2_95/pruned
     python -m cofi_jax.export --model runs/sst2_95/pruned --formats onnx,stock
+    python -m cofi_jax.export --model runs/sst2_95/pruned --vocabulary path/to/texts
 
 The formats appear as folders beside the saved parameters, each with a `check.json`:
 `transformers` and, only when asked for, `stock`, a plain BERT (both need `pip install
@@ -12,20 +13,25 @@ each is loaded.
 `onnx-int8` comes with a certificate of what it costs and gains, beside the dense model
 if that lies in the folder `teacher` next to the saved model. It is not written where
 the score falls by more than `--max_loss` and by more than two standard errors of that.
+
+With `--vocabulary`, a model with the tokens alone that these texts and the validation
+rows need is saved first, as the folder `pruned-trimmed` beside the saved model, and it
+is that one which is written in the formats. The texts are a file or a folder of rows
+with the task's columns, or of `.txt` with a text in each line.
 """
 
 import sys
 
 from cofi_jax import commands
-from cofi_jax.errors import reject
-from cofi_jax.export import export
+from cofi_jax.errors import printable, reject
+from cofi_jax.export import export, trim
 from cofi_jax.export.formats import CARDS
 from cofi_jax.report import model_card
 
 _USAGE = (
-    "python -m cofi_jax.export --model path/to/pruned [--formats A,B] [--data D] "
-    "[--rows N] [--dtype T] [--batch_size N] [--seq_length N] [--repeats N] "
-    "[--max_loss X]"
+    "python -m cofi_jax.export --model path/to/pruned [--formats A,B] "
+    "[--vocabulary TEXTS] [--data D] [--rows N] [--dtype T] [--batch_size N] "
+    "[--seq_length N] [--repeats N] [--max_loss X]"
 )
 _DEFAULT = "transformers,onnx,stablehlo"
 
@@ -37,6 +43,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, help="a saved model")
     parser.add_argument(
         "--formats", default=_DEFAULT, help=f"{_DEFAULT}, onnx-int8 and stock"
+    )
+    parser.add_argument(
+        "--vocabulary", default="", help="texts whose tokens alone are to stay"
     )
     parser.add_argument("--data", default="", help="hub name or folder")
     parser.add_argument(
@@ -65,6 +74,7 @@ def main(argv: list[str]) -> int:
     checks = export.export(
         args.model,
         commands.words(args.formats),
+        vocabulary=args.vocabulary,
         data_path=args.data,
         num_rows=args.rows,
         dtype=args.dtype,
@@ -73,6 +83,8 @@ def main(argv: list[str]) -> int:
         repeats=args.repeats,
         max_loss=args.max_loss,
     )
+    if args.vocabulary:
+        print(f"{printable(trim.folder(args.model))}:")
     print(model_card.checked(checks, CARDS))
     return 0
 

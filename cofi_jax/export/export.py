@@ -19,9 +19,10 @@ import jax
 
 from cofi_jax import files
 from cofi_jax.checkpoints import saved_model, tokenizers
+from cofi_jax.checkpoints import vocabulary as vocabulary_lib
 from cofi_jax.config import DTYPES
 from cofi_jax.errors import reject
-from cofi_jax.export import verify
+from cofi_jax.export import trim, verify
 from cofi_jax.export.base import Format
 from cofi_jax.export.formats import CARDS, FORMATS
 from cofi_jax.models.bert import abstract_params
@@ -37,6 +38,7 @@ def export(
     path: str | Path,
     formats: Sequence[str],
     *,
+    vocabulary: str = "",
     data_path: str = "",
     num_rows: int = 0,
     dtype: str = "float32",
@@ -52,6 +54,8 @@ def export(
     Args:
       path: a folder that `save_model` wrote.
       formats: keys of `FORMATS`; with none the saved model alone is checked.
+      vocabulary: a file or a folder of texts. If given, a model with the tokens that
+        they need is saved first, see `trim.trim`, and all else is done with that one.
       data_path: a name on the hub or a folder; "" for the one the model was made with.
       num_rows: how many rows of the first validation split are compared; 0 for all. All
         windows of questions are compared.
@@ -75,9 +79,14 @@ def export(
     path = Path(path).expanduser().absolute()
     _check_request(formats, dtype, max_loss)
     max_loss = MAX_LOSS if max_loss is None else max_loss
+    config, *_ = saved_model.read_about(path)  # It says what is there instead of one.
+    if seq_length > config.longest:
+        raise reject("seq_length", seq_length, f"must be at most {config.longest}")
+    seq_length = seq_length or min(64, config.longest)
     sizes = {"batch_size": batch_size, "seq_length": seq_length, "repeats": repeats}
-    saved_model.read_about(path)  # It says what is there instead of a saved model.
     with files.locked(path):
+        if vocabulary:
+            path = trim.trim(path, vocabulary, data_path=data_path, num_rows=num_rows)
         return _export(path, formats, data_path, num_rows, dtype, sizes, max_loss)
 
 
@@ -87,17 +96,13 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
     task = saved_model.saved_task(str(path))
     if data_path:
         task = dataclasses.replace(task, path=data_path)
-    seq_length = sizes["seq_length"] or min(64, config.longest)
-    if seq_length > config.longest:
-        raise reject("seq_length", seq_length, f"must be at most {config.longest}")
-    sizes = sizes | {"seq_length": seq_length}
     try:
         files.check_writable(path / CHECK)
     except OSError as error:
         legal = f"must be a folder that can be written ({error.strerror})"
         raise reject("model", str(path), legal) from error
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        params = _params_on_cpu(path)
+        params = verify.params_on_cpu(path)
         tokenizer = saved_model.load_tokenizer(path)
         source = {"field": "model", "path": str(path)}
         tokenizers.check_tokenizer(tokenizer, config, **source)
@@ -133,6 +138,8 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
         if original.dense:
             checks[""] |= verify.time(original.model, original.dense, ("jax",), **sizes)
         checks[""] |= verify.files(path, saved_model.FILES)
+        if "vocabulary" in about:
+            checks[""]["vocabulary"] = about["vocabulary"]
         try:
             if dtype != "float32":
                 rounded = jax.tree.map(
@@ -147,22 +154,19 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
     return checks
 
 
-def _params_on_cpu(path):
-    cpu = jax.local_devices(backend="cpu")[0]
-    sharding = jax.sharding.SingleDeviceSharding(cpu)
-    return saved_model.load_model(path, sharding=sharding)[1]
-
-
 def _teacher(path, about):
     """The dense model of the run that made the saved model, or None.
 
-    It lies beside the saved model. One of other sizes, task or scores is not it.
+    It lies beside the saved model. One of other sizes, task or scores is not it. For a
+    trimmed model, it gets the same tokens.
     """
     other = path.with_name("teacher")
     if not saved_model.is_model(other):
         return None
     config, _, described = saved_model.read_about(other)
     sizes = EncoderConfig.from_json(about["dense"])
+    if trimmed := "vocabulary" in about:
+        config = dataclasses.replace(config, vocab_size=sizes.vocab_size)
     scores = about.get("report", {}).get("teacher", described).get("scores")
     if (
         dataclasses.replace(config, dtype=sizes.dtype, dropout=sizes.dropout) != sizes
@@ -170,7 +174,14 @@ def _teacher(path, about):
         or described.get("scores") != scores
     ):
         return None
-    return verify.in_jax(_params_on_cpu(other), config)
+    params = verify.params_on_cpu(other)
+    if trimmed:
+        before, after = map(saved_model.load_tokenizer, (other, path))
+        try:
+            params = vocabulary_lib.take(params, vocabulary_lib.rows(before, after))
+        except KeyError:  # It lacks a token.
+            return None
+    return verify.in_jax(params, config)
 
 
 def _check_request(formats, dtype, max_loss):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints import foreign, tokenizers
+from cofi_jax.checkpoints import foreign, saved_model, tokenizers
 from cofi_jax.data import batches, sources
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.data.tasks import Task
@@ -92,6 +92,13 @@ def in_jax(params: dict, config: EncoderConfig, masks: Masks | None = None) -> M
     return Model(params, config, lambda batch: predict(*arrays, batch))
 
 
+def params_on_cpu(path: str | Path) -> dict:
+    """Loads the parameters of a saved model on the CPU, whatever the first device."""
+    cpu = jax.local_devices(backend="cpu")[0]
+    sharding = jax.sharding.SingleDeviceSharding(cpu)
+    return saved_model.load_model(path, sharding=sharding)[1]
+
+
 def validation(
     task: Task, tokenizer: Any, num_rows: int, *, field: str, path: str
 ) -> Callable[[Model, str], Validation]:
@@ -113,15 +120,21 @@ def validation(
     examples = task.tokenise(columns[split], tokenizer)
     source = {"field": field, "path": path}
     tokenizers.check_texts(tokenizer, examples, columns[split], task, **source)
-    if not examples.questions:  # A question is scored by all of its windows.
-        wanted = min(num_rows, len(examples))
-        examples = batches.first_rows(examples, wanted, field="rows")
+    examples = chosen(examples, num_rows)
 
     def of(reference, against):
         logits = logits_of(reference.predict, task, examples)
         return Validation(task, examples, split, against, logits)
 
     return of
+
+
+def chosen(examples: batches.Examples, num_rows: int) -> batches.Examples:
+    """As many of the examples as `validation` takes, chosen by chance."""
+    if examples.questions:  # A question is scored by all of its windows.
+        return examples
+    wanted = min(num_rows, len(examples))
+    return batches.first_rows(examples, wanted, field="rows")
 
 
 def run_card(

@@ -86,7 +86,10 @@ def text(
     elif scores := about.get("scores"):
         rows = (f"- {escape(k)}: {value:.4f}" for k, value in tables.score_rows(scores))
         found.append("\n".join(rows))
-    found += [_structure(config, about), "## Use it"]
+    found.append(_structure(config, about))
+    if "vocabulary" in about:
+        found.append(_vocabulary(about["vocabulary"]))
+    found.append("## Use it")
     found.append(_usage("This folder", _SAVED_MODEL, config, task, about))
     for name, part in parts.items():
         if name in checks:
@@ -136,6 +139,34 @@ def _structure(config, about):
         f"{config.longest} tokens."
     )
     return f"{words} Classes in the order of the logits: {labels}."
+
+
+def _vocabulary(found):
+    """What the card says of a trimmed model, see `export.trim`."""
+    tokens, rows = found["tokens"], found["validation"]
+    share = tables.percent(tokens["after"] / tokens["before"])
+    words = (
+        f"Its vocabulary was trimmed to {tokens['after']:,} of {tokens['before']:,} "
+        f"tokens ({share}). Those of {found['texts']:,} texts stay, those of the "
+        f"validation rows ({rows['added']:,} more), the special ones, and those of "
+        "single characters and bytes. All these texts and rows are tokenised as "
+        f"before, and the logits of {rows['compared']:,} validation rows differ from "
+        f"those of the untrimmed model by {rows['max_abs_difference']:.1e} at most. "
+        f"That one has {found['bytes_before'] / 1e6:.1f} MB, and the figures above are "
+        "its own. "
+        "A dense model that is compared with this one has the same tokens."
+    )
+    if held_out := found.get("held_out"):
+        changed, unknown, before = (
+            f"{100 * held_out[name]:.2f} %"
+            for name in ("tokenised_otherwise", "unknown", "unknown_before")
+        )
+        words += (
+            f" With the tokens that nine tenths of the texts need, {changed} of the "
+            f"{held_out['texts']:,} others are tokenised otherwise, and {unknown} of "
+            f"their pieces are unknown; with all tokens, {before} are."
+        )
+    return words
 
 
 def _usage(folder, part, config, task, about):
