@@ -390,6 +390,7 @@ def test_saved_models_say_what_they_are_for(top, finished):
         "labels",
         "data",
         "scores",
+        "by_class",
     }
 
     found = about(finished("mnli")[0] / "teacher")

@@ -5,7 +5,7 @@ the prediction; for values logits are (N, 1), and they are the predictions thems
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -52,6 +52,32 @@ METRICS: dict[str, Metric] = {
     "pearson": _of_values("pearsonr"),  # in [-1, 1], as the next
     "spearman": _of_values("spearmanr"),
 }
+
+
+def rates(
+    names: Sequence[str], right: np.ndarray, given: np.ndarray, there: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The precision, the recall and the F1 of each of C classes, and its `count`.
+
+    Args:
+      names: those of the classes.
+      right: (C,) how often each was given where it was the right one.
+      given: (C,) how often it was given.
+      there: (C,) how often it was the right one, which is the `count`.
+
+    Returns:
+      The numbers by the name of the class. A rate of nothing is 0.
+    """
+    found = {}
+    for name, *numbers in zip(names, right, given, there, strict=True):
+        hits, said, count = map(int, numbers)
+        found[name] = {
+            "precision": hits / max(said, 1),
+            "recall": hits / max(count, 1),
+            "f1": 2 * hits / max(said + count, 1),
+            "count": count,
+        }
+    return found
 
 
 def main_score(scores: dict) -> float:

@@ -170,7 +170,8 @@ def _teacher(path, about):
         or described.get("scores") != scores
     ):
         return None
-    return verify.in_jax(_params_on_cpu(other), config)
+    task = saved_model.saved_task(str(other))
+    return verify.in_jax(_params_on_cpu(other), config)._replace(task=task)
 
 
 def _check_request(formats, dtype, max_loss):
