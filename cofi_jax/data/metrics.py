@@ -2,6 +2,7 @@
 
 Labels are (N,). For classes logits are (N, C), and the class with the largest one is
 the prediction; for values logits are (N, 1), and they are the predictions themselves.
+For any number of labels, both are (N, C), and labels whose logit is above 0 are given.
 """
 
 import warnings
@@ -22,6 +23,18 @@ def _of_classes(name: str, **options) -> Metric:
         with warnings.catch_warnings():  # It warns where there is a single class.
             warnings.simplefilter("ignore")
             return float(rule(labels, np.argmax(logits, axis=-1), **options))
+
+    return metric
+
+
+def _of_labels(average: str) -> Metric:
+    """The F1 of scikit-learn over several labels; 0 for one that is never involved."""
+
+    def metric(logits, labels):
+        import sklearn.metrics
+
+        options = {"average": average, "zero_division": 0}
+        return float(sklearn.metrics.f1_score(labels > 0, logits > 0, **options))
 
     return metric
 
@@ -47,6 +60,8 @@ METRICS: dict[str, Metric] = {
     "accuracy": _of_classes("accuracy_score"),  # in [0, 1]
     # Of class 1 of two, in [0, 1]; 0 where no row has or is given class 1.
     "f1": _of_classes("f1_score", zero_division=0),
+    "micro_f1": _of_labels("micro"),  # of all labels together, in [0, 1]
+    "macro_f1": _of_labels("macro"),  # the mean over the labels
     # In [-1, 1]; 0 for a constant prediction.
     "matthews": _of_classes("matthews_corrcoef"),
     "pearson": _of_values("pearsonr"),  # in [-1, 1], as the next
