@@ -568,7 +568,7 @@ COMMANDS = {
             (
                 "f1 of three in the rows",
                 ["columns=('verdict',)", "label_column=text", "metrics=('f1',)"],
-                ["data.metrics=('f1',)", "two classes", "'text' has 3"],
+                ["data.metrics=('f1',)", "two classes", "there are 3"],
             ),
             (
                 "no path",
@@ -579,6 +579,20 @@ COMMANDS = {
                 "metric of values",
                 ["columns=('text',)", "problem=regression", "metrics=('f1',)"],
                 ["data.metrics=('f1',)", "'spearman', 'pearson'"],
+            ),
+            (
+                "words for lists",
+                ["columns=('text',)", "problem=multilabel", "label_column=verdict"],
+                ["data.label_column='verdict'", "0 different labels", "hold lists"],
+            ),
+            (
+                "columns of other numbers",
+                [
+                    "columns=('text',)",
+                    "problem=multilabel",
+                    "label_column=stars,verdict",
+                ],
+                ["train.csv, row 0 ", "stars,verdict={{'stars': 5", "must be 0 or 1"],
             ),
             (
                 "problem",

@@ -156,7 +156,8 @@ def test_saved_models_say_what_they_were_made_of(finished):
         "data": config["data"],
     }
     sizes, _, about = cofi.read_about(workdir / "teacher")
-    assert about == said | {"scores": whole["teacher"]["scores"]}
+    reached = {name: whole["teacher"][name] for name in ("scores", "by_class")}
+    assert about == said | reached
     names = ["teacher", "pruned-40", "pruned-60"]
     scores = [whole["teacher"]["score"]]
     for name, result in zip(names[1:], whole["family"], strict=True):

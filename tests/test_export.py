@@ -22,7 +22,8 @@ import pytest
 import safetensors
 from conftest import random_params
 from pyarrow import parquet
-from test_glue import questions, values
+from scipy.special import expit
+from test_glue import moods, questions, values
 from test_report import make_report
 
 import cofi_jax as cofi
@@ -88,7 +89,7 @@ def processes(code_cache):
         yield
 
 
-def save(path, data, labels=(), **sizes):
+def save(path, data, labels=(), settings=None, **sizes):
     """A sliced model with absent blocks and a narrower width, at `path`."""
     tokenizer = demo_tokenizer()
     dense = EncoderConfig(
@@ -120,6 +121,8 @@ def save(path, data, labels=(), **sizes):
         "dense": dataclasses.asdict(dense),
         "sparsity": 0.5,
     }
+    if settings:
+        about["settings"] = settings
     config = spec.config(dense)
     saved_model.save_model(
         path,
@@ -137,6 +140,9 @@ DEMO = Data(task="demo", max_length=32)
 
 
 LABELS = tasks.TASKS["demo"].labels
+
+
+THRESHOLDS = {"thresholds": [0.3, 0.5, 0.6]}  # of a model of three labels
 
 
 @pytest.fixture(scope="module")
@@ -497,6 +503,7 @@ def test_a_format_brings_its_own_check(copy, monkeypatch):
         ("questions", "stablehlo", "onnx"),
         pytest.param(("questions", "transformers", "stock"), marks=pytest.mark.torch),
         ("pairs", "stablehlo"),
+        ("moods", "stablehlo"),
         ("roberta", "stablehlo"),
     ],
     ids="-".join,
@@ -514,6 +521,13 @@ def other(request, tmp_path_factory):
         parquet.write_table(values(rng, "validation"), top / "validation.parquet")
         data = Data(task="stsb", **where)
         save(top / "pruned", data, problem="regression", num_labels=1)
+        formats += LOSSY if {*LOSSY} <= {*available()} else ()
+    elif kind == "moods":
+        parquet.write_table(moods(rng, "validation"), top / "validation.parquet")
+        labels, more = ("great", "poor", "short"), {"columns": ("text",)}
+        data = Data(task="own", problem="multilabel", labels=labels, **more, **where)
+        more = {"problem": "multilabel", "num_labels": 3, "settings": THRESHOLDS}
+        save(top / "pruned", data, labels, **more)
         formats += LOSSY if {*LOSSY} <= {*available()} else ()
     else:
         parquet.write_table(questions(rng, "validation"), top / "validation.parquet")
@@ -536,6 +550,15 @@ def test_checks_of_other_kinds(other):
     if kind == "roberta":
         return
     task = saved_model.saved_task(str(path))
+    if kind == "moods":
+        rows = parquet.read_table(path.parent / "validation.parquet").to_pylist()
+        found = answer([row["text"] for row in rows])
+        pairs = zip((each["labels"] for each in found), rows, strict=True)
+        both = sum(len({*given} & {*row["label"]}) for given, row in pairs)
+        sizes = sum(len(each["labels"]) for each in found)
+        sizes += sum(len(row["label"]) for row in rows)
+        assert checks[""]["scores"] == {"micro_f1": pytest.approx(2 * both / sizes)}
+        return
     rows = parquet.read_table(path.parent / "validation.parquet").to_pylist()
     found = answer([tuple(row[column] for column in task.columns) for row in rows])
     found = [value for each in found for value in each.values()]
@@ -553,6 +576,13 @@ def test_checks_of_other_kinds(other):
 def test_pipeline_of_other_kinds(other):
     kind, path, _, answer = other
     pair = ("the film was", "a dull plot , but the cast is great")
+    if kind == "moods":
+        found = answer(list(pair))
+        chances = expit(np.float64(logits_of(path, pair[0])[0]))
+        given = chances > THRESHOLDS["thresholds"]
+        assert found[0]["labels"] == [*np.array(["great", "poor", "short"])[given]]
+        assert found[0]["scores"] == pytest.approx(chances[given], rel=1e-5)
+        return
     if kind == "roberta":
         found = answer(list(pair))
         scores = np.asarray(jax.nn.softmax(logits_of(path, pair[0])[0]))
@@ -578,7 +608,8 @@ def test_card_of_other_kinds(other):
     blocks = snippets((path / "README.md").read_text())
     assert set(blocks) == set(checks)
     (asked,) = ast.literal_eval(re.search(r"model\((\[.*\])\)", blocks[""])[1])
-    expected = logits_of(path, *([asked] if kind == "roberta" else asked))
+    texts = [asked] if isinstance(asked, str) else asked
+    expected = logits_of(path, *texts)
     for name, block in blocks.items():
         printed = []
         exec(block.replace(WHERE, str(path)), {"print": printed.append})
@@ -590,7 +621,7 @@ def test_card_of_other_kinds(other):
             found = [x.detach().numpy() for x in found.values()]
         if isinstance(found, list):  # one array, or starts and ends
             found = found[0] if len(found) == 1 else np.stack(found, -1)
-        wanted = loaded(path, name, *asked) if name in LOSSY else expected
+        wanted = loaded(path, name, *texts) if name in LOSSY else expected
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
@@ -600,6 +631,7 @@ def test_front_matter_of_other_kinds(other):
         "questions": ("question-answering", ["rajpurkar/squad"]),
         "pairs": ("text-classification", ["nyu-mll/glue"]),
         "roberta": ("text-classification", None),  # the demo's rows are generated
+        "moods": ("text-classification", None),
     }
     card = huggingface_hub.ModelCard.load(path / "README.md").data
     assert (card.pipeline_tag, card.datasets) == hub[kind]

@@ -17,12 +17,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from safetensors.numpy import load_file, save_file
+from scipy.special import expit
 
+import cofi_jax as cofi
 import train
 from cofi_jax import UserError
 from cofi_jax.checkpoints import huggingface, saved_model
-from cofi_jax.data import toy
-from cofi_jax.evaluation import evaluate
+from cofi_jax.data import sources, toy
+from cofi_jax.evaluation import evaluate, predict
 from cofi_jax.run import stages as stages_lib
 from cofi_jax.training import log
 
@@ -131,6 +133,17 @@ def questions(rng, split):
     return pa.Table.from_pylist(rows, schema)
 
 
+def moods(rng, split):
+    """Texts with any number of labels, each of which one of their words tells."""
+    groups = {"poor": toy.BLAME, "great": toy.PRAISE, "short": toy.ADVERBS}
+    rows = []
+    for _ in range(ROWS[split]):
+        labels = [name for name in groups if rng.random() < 0.5]
+        words = [rng.choice(groups[name]) for name in labels]
+        rows.append({"text": " ".join(["the film", *words]), "label": labels})
+    return pa.Table.from_pylist(rows)
+
+
 HUB = {
     "mnli": pairs("premise", "hypothesis", 3),
     "qqp": pairs("question1", "question2", 2),
@@ -138,6 +151,7 @@ HUB = {
     "mrpc": pairs("sentence1", "sentence2", 2),
     "stsb": values,
     "squad": questions,
+    "moods": moods,
 }
 
 
@@ -236,6 +250,16 @@ CASES = {
             "prune.prepruning_epochs=0",
         ],
         ["matthews", "accuracy"],
+    ),
+    "moods": Case(
+        [
+            "data.task=own",
+            "data.path={top}/moods",
+            "data.columns=('text',)",
+            "data.problem=multilabel",
+            "data.metrics=('macro_f1','micro_f1')",
+        ],
+        ["macro_f1", "micro_f1"],
     ),
     "qqp": Case(["data.task=qqp", "distill.match=fixed"], ["accuracy", "f1"]),
     "qnli": Case(["data.task=qnli", "distill.taught=random"], ["accuracy"]),
@@ -365,10 +389,10 @@ def test_the_saved_model_scores_the_same(name, finished):
     assert (sum(found["examples"].values()) == rows) == (name != "squad")
 
 
-@pytest.mark.parametrize("name", ["mnli", "stsb", "squad", "reviews"])
+@pytest.mark.parametrize("name", ["mnli", "stsb", "squad", "reviews", "moods"])
 def test_the_teacher_has_learnt(name, finished):
     """Else the scores would be equal because nothing is predicted."""
-    chance = {"mnli": 0.5, "stsb": 0.2, "squad": 0.05, "reviews": 0.3}
+    chance = {"mnli": 0.5, "stsb": 0.2, "squad": 0.05, "reviews": 0.3, "moods": 0.7}
     assert finished(name)[1]["teacher"]["score"] > chance[name]
 
 
@@ -390,6 +414,7 @@ def test_saved_models_say_what_they_are_for(top, finished):
         "labels",
         "data",
         "scores",
+        "by_class",
     }
 
     found = about(finished("mnli")[0] / "teacher")
@@ -401,6 +426,49 @@ def test_saved_models_say_what_they_are_for(top, finished):
         "max_length": 24,
         "labels": [],
     }
+
+
+def test_thresholds_are_those_of_the_training_rows(finished):
+    """Each model has its own, by which it is scored, answers and is described."""
+    workdir, result = finished("moods")
+    for name in ("teacher", "pruned"):
+        path = workdir / name
+        task = saved_model.saved_task(str(path))
+        model, params, _ = saved_model.load_model(path)
+        tokenizer = saved_model.load_tokenizer(path)
+        _, columns = sources.load(task, ("train", "validation"))
+        logits, labels = {}, {}
+        for split, texts in columns.items():
+            examples = task.tokenise(texts, tokenizer)
+            run = predict.make_predict(model)
+            logits[split] = predict.logits(run, params, task, examples, batch_size=64)
+            labels[split] = examples.labels > 0
+        thresholds = np.array(about(path)["settings"]["thresholds"])
+        chances = {split: expit(np.float64(x)) for split, x in logits.items()}
+
+        def f1(split, label, threshold, chances=chances, labels=labels):
+            given, gold = chances[split][:, label] > threshold, labels[split][:, label]
+            return 2 * (given & gold).sum() / max(given.sum() + gold.sum(), 1)
+
+        for label, threshold in enumerate(thresholds):
+            others = [f1("train", label, x) for x in np.arange(1, 100) / 100]
+            assert f1("train", label, threshold) == max(others)
+        by_class = result[name]["by_class"]
+        assert list(by_class) == list(task.labels) == ["great", "poor", "short"]
+        found = [f1("validation", k, t) for k, t in enumerate(thresholds)]
+        assert [rates["f1"] for rates in by_class.values()] == pytest.approx(found)
+        assert result[name]["score"] == pytest.approx(np.mean(found))
+        answers = cofi.pipeline(path)(columns["validation"]["text"])
+        given = [[label in a["labels"] for label in task.labels] for a in answers]
+        np.testing.assert_array_equal(given, chances["validation"] > thresholds)
+        card = (path / "README.md").read_text()
+        assert all(f"{t:g}" in card for t in thresholds) and "threshold" in card
+    paths = [str(workdir / name) for name in ("teacher", "pruned")]
+    both = evaluate.evaluate(paths, batch_sizes=[1], repeats=1)["models"]
+    for model, name in zip(both, ("teacher", "pruned"), strict=True):
+        assert model["scores"] == result[name]["scores"]
+    text = (workdir / "report.md").read_text()
+    assert "| short " in text and "The F1 of each class" in text
 
 
 def terms(workdir, stage):

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from cofi_jax.data import problems
 from cofi_jax.data.problems.base import weighted_mean
@@ -11,7 +11,7 @@ from cofi_jax.data.problems.base import weighted_mean
 LN2 = float(np.log(2))
 
 
-PROBLEMS = ("classification", "regression", "span")
+PROBLEMS = ("classification", "regression", "span", "multilabel")
 
 
 B, C, T = 4, 3, 6
@@ -36,6 +36,7 @@ def batch_of(problem):
         "classification": np.array([0, 2, 1, 1], np.int32),
         "regression": np.array([0.5, -1, 99, 4], np.float32),
         "span": np.array([[1, 5], [2, 2], [0, 0], [0, 3]], np.int32),
+        "multilabel": np.array([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0]], "f4"),
     }
     mask = np.arange(T) < np.array(LENGTHS)[:, None]
     return {
@@ -46,8 +47,8 @@ def batch_of(problem):
 
 
 def logits_of(problem, seed=0):
-    shapes = {"classification": (B, C), "regression": (B, 1), "span": (B, T, 2)}
-    return 2 * draw(*shapes[problem], seed=seed)
+    shapes = {"regression": (B, 1), "span": (B, T, 2)}
+    return 2 * draw(*shapes.get(problem, (B, C)), seed=seed)
 
 
 def choices(problem, logits):
@@ -63,6 +64,10 @@ def choices(problem, logits):
 def task_loss_by_hand(problem, logits, batch):
     if problem == "regression":
         return np.mean([(logits[i, 0] - batch["labels"][i]) ** 2 for i in (0, 1, 3)])
+    if problem == "multilabel":
+        labels, chances = np.float64(batch["labels"]), expit(np.float64(logits))
+        right = np.where(labels == 1, chances, 1 - chances)
+        return -np.mean(np.log(right[WEIGHT > 0]))
     terms = []
     for row, side, values in choices(problem, logits):
         label = batch["labels"][row] if side is None else batch["labels"][row, side]
@@ -73,6 +78,10 @@ def task_loss_by_hand(problem, logits, batch):
 def distill_by_hand(problem, student, teacher, temperature):
     if problem == "regression":
         return np.mean([(student[i, 0] - teacher[i, 0]) ** 2 for i in (0, 1, 3)])
+    if problem == "multilabel":
+        s, t = (expit(np.float64(x) / temperature) for x in (student, teacher))
+        divergence = (rel_entr(t, s) + rel_entr(1 - t, 1 - s)).sum(-1)
+        return temperature**2 * np.mean(divergence[WEIGHT > 0])
     terms = [
         rel_entr(softmax(t / temperature), softmax(s / temperature)).sum()
         for (*_, s), (*_, t) in zip(
@@ -160,6 +169,8 @@ def test_task_loss_gradient(problem):
     expected = np.zeros_like(logits)
     if problem == "regression":
         expected[:, 0] = 2 * (logits[:, 0] - batch["labels"]) * WEIGHT / 3
+    elif problem == "multilabel":
+        expected[:] = (expit(logits) - batch["labels"]) * WEIGHT[:, None] / 3 / C
     else:
         many = 3 if problem == "classification" else 6
         for row, side, values in choices(problem, logits):
@@ -188,7 +199,7 @@ def test_a_certain_span_costs_nothing():
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_distill_logits_in_float64(problem, temperature):
-    """Classes and spans: T^2 KL(teacher || student). Values: the squared error."""
+    """T^2 KL(teacher || student), of several labels their sum; values: the error."""
     student, teacher = logits_of(problem), logits_of(problem, seed=1)
     loss, _ = _distill(problem, student, teacher, batch_of(problem), temperature)
     expected = distill_by_hand(problem, student, teacher, temperature)
@@ -231,7 +242,7 @@ def test_distill_logits_of_equals_is_zero(problem):
     loss, gradient = _distill(problem, logits, logits, batch, 2.0)
     assert abs(loss) < 1e-6
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
-    if problem != "regression":  # what is added to all choices is not seen
+    if problem in ("classification", "span"):  # What is added to all is not seen.
         loss, gradient = _distill(problem, logits, logits + 5, batch, 2.0)
         assert abs(loss) < 1e-5
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
@@ -249,6 +260,24 @@ def test_distill_logits_gradient_is_t_times_the_gap(problem):
         expected[where] = temperature * gap / (3 if side is None else 6)
     _, gradient = _distill(problem, student, teacher, batch_of(problem), temperature)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_labels_are_taught_as_choices_of_their_own(temperature):
+    """Each of them is a choice between two classes; one that agrees adds nothing."""
+    student, teacher = logits_of("multilabel"), logits_of("multilabel", seed=1)
+    batch = batch_of("multilabel")
+    expected = 0
+    for label in range(C):
+        pair = (
+            np.stack([0 * x[:, label], x[:, label]], -1) for x in (student, teacher)
+        )
+        expected += distill("classification", *pair, batch, temperature)
+    found = distill("multilabel", student, teacher, batch, temperature)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    student, teacher = (np.insert(x, 1, 7.0, axis=1) for x in (student, teacher))
+    found = distill("multilabel", student, teacher, batch, temperature)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_values_are_taught_where_a_divergence_would_be_blind():

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from cofi_jax.data import batches
 from cofi_jax.data.metrics import METRICS
+from cofi_jax.data.problems import PROBLEMS
 
 CORRELATIONS = ("pearson", "spearman")
 
@@ -34,6 +36,22 @@ def test_matthews_by_hand():
     predictions = np.array([1, 1, 1, 0, 0, 0, 1])
     got = METRICS["matthews"](logits_of(predictions), labels)
     assert got == pytest.approx(5 / 12)
+
+
+def test_rates_of_each_class_by_hand():
+    # a: 2 of 3 found, 1 too many; b: 1 of 2 found, 1 too many; c is never right.
+    labels = np.array([0, 0, 0, 1, 1])
+    logits = logits_of(np.array([0, 0, 1, 1, 0]), classes=3)
+    rows = [np.zeros(1, np.int32)] * 5
+    examples = batches.Examples(rows, rows, labels)
+    found = PROBLEMS["classification"].by_class(logits, examples, ("a", "b", "c"))
+    assert found == {
+        "a": {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "count": 3},
+        "b": {"precision": 1 / 2, "recall": 1 / 2, "f1": 1 / 2, "count": 2},
+        "c": {"precision": 0, "recall": 0, "f1": 0, "count": 0},
+    }
+    for problem in ("regression", "span"):
+        assert PROBLEMS[problem].by_class(logits, examples, ()) == {}
 
 
 @pytest.mark.parametrize("flip, value", [(0, 1.0), (1, -1.0)])

@@ -12,7 +12,7 @@ from conftest import random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import expit, log_softmax, rel_entr, softmax
 
 from cofi_jax.config import Distill
 from cofi_jax.models.bert import Encoder
@@ -277,10 +277,11 @@ LABELS = {
     "classification": np.array([0, 2, 1], np.int32),
     "regression": np.array([0.5, -1, 9], np.float32),
     "span": np.array([[1, 5], [2, 2], [0, 0]], np.int32),
+    "multilabel": np.array([[0, 1, 1], [0, 0, 0], [1, 1, 1]], np.float32),
 }
 
 
-OUTPUTS = {"classification": 3, "regression": 1, "span": 2}
+OUTPUTS = {"classification": 3, "regression": 1, "span": 2, "multilabel": 3}
 
 
 PROJECTION = draw(10, 16, seed=5) / 4
@@ -341,6 +342,9 @@ class World:
         labels = self.batch["labels"][:2].reshape(-1)
         if self.problem == "regression":
             return np.mean((logits[:2, 0] - labels) ** 2)
+        if self.problem == "multilabel":
+            chances = expit(np.float64(logits[:2]).reshape(-1))
+            return -np.mean(np.log(np.where(labels == 1, chances, 1 - chances)))
         pairs = zip(self.choices(logits), labels, strict=True)
         return -np.mean([log_softmax(row)[label] for row, label in pairs])
 
@@ -348,6 +352,10 @@ class World:
         target = self.target.logits
         if self.problem == "regression":
             return np.mean((logits[:2] - target[:2]) ** 2)
+        if self.problem == "multilabel":
+            s, t = (expit(np.float64(x[:2]) / temperature) for x in (logits, target))
+            divergence = rel_entr(t, s) + rel_entr(1 - t, 1 - s)
+            return temperature**2 * divergence.sum() / 2
         terms = [
             rel_entr(softmax(t / temperature), softmax(s / temperature)).sum()
             for s, t in zip(self.choices(logits), self.choices(target), strict=True)

@@ -382,6 +382,16 @@ def test_markdown_is_complete():
     assert fold + '```json\n{\n  "seed": 57\n}\n```\n\n</details>\n' in text
 
 
+def test_markdown_shows_each_class():
+    content, none = make_report(), make_report()
+    for model, f1 in (("teacher", 0.75), ("pruned", 0.5)):
+        rates = {"precision": 1.0, "recall": 0.6, "f1": f1, "count": 1234}
+        content[model]["by_class"] = {"good": rates}
+    text = pages.markdown(content, make_metrics(), "{}")
+    assert ["good", "1,234", "0.7500", "0.5000", "-0.2500"] in cells(text)
+    assert "Class by class" not in pages.markdown(none, make_metrics(), "{}")
+
+
 def assert_png(path):
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 5000

@@ -1,6 +1,7 @@
 """Models of any kind, saved ones and Hugging Face's, opened the same way."""
 
 import dataclasses
+import operator
 import pathlib
 import types
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import cost, slicing
 
-_DESCRIBES_TASK = ("name", "columns", "label_column", "problem", "labels")
+_DESCRIBES_TASK = ("name", "columns", "label_column", "problem.name", "labels")
 
 
 class Loaded(NamedTuple):
@@ -70,7 +71,8 @@ def load(
         wanted = _described(Data(task=task, **described))
     for path, own in zip(paths, known, strict=True):
         for field in _DESCRIBES_TASK if wanted else ():
-            mine, first = (getattr(t or wanted, field) for t in (own, known[0]))
+            of = operator.attrgetter(field)
+            mine, first = (of(task or wanted) for task in (own, known[0]))
             if mine != first:
                 legal = f"its {field} is {mine!r}, that of {paths[0]} {first!r}"
                 raise reject("model", path, f"{legal}; all must be of one task")

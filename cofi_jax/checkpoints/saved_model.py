@@ -53,8 +53,9 @@ def save_model(
       spec: what was kept of the dense model; None for a dense one.
       tokenizer: the Hugging Face tokenizer.
       about: JSON-able: `task`, `labels`, `data` (the fields of `config.Data`), of a
-        sliced one `dense` (the sizes it was cut from) and `sparsity`; for the model
-        card `base_model` (a name on the hub), `scores` by split or the `report`.
+        sliced one `dense` (the sizes it was cut from) and `sparsity`; `settings` where
+        `Problem.fit` chose some; for the model card `base_model` (a name on the hub),
+        `scores` by split or the `report`.
       readme: the text of the model card, see `report.model_card`.
 
     Raises:
@@ -208,4 +209,8 @@ def saved_task(path: str) -> tasks.Task:
     task = tasks.find(data)
     if not task.num_outputs:
         raise reject("model", path, "saved without the names of its classes")
-    return task
+    try:
+        return task.with_settings(about.get("settings", {}))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        legal = f"model.json is damaged (settings: {foreign.reason(error)})"
+        raise reject("model", path, legal) from error

@@ -2,10 +2,11 @@
 
 Labels are (N,). For classes logits are (N, C), and the class with the largest one is
 the prediction; for values logits are (N, 1), and they are the predictions themselves.
+For any number of labels, both are (N, C), and labels whose logit is above 0 are given.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,6 +23,18 @@ def _of_classes(name: str, **options) -> Metric:
         with warnings.catch_warnings():  # It warns where there is a single class.
             warnings.simplefilter("ignore")
             return float(rule(labels, np.argmax(logits, axis=-1), **options))
+
+    return metric
+
+
+def _of_labels(average: str) -> Metric:
+    """The F1 of scikit-learn over several labels; 0 for one that is never involved."""
+
+    def metric(logits, labels):
+        import sklearn.metrics
+
+        options = {"average": average, "zero_division": 0}
+        return float(sklearn.metrics.f1_score(labels > 0, logits > 0, **options))
 
     return metric
 
@@ -47,11 +60,39 @@ METRICS: dict[str, Metric] = {
     "accuracy": _of_classes("accuracy_score"),  # in [0, 1]
     # Of class 1 of two, in [0, 1]; 0 where no row has or is given class 1.
     "f1": _of_classes("f1_score", zero_division=0),
+    "micro_f1": _of_labels("micro"),  # of all labels together, in [0, 1]
+    "macro_f1": _of_labels("macro"),  # the mean over the labels
     # In [-1, 1]; 0 for a constant prediction.
     "matthews": _of_classes("matthews_corrcoef"),
     "pearson": _of_values("pearsonr"),  # in [-1, 1], as the next
     "spearman": _of_values("spearmanr"),
 }
+
+
+def rates(
+    names: Sequence[str], right: np.ndarray, given: np.ndarray, there: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """The precision, the recall and the F1 of each of C classes, and its `count`.
+
+    Args:
+      names: those of the classes.
+      right: (C,) how often each was given where it was the right one.
+      given: (C,) how often it was given.
+      there: (C,) how often it was the right one, which is the `count`.
+
+    Returns:
+      The numbers by the name of the class. A rate of nothing is 0.
+    """
+    found = {}
+    for name, *numbers in zip(names, right, given, there, strict=True):
+        hits, said, count = map(int, numbers)
+        found[name] = {
+            "precision": hits / max(said, 1),
+            "recall": hits / max(count, 1),
+            "f1": 2 * hits / max(said + count, 1),
+            "count": count,
+        }
+    return found
 
 
 def main_score(scores: dict) -> float:

@@ -52,7 +52,7 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     numbered = bool(task.labels)
     if task.problem.names_classes and not task.labels:
         task = _with_labels(task, parts["train"])
-        _warn_of_classes(task.labels, parts["train"], task.label_column)
+        _warn_of_classes(task, parts["train"])
     for part in parts.values():
         _warn_of_quotes(task, part)
     return task, {split: _join(task, p, numbered) for split, p in parts.items()}
@@ -77,7 +77,7 @@ def _read_split(task: Task, split: str) -> list[_Part]:
 
 
 def _wanted(task):
-    return *task.columns, task.label_column
+    return *task.columns, *task.label_columns
 
 
 def _find_files(task: Task, split: str) -> list[pathlib.Path]:
@@ -116,10 +116,12 @@ def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
     file = file.expanduser()
     with _readable(field, file):
         table = formats.read(file, _wanted(task), quoting=task.quoting)
-    if file.suffix in formats.DELIMITED and not task.problem.names_classes:
-        # Only there is a number written as a text.
-        labels = table.cells.get(task.label_column, [])
-        table.cells[task.label_column] = [*map(_number, labels)]
+    if file.suffix in formats.DELIMITED:  # Only there is everything a text.
+        for column in {*task.label_columns} & {*table.cells}:
+            table.cells[column] = [
+                cell if cell is None else task.problem.spelled(cell)
+                for cell in table.cells[column]
+            ]
     return _Part(field, file, table)
 
 
@@ -133,14 +135,6 @@ def _readable(field, file):
     except Exception as error:  # Each parser has its own ways to refuse a file.
         problem = f"cannot read {file} ({type(error).__name__}: {error})"
         raise errors.reject(*field, problem) from error
-
-
-def _number(text: str | None) -> float | str | None:
-    """The number that a cell spells, or the cell as it is."""
-    try:
-        return text if text is None or "_" in text else float(text)
-    except ValueError:
-        return text
 
 
 def texts(path: str, task: Task, *, field: str) -> list[str]:
@@ -224,9 +218,16 @@ def _load_from_hub(task: Task, split: str) -> Table:
 
 
 def _checked(task: Task, part: _Part) -> _Part:
-    """The part, unless a column is missing or a text is none: a UserError."""
+    """The part, unless a column is missing or a text is none: a UserError.
+
+    Where several columns hold the labels, it gets one of their values by column.
+    """
     if problem := next(_problems(task, part.table), None):
         raise errors.reject(*part.field, f"{part.source}{problem}")
+    names, cells = task.label_columns, part.table.cells
+    if len(names) > 1:
+        rows = zip(*map(cells.__getitem__, names), strict=True)
+        cells[task.label_column] = [dict(zip(names, r, strict=True)) for r in rows]
     return part
 
 
@@ -248,7 +249,8 @@ def _problems(task: Task, table: Table) -> Iterator[str]:
                 yield f", row {row} (the first is 0) has {cell}, must be text"
     for column in _wanted(task):
         for row, cell in enumerate(table.cells[column]):
-            if isinstance(cell, str) and not formats.is_whole(cell):
+            texts = cell if isinstance(cell, list) else [cell]
+            if not all(formats.is_whole(x) for x in texts if isinstance(x, str)):
                 where = f", row {row} (the first is 0) has half of a surrogate pair"
                 yield f"{where} in {column!r}, which is no text"
 
@@ -264,9 +266,7 @@ def _with_labels(task: Task, parts: list[_Part]) -> Task:
     column = task.label_column
     cells = [cell for part in parts for cell in part.table.cells[column]]
     names = task.problem.class_names(cells, column)
-    if "f1" in task.metrics and len(names) != 2:
-        legal = f"f1 is for two classes, {column!r} has {len(names)}"
-        raise errors.reject("data.metrics", task.metrics, legal)
+    task.problem.check_metrics(task.metrics, names)
     return dataclasses.replace(task, labels=names)
 
 
@@ -274,12 +274,15 @@ def _with_labels(task: Task, parts: list[_Part]) -> Task:
 _MISSING = {"", "na", "n/a", "<na>", "nan", "nat", "none", "null"}
 
 
-def _warn_of_classes(names: Sequence[str], parts: list[_Part], column: str) -> None:
+def _warn_of_classes(task: Task, parts: list[_Part]) -> None:
     """Says which of the classes that were read off the rows look like mistakes."""
+    names, column = task.labels, task.label_column
     first: dict[str, str] = {}
     for part in parts:
         for row, cell in enumerate(part.table.cells[column]):
-            first.setdefault(str(cell), f"{part.source}, row {row} (the first is 0)")
+            for name in task.problem.named(cell):
+                where = f"{part.source}, row {row} (the first is 0)"
+                first.setdefault(str(name), where)
     alike = collections.defaultdict(list)
     words = []
     for name in names:

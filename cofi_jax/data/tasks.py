@@ -1,6 +1,7 @@
 """Tasks: what is read, predicted and scored; GLUE's and SQuAD are rows of a table."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,11 @@ class Task:
     buckets: tuple[int, ...] = ()  # padded lengths; () to choose them for the rows
 
     @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns that the labels are read from; most problems have one."""
+        return self.problem.label_columns(self.label_column)
+
+    @property
     def num_outputs(self) -> int:
         """The width of the logits (C)."""
         return self.problem.num_outputs(self.labels)
@@ -47,6 +53,15 @@ class Task:
         whose answer is not in their context.
         """
         return self.problem.tokenise(columns, self, tokenizer, training=training)
+
+    def with_settings(self, settings: Mapping[str, Any]) -> "Task":
+        """The task as the problem was fitted to a model, see `Problem.fit`.
+
+        Raises:
+          ValueError: for settings that are not the problem's.
+        """
+        problem = self.problem.with_settings(settings, self.labels)
+        return dataclasses.replace(self, problem=problem)
 
     def scorer(self, logits: np.ndarray, examples: Examples) -> tuple[int, Scorer]:
         """The number of examples, and the metrics as a function of a choice of them."""
@@ -130,14 +145,15 @@ def _own(data):
         legal = "the task own needs the names of one or two columns of text, as "
         legal += "--config.data.columns=title,body"
         raise errors.reject("data.columns", data.columns, legal)
-    if len({*data.columns, data.label_column}) <= len(data.columns):
-        legal = f"names one twice, data.label_column={data.label_column!r} included"
-        raise errors.reject("data.columns", data.columns, legal)
     problems = {name: each for name, each in PROBLEMS.items() if each.own_metrics}
     if data.problem not in problems:
         legal = f"must be one of {', '.join(problems)}"
         raise errors.reject("data.problem", data.problem, legal)
     problem = problems[data.problem]
+    read = *data.columns, *problem.label_columns(data.label_column)
+    if len(set(read)) < len(read):
+        legal = f"names one twice, data.label_column={data.label_column!r} included"
+        raise errors.reject("data.columns", data.columns, legal)
     if len(set(data.labels)) != len(data.labels):
         raise errors.reject("data.labels", data.labels, "names a class twice")
     if len(data.labels) == 1 or (data.labels and not problem.names_classes):
@@ -146,8 +162,8 @@ def _own(data):
     if not set(data.metrics) <= set(problem.own_metrics):
         legal = f"must be among {problem.own_metrics}"
         raise errors.reject("data.metrics", data.metrics, legal)
-    if "f1" in data.metrics and len(data.labels) > 2:
-        raise errors.reject("data.metrics", data.metrics, "f1 is for two classes")
+    if data.labels:
+        problem.check_metrics(data.metrics, data.labels)
     return Task(
         columns=tuple(data.columns),
         labels=tuple(data.labels),

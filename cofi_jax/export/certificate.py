@@ -51,14 +51,16 @@ class Result(NamedTuple):
       scores: each metric, the one that decides first.
       values: (Q,) values of each of the Q examples, for metrics that are their means.
       draws: (RESAMPLES,) values of the other metrics on resampled examples.
-      answers: the class or text that answers each example, or None for numbers.
+      answers: what answers each example, a class or text say; or None for numbers.
+      by_class: what `metrics.rates` says of each class; {} where there are none.
     """
 
     logits: np.ndarray
     scores: dict[str, float]
     values: dict[str, np.ndarray]
     draws: dict[str, np.ndarray]
-    answers: list[str | None]
+    answers: list[Any]
+    by_class: dict[str, dict[str, float]]
 
 
 def result(task: Task, examples: batches.Examples, logits: np.ndarray) -> Result:
@@ -68,8 +70,9 @@ def result(task: Task, examples: batches.Examples, logits: np.ndarray) -> Result
     others = set(task.metrics) - set(values)
     draws = evaluate.resampled(score, count) if others else {}
     decoded = task.problem.decode(logits, examples, task.labels)
-    answers = [each.get("label", each.get("answer")) for each in decoded]
-    return Result(logits, score(np.arange(count)), values, draws, answers)
+    answers = [task.problem.decision(answer) for answer in decoded]
+    by_class = task.problem.by_class(logits, examples, task.labels)
+    return Result(logits, score(np.arange(count)), values, draws, answers, by_class)
 
 
 def standard_error(metric: str, before: Result, after: Result) -> float:
@@ -94,8 +97,8 @@ def compare(
       `differences`         of the scores by metric, after minus before
       `standard_errors`     of these differences, by metric
       `max_abs_difference`  of the logits
-      `flips`               the number of examples that get another class or text; it
-                            is left out where the answers are numbers
+      `flips`               the number of examples that get another answer; it is left
+                            out where the answers are numbers
       `worst_recall`        the `class` whose recall falls most, and the `change` of
                             its recall; it is left out where there are no classes
     """
@@ -109,13 +112,12 @@ def compare(
     if None not in before.answers:
         pairs = zip(before.answers, after.answers, strict=True)
         found["flips"] = sum(one != other for one, other in pairs)
-    if task.problem.names_classes:
-        right = [x.logits.argmax(-1) == examples.labels for x in (after, before)]
-        recalls = {
-            name: float(np.subtract(*(x[examples.labels == k].mean() for x in right)))
-            for k, name in enumerate(task.labels)
-            if (examples.labels == k).any()
-        }
+    recalls = {
+        name: after.by_class[name]["recall"] - rates["recall"]
+        for name, rates in before.by_class.items()
+        if rates["count"]
+    }
+    if recalls:
         worst = min(recalls, key=recalls.__getitem__)
         found["worst_recall"] = {"class": worst, "change": recalls[worst]}
     return found

@@ -181,7 +181,8 @@ def _teacher(path, about):
             params = vocabulary_lib.take(params, vocabulary_lib.rows(before, after))
         except KeyError:  # It lacks a token.
             return None
-    return verify.in_jax(params, config)
+    task = saved_model.saved_task(str(other))
+    return verify.in_jax(params, config)._replace(task=task)
 
 
 def _check_request(formats, dtype, max_loss):

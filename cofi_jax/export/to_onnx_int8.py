@@ -140,7 +140,7 @@ def check(form: Format, folder: Path, subject: verify.Subject) -> dict[str, Any]
         results = {own: certificate.result(task, examples, expected)}
         scored = ["dense", "dense int8"] * bool(subject.teacher) + [own_int8]
         for name in scored:
-            results[name] = _result(form, folders[name], subject)
+            results[name] = _result(form, folders[name], subject, name != own_int8)
         kept = []
         if _loses(subject, results[own], results[own_int8]):
             kept = _rescue(folders[own], folder, subject, results[own])
@@ -204,9 +204,11 @@ def _write_all(scratch, subject, own):
     return folders
 
 
-def _result(form, folder, subject):
+def _result(form, folder, subject, of_teacher=False):
     """The `certificate.Result` of a written model."""
     task, examples = subject.rows.task, subject.rows.examples
+    if of_teacher:
+        task = subject.teacher.task or task
     logits = verify.logits_of(to_onnx.load(folder), task, examples)
     if not np.isfinite(logits).all():
         legal = "gives logits that are not numbers; not written"

@@ -38,11 +38,20 @@ TOLERANCE = 1e-4  # The largest difference of logits, relative where they exceed
 
 
 class Model(NamedTuple):
-    """A model in one runtime."""
+    """A model in one runtime.
+
+    Attributes:
+      params: the parameters.
+      config: their sizes.
+      predict: from a batch to its logits.
+      task: of the dense model that is scored beside a pruned one, its task, with the
+        settings that were chosen for it.
+    """
 
     params: dict
     config: EncoderConfig
-    predict: Callable[[Batch], Any]  # The logits of a batch.
+    predict: Callable[[Batch], Any]
+    task: Task | None = None
 
 
 class Validation(NamedTuple):

@@ -138,7 +138,10 @@ def _structure(config, about):
         f"{' '.join(map(str, config.intermediate))}; 0 is an absent block. At most "
         f"{config.longest} tokens."
     )
-    return f"{words} Classes in the order of the logits: {labels}."
+    words = f"{words} Classes in the order of the logits: {labels}."
+    names = about.get("labels", ())
+    problem = PROBLEMS[config.problem].with_settings(about.get("settings", {}), names)
+    return " ".join(filter(None, [words, escape(problem.describe(names))]))
 
 
 def _vocabulary(found):

@@ -66,6 +66,7 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         layers=tables.folded("The same as a table", str(tables.layers(report))),
         stages=tables.stages(metrics),
         family=_family(report),
+        classes=_classes(report),
         minutes=", ".join(minutes),
         versions=escape(", ".join(versions)),
         config=tables.folded("The exact config of this run", code),
@@ -81,6 +82,16 @@ def _family(report):
         "This page is about the smallest one.\n\n"
         f"![Score against speed and against size]({_FAMILY})\n\n"
         f"{compare.table(points)}\n\n"
+    )
+
+
+def _classes(report):
+    """What is said of each class, with a line after it; "" where there are none."""
+    table = tables.by_class(report)
+    if not table.rows:
+        return ""
+    return (
+        f"## Class by class\n\n{tables.folded('The F1 of each class', str(table))}\n\n"
     )
 
 

@@ -170,6 +170,18 @@ def score_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, float]]:
     ]
 
 
+def by_class(report: Report) -> Table:
+    """The F1 that both models reach on each class; it has no rows without classes."""
+    dense, pruned = (report[key].get("by_class", {}) for key in ("teacher", "pruned"))
+    rows = []
+    for name, rates in dense.items():
+        before, after = rates["f1"], pruned[name]["f1"]
+        cells = f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"
+        rows.append([name, f"{rates['count']:,}", *cells])
+    head = ("class", "of these", "dense, F1", "pruned, F1", "change")
+    return Table("<>>>>", head, rows)
+
+
 def layers(report: Report) -> Table:
     """The attention heads and the feed-forward width that each layer keeps."""
     columns = []

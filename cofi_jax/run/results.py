@@ -34,21 +34,24 @@ def collect(
     run: Run,
     stair: Stair,
     models: Mapping[str, tuple[Encoder, dict]],
-    teacher_scores: Mapping[str, Mapping[str, float]],
+    reached: Mapping[str, Mapping[str, Any]],
     sliced: Slicing,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of `report.json`, for which the models are scored and timed.
+    """The content of `report.json`, for which the models are timed.
 
     Args:
       run: what the stages shared.
       stair: which of the run's models it is.
       models: the modules and parameters: `dense`, the teacher's, and `pruned`.
-      teacher_scores: the teacher's metrics, by validation split.
+      reached: what `Run.reached` says of each of them.
       sliced: the figures from before fine-tuning.
       seconds: the time that each stage took.
     """
-    config, scores = run.config, run.scores(*models["pruned"])
+    config, found = run.config, {}
+    for name, parts in reached.items():
+        found[name] = {"score": main_score(parts["scores"])} | parts
+        found[name].pop("settings", None)  # The saved model has them.
     sizes = {name: model.config for name, (model, _) in models.items()}
     # On one device, while the other processes rest.
     how = dataclasses.asdict(config.benchmark)
@@ -59,12 +62,8 @@ def collect(
         "task": config.data.task,
         "metric": run.task.metrics[0],
         "seed": config.seed,
-        "teacher": {"score": main_score(teacher_scores), "scores": teacher_scores},
-        "pruned": {
-            "score": main_score(scores),
-            "score_before_finetune": sliced.score,
-            "scores": scores,
-        },
+        "teacher": found["dense"],
+        "pruned": found["pruned"] | {"score_before_finetune": sliced.score},
         "sparsity": sliced.sparsity,
         "target_sparsity": stair.target,
         "params": {

@@ -172,7 +172,7 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
     if not config.teacher.path:
         params, seconds["teacher"] = stages.train_teacher(run, dense, params)
     params = jax.device_put(params)
-    scores = _save_teacher(run, inputs, params)
+    reached = _save_teacher(run, inputs, params)
     teacher = None
     if config.distill.logits or config.distill.layers:
         teacher = TeacherCache(dense, params, config.distill)
@@ -190,25 +190,28 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
         )
         models = {"dense": (dense, params), "pruned": (model, student.params)}
         reports.append(
-            _save_pruned(run, stair, inputs, models, spec, scores, figures, seconds)
+            _save_pruned(run, stair, inputs, models, spec, reached, figures, seconds)
         )
     report = results.of_run(reports)
     distributed.on_process_zero(lambda: results.write(run, report))
     return report
 
 
-def _save_pruned(run, stair, inputs, models, spec, scores, figures, seconds):
+def _save_pruned(run, stair, inputs, models, spec, reached, figures, seconds):
     """Saves one of the run's models: the report that stands in it."""
     (dense, _), (model, params) = models["dense"], models["pruned"]
     path = stages.saved_as(run.workdir, stair)
 
     def save():
-        report = results.collect(run, stair, models, scores, figures, seconds)
+        both = {"dense": reached, "pruned": run.reached(model, params)}
+        report = results.collect(run, stair, models, both, figures, seconds)
         about = {
             "dense": dataclasses.asdict(dense.config),
             "sparsity": report["sparsity"],
             "report": report,
         }
+        if settings := both["pruned"].get("settings"):
+            about["settings"] = settings
         _save(run, path.name, params, model.config, spec, inputs.tokenizer, about)
 
     made_from = run.made_from(models["dense"][1], params)
@@ -216,18 +219,20 @@ def _save_pruned(run, stair, inputs, models, spec, scores, figures, seconds):
     return saved_model.read_about(path)[2]["report"]
 
 
-def _save_teacher(run, inputs, params) -> dict[str, dict[str, float]]:
-    """The teacher's scores, which `teacher/` holds too."""
+def _save_teacher(run, inputs, params) -> dict[str, Any]:
+    """What `Run.reached` says of the teacher, which `teacher/` holds too."""
     model, path = inputs.model, run.workdir / "teacher"
 
     def save():
-        about = {"scores": run.scores(model, params)}
+        about = run.reached(model, params)
         _save(run, "teacher", params, model.config, None, inputs.tokenizer, about)
 
     artefacts.settle(path, run.made_from(params), save)
-    scores = saved_model.read_about(path)[2]["scores"]
-    print(f"teacher: {run.task.metrics[0]} {main_score(scores):.4f}", flush=True)
-    return scores
+    about = saved_model.read_about(path)[2]
+    reached = {k: about[k] for k in ("scores", "by_class", "settings") if k in about}
+    score = main_score(reached["scores"])
+    print(f"teacher: {run.task.metrics[0]} {score:.4f}", flush=True)
+    return reached
 
 
 def _slice(run, stair, model, student, masks):

@@ -106,19 +106,50 @@ class Run:
         """A digest of the run's inputs and of arrays, see `artefacts`."""
         return zlib.crc32(f"{self.inputs} {distributed.digest(trees)}".encode())
 
-    def scores(self, model: Encoder, params: dict) -> dict[str, dict[str, float]]:
-        """Each of the task's metrics, by validation split."""
-        return {
-            split: self.task.scores(self._logits(model, params, {}, rows), rows)
-            for split, rows in self.validation.items()
-        }
+    def reached(self, model: Encoder, params: dict) -> dict[str, Any]:
+        """What a model reaches on the validation rows, and by which settings.
+
+        Returns:
+          `scores`    each of the task's metrics, by validation split
+          `by_class`  what `metrics.rates` says, on the split that decides
+          `settings`  what `Problem.fit` chose on all training rows
+          The last two are left out where the problem has none.
+        """
+        task = self._fitted(model, params, None, self.train)
+        scores, by_class = {}, {}
+        for split, rows in self.validation.items():
+            logits = self._logits(model, params, None, rows)
+            scores[split] = task.scores(logits, rows)
+            by_class = by_class or task.problem.by_class(logits, rows, task.labels)
+        more = {"by_class": by_class, "settings": dict(task.problem.settings)}
+        return {"scores": scores} | {name: part for name, part in more.items() if part}
 
     def score(self, model: Encoder, params: dict, masks: Masks | None = None) -> float:
-        """The metric that decides, on the split that decides."""
+        """The metric that decides, on the split that decides.
+
+        What the problem chooses on training rows it chooses on a part of them.
+        """
+        task = self._fitted(model, params, masks, self._some_rows)
         rows = next(iter(self.validation.values()))
-        return main_score(
-            self.task.scores(self._logits(model, params, masks, rows), rows)
-        )
+        return main_score(task.scores(self._logits(model, params, masks, rows), rows))
+
+    @functools.cached_property
+    def _some_rows(self) -> batches.Examples:
+        """As many training rows as there are validation rows on the split that decides.
+
+        So they at most double the time of an evaluation.
+        """
+        count = len(next(iter(self.validation.values())))
+        count = min(count, len(self.train))
+        return batches.first_rows(self.train, count, field="data.path")
+
+    def _fitted(self, model, params, masks, rows) -> tasks.Task:
+        """The task with what its problem chooses for a model on training rows."""
+        if not self.task.problem.fits:
+            return self.task
+        logits = self._logits(model, params, masks, rows)
+        problem = self.task.problem.fit(logits, rows, self.task.metrics)
+        return dataclasses.replace(self.task, problem=problem)
 
     def exact_logits(
         self, model: Encoder, params: dict, masks: Masks | None = None

@@ -1,6 +1,7 @@
 """The interface of a kind of output, with the defaults that most kinds share."""
 
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -37,7 +38,9 @@ class Problem:
     name: str  # the value of `data.problem` and of a saved model's `problem`
     head: Literal["first", "every"] = "first"  # the tokens that the head reads
     own_metrics: tuple[str, ...] = ()  # that `own` may ask for; (): `own` has no such
-    names_classes: bool = False  # labels are names, and cells are read as texts
+    names_classes: bool = False  # the labels name classes, which have an order
+    fits: bool = False  # whether `fit` chooses anything
+    settings: Mapping[str, Any] = types.MappingProxyType({})  # what it chose, for JSON
     # The batch size and the length that are timed where the user asks for none.
     timed_on_cpu: tuple[int, int] = (32, 64)
     timed_on_gpu: tuple[int, int] = (128, 128)  # as in the paper
@@ -49,6 +52,27 @@ class Problem:
     output_class: str = "SequenceClassifierOutput"
     outputs: tuple[str, ...] = ("logits",)  # or one name for each column of the logits
     example: tuple[str, str] = ("A gripping film.", "It is worth seeing.")
+
+    def check_metrics(self, metrics: Sequence[str], labels: Sequence[str]) -> None:
+        """Raises UserError where one of `metrics` is not for these classes."""
+
+    def label_columns(self, column: str) -> tuple[str, ...]:
+        """The columns that hold the labels, given the value of `data.label_column`.
+
+        Where there are several, the cell of a row is a dict of its values by column.
+        """
+        return (column,)
+
+    def spelled(self, text: str) -> Any:
+        """The label that a cell of csv or tsv spells: a number, or else the text."""
+        try:
+            return text if "_" in text else float(text)
+        except ValueError:
+            return text
+
+    def named(self, cell: Any) -> Sequence[Any]:
+        """The classes that a cell of the label column names."""
+        return (cell,)
 
     def num_outputs(self, labels: Sequence[str]) -> int:
         """The width of the logits (C), given the names of the classes."""
@@ -134,11 +158,40 @@ class Problem:
         divergence = jnp.sum(jnp.exp(p) * (p - q), -1)
         return temperature**2 * mean_over_rows(divergence, weight, batch)
 
+    def fit(
+        self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]
+    ) -> "Problem":
+        """The problem with what it chooses for a model by its logits of training rows.
+
+        It aims at the first of `metrics`. `decode` and the metrics go by these
+        `settings`, which saved models hold.
+        """
+        return self
+
+    def with_settings(
+        self, settings: Mapping[str, Any], labels: Sequence[str]
+    ) -> "Problem":
+        """The problem as `fit` gave it; ValueError where it cannot have done so."""
+        if settings:
+            raise ValueError(f"a {self.name} has no settings")
+        return self
+
+    def describe(self, labels: Sequence[str]) -> str:
+        """What the model card says of the settings, in full sentences."""
+        return ""
+
     def decode(
         self, logits: np.ndarray, examples: Examples, labels: Sequence[str]
     ) -> list[dict[str, Any]]:
         """The answer to each text, as `pipeline` gives it."""
         raise NotImplementedError
+
+    def decision(self, answer: dict[str, Any]) -> Any:
+        """What one of `decode`'s answers decides on, a class say; None for numbers.
+
+        Two models' answers are compared by it.
+        """
+        return None
 
     def per_example(
         self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]
@@ -147,6 +200,12 @@ class Problem:
         if "accuracy" not in metrics:
             return {}
         return {"accuracy": np.argmax(logits, axis=-1) == examples.labels}
+
+    def by_class(
+        self, logits: np.ndarray, examples: Examples, labels: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """What `metrics.rates` says of each class; {} where there are no classes."""
+        return {}
 
     def scorer(
         self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]

@@ -1,17 +1,15 @@
 """One of several classes for each row."""
 
-import decimal
 import math
 import re
 
 import jax
 import numpy as np
 
+from cofi_jax.data.metrics import rates
+from cofi_jax.data.problems import names as names_lib
 from cofi_jax.data.problems.base import Problem, WrongLabel
 from cofi_jax.errors import reject
-
-_WHOLE = r"[+-]?\d+"
-_MOST_CLASSES = 1000  # more are numbers to be predicted, or a mistake
 
 
 class Classification(Problem):
@@ -28,8 +26,7 @@ class Classification(Problem):
         read off rows, as 3, 7  7, 3, 3           a name
 
     The order of names that were given is somebody's choice, so it numbers them. A cell
-    is compared as a text, and 1.0 as 1: pandas makes floats of integers where another
-    cell is empty.
+    is compared as a text, see `names.text`.
     """
 
     name = "classification"
@@ -37,39 +34,38 @@ class Classification(Problem):
     names_classes = True
     problem_type = "single_label_classification"
 
+    def check_metrics(self, metrics, labels):
+        if "f1" in metrics and len(labels) != 2:
+            legal = f"f1 is for two classes, there are {len(labels)}"
+            raise reject("data.metrics", metrics, legal)
+
+    def spelled(self, text):
+        return text  # A class may be called 007.
+
     def num_outputs(self, labels):
         return len(labels)
 
     def class_names(self, cells, column):
         """The classes in sorted order, unless the cells look like values instead."""
         there = [cell for cell in cells if cell is not None and cell == cell]  # nan
-        found = {_text(cell): cell for cell in there}
-        words = {name for name in found if not re.fullmatch(_WHOLE, name)}
+        found = {names_lib.text(cell): cell for cell in there}
+        words = {name for name in found if not re.fullmatch(names_lib.WHOLE, name)}
         if words < found.keys() and all(map(_is_nan, words)):  # It is a missing number.
             found = {name: cell for name, cell in found.items() if name not in words}
-        whole = all(re.fullmatch(_WHOLE, name) for name in found)
-        # Of any number of digits, where Python's integers have a limit.
-        names = sorted(found, key=decimal.Decimal if whole else None)
-        fractions = not whole and all(map(_is_number, found))
+        names = names_lib.in_order(found)
+        fractions = bool(words & found.keys()) and all(map(_is_number, found))
         nested = any(isinstance(cell, list | dict) for cell in found.values())
-        if fractions or nested or not 2 <= len(names) <= _MOST_CLASSES:
+        if fractions or nested or not 2 <= len(names) <= names_lib.MOST:
             some = ", ".join(names[:5])
             legal = f"has {len(names)} different values ({some}, ...); must be 2 to "
-            legal += f"{_MOST_CLASSES} classes, or set data.problem=regression"
+            legal += f"{names_lib.MOST} classes, or set data.problem=regression"
             raise reject("data.label_column", column, legal)
         return tuple(names)
 
     def encode(self, cells, labels, *, numbered):
         """(N,) int32 class numbers."""
-        texts = [_text(cell) for cell in cells]
-        numbers = {name: number for number, name in enumerate(labels)}
-        legal = f"must be among {', '.join(labels)}"
-        # Names that are numbers themselves leave no doubt.
-        if numbered and not any(re.fullmatch(_WHOLE, name) for name in labels):
-            legal = f"must be an integer among {dict(enumerate(labels))}, or one of "
-            legal += "these names (hub test splits hold only -1)"
-            if not any(text in numbers for text in texts):
-                numbers = {str(number): number for number in numbers.values()}
+        texts = [names_lib.text(cell) for cell in cells]
+        numbers, legal = names_lib.numbering(texts, labels, numbered=numbered)
         for row, text in enumerate(texts):
             if cells[row] is None or text not in numbers:
                 raise WrongLabel(row, legal)
@@ -83,9 +79,16 @@ class Classification(Problem):
             for k, row in zip(best, scores, strict=True)
         ]
 
+    def decision(self, answer):
+        return answer["label"]
 
-def _text(cell) -> str:
-    return re.sub(rf"^({_WHOLE})\.0$", r"\1", str(cell))
+    def by_class(self, logits, examples, labels):
+        given, gold = np.argmax(logits, -1), examples.labels
+        counts = (
+            np.bincount(numbers, minlength=len(labels))
+            for numbers in (gold[given == gold], given, gold)
+        )
+        return rates(labels, *counts)
 
 
 def _is_nan(text) -> bool:

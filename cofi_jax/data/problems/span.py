@@ -64,6 +64,9 @@ class Span(Problem):
         answers = squad.best_answers(logits, examples.questions)
         return [{"answer": answer} for answer in answers]
 
+    def decision(self, answer):
+        return answer["answer"]
+
     def per_example(self, logits, examples, metrics):
         questions = examples.questions
         texts = squad.best_answers(logits, questions)
