@@ -62,7 +62,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="session")
 def tiny():
-    """A model small enough to slice two hundred times."""
+    """A model small enough to slice many times."""
     return TINY
 
 

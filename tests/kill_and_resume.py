@@ -7,6 +7,7 @@ import argparse
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +40,22 @@ def logged(workdir):
             continue
         found.append((values["stage"], values["step"]))
     return found
+
+
+def as_before(stage, whole, workdir):
+    """Copies a finished run without the results of a stage and of all that follow."""
+    stages = list(dict.fromkeys(name for name, _ in logged(whole)))
+    undone = stages[stages.index(stage) :]
+    suffixes = {name.partition("-")[1] + name.partition("-")[2] for name in undone}
+    names = [f"checkpoints/{name}" for name in undone]
+    names += [f"{name}{suffix}" for suffix in suffixes for name in ("pruned", "masks")]
+    shutil.copytree(whole, workdir)
+    for path in [path for name in names for path in workdir.glob(f"{name}*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (workdir / "report.json").unlink()
+    log = workdir / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(x for x in lines if json.loads(x)["stage"] not in undone))
 
 
 def moments_of(workdir, kills, rng):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pruning_steps
 import pytest
-from kill_and_resume import differing, logged
+from kill_and_resume import as_before, differing, logged
 
 import train
 from cofi_jax import load_model
@@ -161,9 +161,10 @@ def finished(config_file, tmp_path_factory, quick_compile):
 
 
 @pytest.fixture(scope="module")
-def killed(config_file, tmp_path_factory, quick_compile):
+def killed(config_file, finished, tmp_path_factory, quick_compile):
     """The folder of two processes that were killed while they pruned."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
+    as_before("prune", finished, workdir)
     processes = train_two(config_file, workdir)
     saved = workdir / "checkpoints" / "prune" / "10"
     while not (saved.exists() and ("prune", 15) in logged(workdir)):

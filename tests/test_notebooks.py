@@ -11,6 +11,7 @@ NAMES = [path.stem for path in NOTEBOOKS]
 MEGABYTE = 2**20
 # Appended to the cell that is tagged "config".
 TINY = """
+config.model.num_layers = 3
 config.model.num_heads = 2
 config.model.hidden_size = 16
 config.model.intermediate_size = 32

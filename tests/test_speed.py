@@ -37,7 +37,7 @@ from cofi_jax.pruning import constraint, cost, masks, slicing
 from cofi_jax.training import objectives
 from cofi_jax.training import teacher as teacher_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = pytest.mark.usefixtures("quick_compile", "code_cache")
 
 
 SIZES = ["--layers=2", "--hidden=12", "--heads=3", "--intermediate=20"]
