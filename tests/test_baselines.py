@@ -161,13 +161,13 @@ def shrunk(config):
     """The demo's task on a tiny model, with the pruning of a baseline."""
     small = demo.get_config()
     small.model = dataclasses.replace(
-        small.model, num_layers=4, num_heads=2, hidden_size=16, intermediate_size=32
+        small.model, num_layers=2, num_heads=2, hidden_size=16, intermediate_size=32
     )
-    small.teacher.train_rows = small.finetune.train_rows = 128
+    small.teacher.train_rows = small.finetune.train_rows = 64
     small.teacher.epochs = small.finetune.epochs = 1
     small.benchmark.repeats = 1
     small.prune = config.prune
-    small.prune.train_rows, small.prune.seed_batches = 128, 2
+    small.prune.train_rows, small.prune.seed_batches = 64, 2
     return small
 
 
@@ -176,13 +176,13 @@ def test_every_second_layer_of_the_teacher(tmp_path):
     report = run_lib.run(shrunk(baselines.get_config("stsb,every,2")), workdir)
     assert report["kept"] == {
         "hidden": 16,
-        "heads": [2, 0, 2, 0],
-        "intermediate": [32, 0, 32, 0],
+        "heads": [2, 0],
+        "intermediate": [32, 0],
     }
     assert report["sparsity"] == report["target_sparsity"] == pytest.approx(0.5)
     assert report["masked_vs_sliced_max_abs_diff"] < 1e-4
     _, _, spec = saved_model.load_model(workdir / "pruned")
-    assert spec.heads == ((0, 1), (), (0, 1), ())
+    assert spec.heads == ((0, 1), ())
 
 
 @pytest.mark.parametrize(
