@@ -40,6 +40,8 @@ class Problem:
     own_metrics: tuple[str, ...] = ()  # that `own` may ask for; (): `own` has no such
     names_classes: bool = False  # the labels name classes, which have an order
     fits: bool = False  # whether `fit` chooses anything
+    text_form: str = "text"  # what a cell of a column of text must be, in words
+    most_columns: int = 2  # of text
     settings: Mapping[str, Any] = types.MappingProxyType({})  # what it chose, for JSON
     # The batch size and the length that are timed where the user asks for none.
     timed_on_cpu: tuple[int, int] = (32, 64)
@@ -54,7 +56,10 @@ class Problem:
     example: tuple[str, str] = ("A gripping film.", "It is worth seeing.")
 
     def check_metrics(self, metrics: Sequence[str], labels: Sequence[str]) -> None:
-        """Raises UserError where one of `metrics` is not for these classes."""
+        """Raises UserError where one of `metrics` is not for these classes.
+
+        It also does where these are no classes of such a problem.
+        """
 
     def label_columns(self, column: str) -> tuple[str, ...]:
         """The columns that hold the labels, given the value of `data.label_column`.
@@ -62,6 +67,18 @@ class Problem:
         Where there are several, the cell of a row is a dict of its values by column.
         """
         return (column,)
+
+    def texts(self, cell: Any) -> Sequence[str] | None:
+        """The texts in a cell of a column of text, or None where it is no such cell."""
+        return (cell,) if isinstance(cell, str) else None
+
+    def check_labels(self, texts: Sequence[Any], cells: Sequence[Any]) -> None:
+        """Raises WrongLabel where a row's label cannot be that of its text.
+
+        Args:
+          texts: the cells of the first column of text.
+          cells: those of the label column.
+        """
 
     def spelled(self, text: str) -> Any:
         """The label that a cell of csv or tsv spells: a number, or else the text."""
