@@ -59,8 +59,8 @@ class MultiLabel(Problem):
         """The columns of the labels, or what stands in the lists, in sorted order."""
         if isinstance(cells[0], dict):
             return tuple(cells[0])
-        found = {name for cell in cells for name in map(_text, self.named(cell))}
-        names = names_lib.in_order(found - {None})
+        found = [name for cell in cells for name in map(_text, self.named(cell))]
+        names = names_lib.in_order(name for name in found if name is not None)
         if not 2 <= len(names) <= names_lib.MOST:
             some = ", ".join(names[:5])
             legal = f"has {len(names)} different labels in its lists ({some}); must "
