@@ -163,35 +163,28 @@ class Entities(Problem):
             ids += [np.array(tokens.ids, np.int32)[here] for here in windows]
             types += [np.array(tokens.type_ids, np.int32)[here] for here in windows]
             of_row += [number] * len(windows)
-        known = columns[task.label_column]
-        golds = [
-            np.zeros(len(words), np.int32) if gold is None else gold
-            for words, gold in zip(places, known, strict=True)
-        ]
-        row, token = np.concatenate(seats, axis=1)
-        gold = np.concatenate(golds)
+        known = [gold for gold in columns[task.label_column] if gold is not None]
         sizes = [*map(len, places)]
-        text = np.repeat(np.arange(len(sizes)), sizes)
-        labels = np.full((len(ids), task.max_length), -1, np.int16)
+        row, token = np.concatenate(seats, axis=1)
+        uncut = Sentences(
+            contexts=contexts,
+            of_row=np.array(of_row, np.int32),
+            names=task.labels,
+            text=np.repeat(np.arange(len(sizes)), sizes),
+            places=np.concatenate(places),
+            labels=np.concatenate(known) if known else np.zeros(sum(sizes), np.int32),
+            row=row,
+            token=token,
+        )
         read = row >= 0
-        labels[row[read], token[read]] = gold[read]
-        if not read.all() and known[0] is not None:
+        labels = np.full((len(ids), task.max_length), -1, np.int16)
+        labels[row[read], token[read]] = uncut.labels[read]
+        if known and not read.all():
             errors.warn(
                 f"{(~read).sum()} words have no token of their own, as in row "
-                f"{text[read.argmin()]} (the first is 0) of {len(sizes)}; they are "
-                "taken for O"
+                f"{uncut.text[read.argmin()]} (the first is 0) of {len(sizes)}; they "
+                "are taken for O"
             )
-        windows_of = np.array(of_row, np.int32)
-        uncut = Sentences(
-            contexts,
-            windows_of,
-            task.labels,
-            text,
-            np.concatenate(places),
-            gold,
-            row,
-            token,
-        )
         return Examples(ids, types, labels, tokenizer.pad_token_id, uncut)
 
     def choices(self, logits, batch):
@@ -284,18 +277,19 @@ _JOINING = "-\N{EN DASH}.'\N{RIGHT SINGLE QUOTATION MARK}&/@"
 
 
 def _kind_of_letter(letter: str) -> str:
-    """What `_WORD` calls it."""
-    if letter == "," or letter in _JOINING:
-        return "," if letter == "," else "j"
+    """What `_WORD` calls it: c, d, j, l, o, s, or a comma."""
+    if letter == ",":
+        return letter
+    if letter in _JOINING:
+        return "j"
     category = unicodedata.category(letter)
     if letter.isspace() or category == "Cc":
         return "s"
     if "\u3040" <= letter <= "\u30ff" or "\u3400" <= letter <= "\u9fff":
-        return "c"
-    # Marks belong to letters, and so do the signs that only join or part them.
-    return {"N": "d", "L": "l", "M": "l"}.get(
-        category[0], "l" if category == "Cf" else "o"
-    )
+        return "c"  # kana and Chinese characters
+    if category[0] in "LM" or category == "Cf":  # marks, and what joins letters
+        return "l"
+    return "d" if category[0] == "N" else "o"
 
 
 def _check_room(tokenizer: Any, max_length: int) -> None:
@@ -389,7 +383,7 @@ def _kinds(names: Sequence[str]) -> list[str]:
 
 
 def _begins(classes: np.ndarray, text: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """(M,) bool, whether an entity begins with each word: conlleval's rule.
+    """(M,) bool, whether an entity begins with each word, by seqeval's rule.
 
     A word that is a part of one begins one where its letter says so, where the word
     before it in the text is O, ends an entity or is of another type, or where there is
