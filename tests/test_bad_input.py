@@ -595,6 +595,16 @@ COMMANDS = {
                 ["train.csv, row 0 ", "stars,verdict={{'stars': 5", "must be 0 or 1"],
             ),
             (
+                "texts for lists of words",
+                ["columns=('text',)", "problem=entities", "label_column=verdict"],
+                ["train.csv, row 0 ", "text='", "must be a list of words"],
+            ),
+            (
+                "two columns for words",
+                ["columns=('text','stars')", "problem=entities"],
+                ["data.columns=('text', 'stars')", "one column, each cell a list"],
+            ),
+            (
                 "problem",
                 ["columns=('text',)", "problem=ranking"],
                 ["data.problem='ranking'", "classification, regression"],

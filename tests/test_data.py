@@ -44,7 +44,7 @@ def test_one_column(tokenizer):
         columns, tokenizer
     )
     assert len(examples) == 3 and examples.pad_id == 1
-    assert examples.questions is None
+    assert examples.uncut is None
     assert examples.lengths.tolist() == [2 + len(s.split()) for s in SENTENCES]
     words = tokenizer.get_vocab()
     for text, ids, types in zip(
@@ -131,7 +131,7 @@ def test_questions_by_hand(tokenizer, capsys):
     ):
         assert ids.tolist() == tokenizer(asked, CONTEXT)["input_ids"]
         assert types.tolist() == [0] * 4 + [1] * 12
-    found = examples.questions
+    found = examples.uncut
     assert found.contexts == [CONTEXT] * 3
     assert found.answers == [["good"], ["bad"], ["never really dull", "dull"]]
     assert found.of_row.tolist() == [0, 1, 2]
@@ -148,7 +148,7 @@ def test_questions_by_hand(tokenizer, capsys):
 def test_questions_without_an_answer_are_left_out_of_training(tokenizer, capsys):
     examples = windows(tokenizer, max_length=40, training=True)
     assert examples.labels.tolist() == [[7, 7], [12, 14]]
-    assert examples.questions.of_row.tolist() == [0, 1]
+    assert examples.uncut.of_row.tolist() == [0, 1]
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
@@ -158,7 +158,7 @@ def test_questions_without_an_answer_are_left_out_of_training(tokenizer, capsys)
 @pytest.mark.parametrize("training", [False, True])
 def test_contexts_that_are_too_long_become_windows(tokenizer, training):
     examples = windows(tokenizer, max_length=12, training=training)
-    assert len(examples) == len(examples.labels) > len(examples.questions.contexts)
+    assert len(examples) == len(examples.labels) > len(examples.uncut.contexts)
     assert examples.lengths.max() == 12
 
 

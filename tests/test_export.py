@@ -22,8 +22,8 @@ import pytest
 import safetensors
 from conftest import random_params
 from pyarrow import parquet
-from scipy.special import expit
-from test_glue import moods, questions, values
+from scipy.special import expit, softmax
+from test_glue import moods, names, questions, values
 from test_report import make_report
 
 import cofi_jax as cofi
@@ -143,6 +143,7 @@ LABELS = tasks.TASKS["demo"].labels
 
 
 THRESHOLDS = {"thresholds": [0.3, 0.5, 0.6]}  # of a model of three labels
+TAGS = ("O", "B-great", "I-great", "B-poor", "I-poor")
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +505,8 @@ def test_a_format_brings_its_own_check(copy, monkeypatch):
         pytest.param(("questions", "transformers", "stock"), marks=pytest.mark.torch),
         ("pairs", "stablehlo"),
         ("moods", "stablehlo"),
+        ("names", "stablehlo"),
+        pytest.param(("names", "transformers", "stock"), marks=pytest.mark.torch),
         ("roberta", "stablehlo"),
     ],
     ids="-".join,
@@ -529,6 +532,14 @@ def other(request, tmp_path_factory):
         more = {"problem": "multilabel", "num_labels": 3, "settings": THRESHOLDS}
         save(top / "pruned", data, labels, **more)
         formats += LOSSY if {*LOSSY} <= {*available()} else ()
+    elif kind == "names":
+        parquet.write_table(names(rng, "validation"), top / "validation.parquet")
+        more = {"columns": ("tokens",), "label_column": "ner_tags", "labels": TAGS}
+        data = Data(task="own", problem="entities", **more, **where)
+        more = {"problem": "entities", "head": "every", "pooler_size": 0}
+        save(top / "pruned", data, TAGS, num_labels=len(TAGS), **more)
+        formats += LOSSY if {*LOSSY} <= {*available()} else ()
+        formats = [name for name in formats if name in available()]
     else:
         parquet.write_table(questions(rng, "validation"), top / "validation.parquet")
         data = Data(task="squad", **where)
@@ -559,6 +570,16 @@ def test_checks_of_other_kinds(other):
         sizes += sum(len(row["label"]) for row in rows)
         assert checks[""]["scores"] == {"micro_f1": pytest.approx(2 * both / sizes)}
         return
+    if kind == "names":
+        rows = parquet.read_table(path.parent / "validation.parquet").to_pylist()
+        found = answer([" ".join(row["tokens"]) for row in rows])
+        given = sum(len(each["entities"]) for each in found)
+        gold = sum(tag[0] == "B" for row in rows for tag in row["ner_tags"])
+        assert [*checks[""]["scores"]] == ["f1"]
+        f1 = checks[""]["scores"]["f1"]
+        both = f1 * (given + gold) / 2  # the entities that are right
+        assert 0 < both < given and both == pytest.approx(round(both))
+        return
     rows = parquet.read_table(path.parent / "validation.parquet").to_pylist()
     found = answer([tuple(row[column] for column in task.columns) for row in rows])
     found = [value for each in found for value in each.values()]
@@ -582,6 +603,14 @@ def test_pipeline_of_other_kinds(other):
         given = chances > THRESHOLDS["thresholds"]
         assert found[0]["labels"] == [*np.array(["great", "poor", "short"])[given]]
         assert found[0]["scores"] == pytest.approx(chances[given], rel=1e-5)
+        return
+    if kind == "names":
+        (found, _), text = answer(list(pair)), pair[0]
+        chances = softmax(np.float64(logits_of(path, text)[0, 1:-1]), axis=-1)
+        parts = [TAGS[k] != "O" for k in chances.argmax(-1)]
+        inside = " ".join(x["text"] for x in found["entities"])
+        expected = [w for w, part in zip(text.split(), parts, strict=True) if part]
+        assert inside.split() == expected
         return
     if kind == "roberta":
         found = answer(list(pair))
@@ -632,6 +661,7 @@ def test_front_matter_of_other_kinds(other):
         "pairs": ("text-classification", ["nyu-mll/glue"]),
         "roberta": ("text-classification", None),  # the demo's rows are generated
         "moods": ("text-classification", None),
+        "names": ("token-classification", None),
     }
     card = huggingface_hub.ModelCard.load(path / "README.md").data
     assert (card.pipeline_tag, card.datasets) == hub[kind]

@@ -50,6 +50,27 @@ def texts_of(folder, **fields):
     return load(folder, **fields)[1]["text"]
 
 
+@pytest.mark.parametrize("gap", [" ", "\t", "  _ X "])
+def test_columns_of_words(gap, tmp_path):
+    """A word, what is between, and last its label; with tabs words may have spaces."""
+    words = ["Ada", "New York" if gap == "\t" else "York"]
+    lines = ["-DOCSTART- -X- O", "", f"{words[0]}{gap}B-PER ", "", " \t", "was O"]
+    lines += [f"{words[1]}{gap}B-LOC", ""]
+    write(tmp_path, "train.conll", "\ufeff" + "\r\n".join(lines))
+    found = formats.read(tmp_path / "train.conll", ["ner_tags", "tokens"])
+    assert found.names == ["tokens", "ner_tags"] and found.rows == 2
+    assert found.cells["tokens"] == [["Ada"], ["was", words[1]]]
+    assert found.cells["ner_tags"] == [["B-PER"], ["O", "B-LOC"]]
+    write(tmp_path, "train.conll", "Ada B-PER\n\nin O\nLondon\n")
+    said = r"line 4 \(row 1, the first is 0\) must have a word .*, has one column"
+    with pytest.raises(formats.Unreadable, match=said):
+        formats.read(tmp_path / "train.conll", ["tokens"])
+    write(tmp_path, "train.conll", b"Ada B-PER\n\nin O\nM\xfcnchen B-LOC\n")
+    said = r"byte 0xfc in line 4 \(row 1, the first is 0\), looks like Windows-1252"
+    with pytest.raises(formats.Unreadable, match=said):
+        formats.read(tmp_path / "train.conll", ["tokens"])
+
+
 # Bytes that are not UTF-8, at every position of every format
 
 PLACES = ("used name", "other name", "text", "other cell", "label")

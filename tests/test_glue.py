@@ -144,6 +144,23 @@ def moods(rng, split):
     return pa.Table.from_pylist(rows)
 
 
+def names(rng, split):
+    """Words of which a mood and the noun behind it are an entity; some long texts."""
+    groups = {"poor": toy.BLAME, "great": toy.PRAISE}
+    rows = []
+    for row in range(ROWS[split]):
+        tokens, labels = [], []
+        for _ in range(12 if row % 8 == 0 else rng.randint(1, 4)):
+            kind = rng.choice(list(groups))
+            tokens += [rng.choice(toy.VERBS), rng.choice(groups[kind])]
+            labels += ["O", f"B-{kind}"]
+            if rng.random() < 0.5:
+                tokens.append(rng.choice(toy.NOUNS))
+                labels.append(f"I-{kind}")
+        rows.append({"tokens": tokens, "ner_tags": labels})
+    return pa.Table.from_pylist(rows)
+
+
 HUB = {
     "mnli": pairs("premise", "hypothesis", 3),
     "qqp": pairs("question1", "question2", 2),
@@ -152,6 +169,7 @@ HUB = {
     "stsb": values,
     "squad": questions,
     "moods": moods,
+    "names": names,
 }
 
 
@@ -260,6 +278,18 @@ CASES = {
             "data.metrics=('macro_f1','micro_f1')",
         ],
         ["macro_f1", "micro_f1"],
+    ),
+    "names": Case(
+        [
+            "data.task=own",
+            "data.path={top}/names",
+            "data.columns=('tokens',)",
+            "data.label_column=ner_tags",
+            "data.problem=entities",
+            "data.metrics=('f1','recall')",
+            "prune.micro_batches=2",
+        ],
+        ["f1", "recall"],
     ),
     "qqp": Case(["data.task=qqp", "distill.match=fixed"], ["accuracy", "f1"]),
     "qnli": Case(["data.task=qnli", "distill.taught=random"], ["accuracy"]),
@@ -389,10 +419,11 @@ def test_the_saved_model_scores_the_same(name, finished):
     assert (sum(found["examples"].values()) == rows) == (name != "squad")
 
 
-@pytest.mark.parametrize("name", ["mnli", "stsb", "squad", "reviews", "moods"])
+@pytest.mark.parametrize("name", ["mnli", "stsb", "squad", "reviews", "moods", "names"])
 def test_the_teacher_has_learnt(name, finished):
     """Else the scores would be equal because nothing is predicted."""
     chance = {"mnli": 0.5, "stsb": 0.2, "squad": 0.05, "reviews": 0.3, "moods": 0.7}
+    chance["names"] = 0.5
     assert finished(name)[1]["teacher"]["score"] > chance[name]
 
 
@@ -469,6 +500,39 @@ def test_thresholds_are_those_of_the_training_rows(finished):
         assert model["scores"] == result[name]["scores"]
     text = (workdir / "report.md").read_text()
     assert "| short " in text and "The F1 of each class" in text
+
+
+def test_entities_are_found_in_whole_texts(finished):
+    """As the report says: the F1 of all of them, and that of each type."""
+    workdir, result = finished("names")
+    task = saved_model.saved_task(str(workdir / "pruned"))
+    _, columns = sources.load(task, ("validation",))
+    rows = columns["validation"]
+    texts = [" ".join(words) for words in rows["tokens"]]
+    answers = cofi.pipeline(workdir / "pruned")(texts)
+    given, gold = set(), set()
+    for number, (text, labels) in enumerate(zip(texts, rows["ner_tags"], strict=True)):
+        for x in answers[number]["entities"]:
+            assert x["text"] == text[x["start"] : x["end"]]
+            given.add((number, x["type"], x["start"], x["end"]))
+        parts = [task.labels[k].partition("-") for k in labels]
+        stops = np.cumsum([len(word) + 1 for word in text.split()]) - 1
+        for word, (letter, _, kind) in enumerate(parts):
+            last = word + (parts[word + 1 : word + 2] == [("I", "-", kind)])
+            if letter == "B":
+                start = stops[word] - len(text.split()[word])
+                gold.add((number, kind, start, stops[last]))
+
+    def f1(kinds):
+        one, two = ({x for x in found if x[1] in kinds} for found in (given, gold))
+        return pytest.approx(2 * len(one & two) / (len(one) + len(two)))
+
+    assert result["pruned"]["score"] == f1({"poor", "great"})
+    by_class = result["pruned"]["by_class"]
+    assert {kind: by_class[kind]["f1"] for kind in by_class} == {
+        "great": f1({"great"}),
+        "poor": f1({"poor"}),
+    }
 
 
 def terms(workdir, stage):

@@ -138,7 +138,7 @@ def test_of_spans_questions_are_drawn_whatever_windows_they_have():
     answers = [["red"], ["two", "one two"], ["south east"]]
     questions = Questions(contexts, answers, of_row, offsets)
     logits = RNG.standard_normal((6, 4, 2))
-    examples = types.SimpleNamespace(questions=questions)
+    examples = types.SimpleNamespace(uncut=questions)
     count, score = tasks.TASKS["squad"].scorer(logits, examples)
     assert count == 3
     whole = tasks.TASKS["squad"].scores(logits, examples)

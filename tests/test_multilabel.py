@@ -102,6 +102,8 @@ def test_labels_in_a_given_order_by_name_or_number(tmp_path, cells):
 
 def test_numbers_are_sorted_as_numbers(tmp_path):
     assert load(own(write(tmp_path, [[10], [9, 2]])))[0].labels == ("2", "9", "10")
+    some = ["1", "+1", "01", "+01", "001", "0"]  # as they come, where they are alike
+    assert load(own(write(tmp_path, [some])))[0].labels == ("0", *some[:-1])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from cofi_jax import config as config_lib
 from cofi_jax.checkpoints import huggingface
 from cofi_jax.data import tasks
 from cofi_jax.data.problems import PROBLEMS
-from cofi_jax.data.problems.multilabel import MultiLabel
 from cofi_jax.errors import UserError
 from cofi_jax.export import to_onnx, to_stock_bert, to_transformers
 from cofi_jax.models.config import EncoderConfig
@@ -25,26 +24,11 @@ PACKAGE = pathlib.Path(cofi.__file__).parent
 LABELS = ("a", "b", "c")
 
 
-class Tokens(MultiLabel):
-    """A class for every token; its loss and scores are not tried here."""
-
-    name = "entities"
-    head = "every"
-    auto_model = "TokenClassification"
-    pipeline_tag = "token-classification"
-    output_class = "TokenClassifierOutput"
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(PROBLEMS, "entities", Tokens())
-
-
 def test_no_other_module_names_a_kind():
     """But for the kinds of the table's tasks, and for the one that is the default."""
     known = {task.problem.name for task in tasks.TASKS.values()}
     kinds = PROBLEMS.keys() - known
-    assert "multilabel" in kinds
+    assert {"multilabel", "entities"} <= kinds
     for path in PACKAGE.rglob("*.py"):
         if path.parent != PACKAGE / "data" / "problems":
             tree = ast.walk(ast.parse(path.read_text()))
@@ -85,6 +69,8 @@ def model_of(kind):
         ("entities", to_onnx),
         pytest.param("multilabel", to_transformers, marks=pytest.mark.torch),
         pytest.param("multilabel", to_stock_bert, marks=pytest.mark.torch),
+        pytest.param("entities", to_transformers, marks=pytest.mark.torch),
+        pytest.param("entities", to_stock_bert, marks=pytest.mark.torch),
     ],
 )
 def test_a_kind_in_other_runtimes(kind, runtime, tmp_path, code_cache):
@@ -103,30 +89,37 @@ def test_a_kind_in_other_runtimes(kind, runtime, tmp_path, code_cache):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("runtime", [to_transformers, to_stock_bert])
-def test_the_loss_of_labels_is_that_of_transformers(runtime, tmp_path, code_cache):
+@pytest.mark.parametrize("kind", ["multilabel", "entities"])
+def test_the_loss_of_labels_is_that_of_transformers(
+    kind, runtime, tmp_path, code_cache
+):
     import torch
 
-    config, params, batch, logits = model_of("multilabel")
+    config, params, batch, logits = model_of(kind)
     labels = np.array([[1, 0, 1], [0, 0, 0]], np.float32)
+    theirs = torch.tensor(labels)
+    if kind == "entities":  # Transformers has -100 where we have -1: no label.
+        labels = np.array([[-1, 2, 0, -1, 1, -1], [-1, 1, 0, 2, 2, -1]], np.int16)
+        theirs = torch.tensor(np.where(labels < 0, -100, np.int64(labels)))
     runtime.write(tmp_path, params, config, LABELS)
     model = to_transformers.load_torch(tmp_path)
     inputs = {k: torch.tensor(np.asarray(v, np.int64)) for k, v in batch.items()}
-    theirs = model(**inputs, labels=torch.tensor(labels)).loss.item()
-    rows = {"labels": labels, "weight": np.ones(2, np.float32)}
-    ours = PROBLEMS["multilabel"].loss(logits, rows)
+    theirs = model(**inputs, labels=theirs).loss.item()
+    rows = batch | {"labels": labels, "weight": np.ones(2, np.float32)}
+    ours = PROBLEMS[kind].loss(logits, rows)
     np.testing.assert_allclose(theirs, ours, rtol=1e-5)
 
 
-def test_labels_go_to_hugging_face_and_back(tmp_path):
-    config, params, *_ = model_of("multilabel")
+@pytest.mark.parametrize("kind", ["multilabel", "entities"])
+def test_labels_go_to_hugging_face_and_back(kind, tmp_path):
+    config, params, *_ = model_of(kind)
     cofi.save_hugging_face(tmp_path / "hub", params, config, labels=LABELS)
     how = {"field": "model", "labels": LABELS, "model": config_lib.Model(dropout=0.0)}
     how["label_order"] = ("c", "a", "b")  # as if it were; so a is its second
-    again, found = huggingface.load_classifier(
-        tmp_path / "hub", problem="multilabel", **how
-    )
+    again, found = huggingface.load_classifier(tmp_path / "hub", problem=kind, **how)
     assert again == config
     kernel = params["classifier"]["kernel"]
     np.testing.assert_array_equal(found["classifier"]["kernel"], kernel[:, [1, 2, 0]])
-    with pytest.raises(UserError, match="problem_type is 'multi_label_classification'"):
+    said = "problem_type is 'multi_label_classification'|fine-tuned for class"
+    with pytest.raises(UserError, match=said):
         huggingface.load_classifier(tmp_path / "hub", problem="classification", **how)

@@ -99,7 +99,7 @@ def certain(found):
 
 
 def score(logits, found):
-    examples = SimpleNamespace(questions=found.questions)
+    examples = SimpleNamespace(uncut=found.uncut)
     return tasks.TASKS["squad"].scores(logits, examples)
 
 
@@ -143,8 +143,8 @@ def test_windows_by_hand(stride, contexts):
         (t.index("d"), t.index("e")) if {"d", "e"} <= {*t} else (0, 0) for t in tokens
     ]
     assert [*map(tuple, found.labels.tolist())] == held
-    assert found.questions.of_row.tolist() == [0] * len(contexts)
-    offsets = found.questions.offsets[0]
+    assert found.uncut.of_row.tolist() == [0] * len(contexts)
+    offsets = found.uncut.offsets[0]
     assert offsets.tolist() == [[-1, -1]] * 3 + [
         [0, 1],
         [2, 3],
@@ -169,7 +169,7 @@ def test_windows_cover_the_context(kind, rows, max_length, stride, question):
     room = max_length - special - len(asked)
     seen = []
     for n, ids in enumerate(found.input_ids):
-        offsets = found.questions.offsets[n]
+        offsets = found.uncut.offsets[n]
         inside = np.flatnonzero(offsets[:, 0] >= 0)
         assert (np.diff(inside) == 1).all()
         assert (np.delete(offsets, inside, axis=0) == -1).all()
@@ -196,13 +196,13 @@ def test_labels_are_the_answer_where_it_is_whole(kind, rows, max_length, stride)
         return [b < start + len(text) and e > start for b, e in offsets]
 
     found = windows_of(rows, kind, max_length=max_length, stride=stride, training=True)
-    assert len(found.questions.contexts) == 1
+    assert len(found.uncut.contexts) == 1
     whole = TOKENIZERS[kind](
         context, add_special_tokens=False, return_offsets_mapping=True
     )
     tokens = sum(of_answer(whole["offset_mapping"]))
     for offsets, (first, last) in zip(
-        found.questions.offsets, found.labels.tolist(), strict=True
+        found.uncut.offsets, found.labels.tolist(), strict=True
     ):
         here = of_answer(offsets)
         if first == last == 0:
@@ -210,7 +210,7 @@ def test_labels_are_the_answer_where_it_is_whole(kind, rows, max_length, stride)
         else:
             assert context[offsets[first, 0] : offsets[last, 1]].strip() == text
             assert sum(here[first : last + 1]) == sum(here) == tokens
-    got = squad.best_answers(certain(found), found.questions, max_tokens=60)
+    got = squad.best_answers(certain(found), found.uncut, max_tokens=60)
     assert not found.labels.any() or got[0].strip() == text
 
 
@@ -219,7 +219,7 @@ def test_an_answer_inside_a_token_gets_that_token(kind):
     rows = rows_of("in Paris.", gold("ari", start=4))
     found = windows_of(rows, kind)
     first, last = found.labels[0]
-    offsets = found.questions.offsets[0]
+    offsets = found.uncut.offsets[0]
     assert rows["context"][0][offsets[first, 0] : offsets[last, 1]].strip() == "Paris"
 
 
@@ -264,9 +264,9 @@ def test_without_an_answer_in_its_place(unknown, capsys):
     assert line.startswith("warning: 1 questions skipped: ")
     assert line.endswith(", as in row 1 (the first is 0) of 3")
     assert ("no answer" in line) == (unknown in UNANSWERABLE)
-    assert found.questions.answers == [["b"], ["paris", "e"]]
-    assert found.questions.contexts == ["a b c paris"] * 2
-    assert found.questions.of_row.tolist() == [0, 1]
+    assert found.uncut.answers == [["b"], ["paris", "e"]]
+    assert found.uncut.contexts == ["a b c paris"] * 2
+    assert found.uncut.of_row.tolist() == [0, 1]
     assert (found.labels > 0).all()
 
 
@@ -275,8 +275,8 @@ def test_an_answer_that_is_not_found_is_said_of_validation(unknown, capsys):
     found = windows_of(among_others(unknown))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: 1 questions: their answer is not in their context")
-    assert found.questions.answers == [["b"], unknown["text"], ["paris", "e"]]
-    assert found.questions.of_row.tolist() == [0, 1, 2]
+    assert found.uncut.answers == [["b"], unknown["text"], ["paris", "e"]]
+    assert found.uncut.of_row.tolist() == [0, 1, 2]
     assert found.labels[1].tolist() == [0, 0]
 
 
@@ -293,7 +293,7 @@ def test_unanswerable_questions_are_not_scored(unknown):
 def test_questions_whose_answer_nobody_knows(capsys):
     """They are those that somebody asks a finished model."""
     found = windows_of(among_others(None) | {"answers": [None] * 3})
-    assert found.questions.answers == [[], [], []] and not found.labels.any()
+    assert found.uncut.answers == [[], [], []] and not found.labels.any()
     assert capsys.readouterr().err == ""
 
 
@@ -348,7 +348,7 @@ def test_a_perfect_model_is_right_about_every_answer(kind, prefix, trim, capsys)
     )
     assert capsys.readouterr().err == ""
     assert score(certain(found), found) == {"f1": 1, "exact_match": 1}
-    answers = squad.best_answers(certain(found), found.questions)
+    answers = squad.best_answers(certain(found), found.uncut)
     assert [text.strip() for text in answers] == ANSWERS
 
 
@@ -425,14 +425,14 @@ def test_offsets_that_cannot_be_mended_are_said(shift, said, training, capsys):
 def test_blanks_around_an_answer_are_mended(text, start, found, capsys):
     rows = rows_of("a is paris x", gold(text, start=start))
     windows = windows_of(rows, training=True)
-    assert squad.best_answers(certain(windows), windows.questions) == [found]
+    assert squad.best_answers(certain(windows), windows.uncut) == [found]
     assert capsys.readouterr().err == ""
 
 
 def test_no_row_is_left():
     found = windows_of(rows_of("a b", gold("x", start=0)), training=True)
     assert found.input_ids == []
-    assert found.labels.shape == (0, 2) and found.questions.of_row.shape == (0,)
+    assert found.labels.shape == (0, 2) and found.uncut.of_row.shape == (0,)
 
 
 def test_a_table_of_datasets_is_as_good_as_lists():
@@ -440,11 +440,11 @@ def test_a_table_of_datasets_is_as_good_as_lists():
     one, other = windows_of(rows), windows_of(datasets.Dataset.from_dict(rows))
     for name in ("input_ids", "token_type_ids", "labels"):
         np.testing.assert_equal(getattr(one, name), getattr(other, name))
-    assert vars(one.questions).keys() == vars(other.questions).keys()
-    for name, value in vars(one.questions).items():
-        np.testing.assert_equal(value, getattr(other.questions, name))
-    types = {one.labels.dtype, one.questions.of_row.dtype}
-    for arrays in (one.input_ids, one.token_type_ids, one.questions.offsets):
+    assert vars(one.uncut).keys() == vars(other.uncut).keys()
+    for name, value in vars(one.uncut).items():
+        np.testing.assert_equal(value, getattr(other.uncut, name))
+    types = {one.labels.dtype, one.uncut.of_row.dtype}
+    for arrays in (one.input_ids, one.token_type_ids, one.uncut.offsets):
         types |= {array.dtype for array in arrays}
     assert types == {np.dtype(np.int32)}
 
@@ -454,8 +454,8 @@ def test_many_rows_are_read_in_pieces():
     rows = {"context": numbers, "question": numbers}
     rows["answers"] = [gold(number, start=0) for number in numbers]
     found = windows_of(rows, training=True)
-    assert found.questions.contexts == numbers
-    assert found.questions.of_row.tolist() == [*range(2001)]
+    assert found.uncut.contexts == numbers
+    assert found.uncut.of_row.tolist() == [*range(2001)]
     assert score(certain(found), found)["exact_match"] == 1
 
 
@@ -469,7 +469,7 @@ def test_a_long_question_is_cut(kind, max_length, kept):
     assert all(len(ids) <= max_length for ids in found.input_ids)
     assert found.labels.any()
     if kept:
-        assert sum(found.questions.offsets[0][:, 0] < 0) - kept in (3, 4)
+        assert sum(found.uncut.offsets[0][:, 0] < 0) - kept in (3, 4)
 
 
 def test_an_empty_context_or_question():
@@ -477,7 +477,7 @@ def test_an_empty_context_or_question():
     rows |= {"question": ["what", " "], "answers": rows["answers"] * 2}
     found = windows_of(rows)
     assert [len(ids) for ids in found.input_ids] == [3 + 1, 3 + 2]
-    assert squad.best_answers(np.zeros((2, 9, 2)), found.questions)[0] == ""
+    assert squad.best_answers(np.zeros((2, 9, 2)), found.uncut)[0] == ""
 
 
 @every_tokenizer
@@ -705,7 +705,7 @@ def test_score_is_the_mean_over_questions():
     found = windows_of(rows)
     found.labels[1, 0] -= 1
     found.labels[2] -= 1
-    assert squad.best_answers(certain(found), found.questions) == [
+    assert squad.best_answers(certain(found), found.uncut) == [
         "x",
         "of Paris",
         "x",

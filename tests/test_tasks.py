@@ -64,7 +64,7 @@ def test_every_task_can_be_scored(name):
     if task.problem.name == "span":
         logits = np.zeros((1, 7, 2))
         logits[0, 2] = 1
-        examples = types.SimpleNamespace(questions=ONE_QUESTION)
+        examples = types.SimpleNamespace(uncut=ONE_QUESTION)
     elif task.problem.name == "regression":
         logits = np.array([[0.5], [3.0], [4.5]])
         examples = labelled(0.5, 3.0, 4.5, dtype=np.float32)
@@ -91,7 +91,7 @@ def test_scores_by_hand():
     # Of "bc" and "bc d" one word of two is shared.
     logits = np.zeros((1, 4, 2))
     logits[0, 2, 0] = logits[0, 3, 1] = 1
-    examples = types.SimpleNamespace(questions=ONE_QUESTION)
+    examples = types.SimpleNamespace(uncut=ONE_QUESTION)
     scores = tasks.TASKS["squad"].scores(logits, examples)
     assert scores == pytest.approx({"f1": 2 / 3, "exact_match": 0})
 

@@ -431,11 +431,19 @@ def test_predictions_of_spans_are_zero_at_padding(tiny, tiny_batch):
 # A batch in parts
 
 
-@pytest.mark.parametrize("problem", ["classification", "regression", "span"])
-def test_parts_of_a_batch_are_the_batch(tiny, problem):
+@pytest.mark.parametrize(
+    ("problem", "outputs"),
+    [("classification", 3), ("regression", 1), ("span", 2), ("entities", 3)],
+)
+def test_parts_of_a_batch_are_the_batch(tiny, problem, outputs):
     """Losses and steps, with rows of different lengths and one without weight."""
-    outputs = {"classification": 3, "regression": 1, "span": 2}[problem]
-    config = dataclasses.replace(tiny, dropout=0.0, problem=problem, num_labels=outputs)
+    config = dataclasses.replace(
+        tiny,
+        dropout=0.0,
+        problem=problem,
+        num_labels=outputs,
+        head="every" if problem == "entities" else "",
+    )
     model, distill = Encoder(config), Distill(num_layers=2, match="fixed")
     rng = np.random.default_rng(0)
     lengths = np.array([6, 4, 1, 2, 6, 3])
@@ -446,6 +454,9 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
         "labels": np.zeros((6, 2) if problem == "span" else 6, np.int32),
         "weight": np.array([1, 1, 1, 1, 1, 0], np.float32),
     }
+    if problem == "entities":  # Each row has other words than the next one.
+        labels = rng.integers(-1, 3, (6, 8)).astype(np.int16)
+        batch["labels"] = np.where(np.arange(8) < lengths[:, None], labels, -1)
     teach = teacher_lib.make_teacher_forward(model, distill)
     batch["teacher_outputs"] = teach(random_params(config, 4), batch)
     names = ("weights", "masks", "multipliers")
@@ -465,7 +476,7 @@ def test_parts_of_a_batch_are_the_batch(tiny, problem):
             },
         ),
     }
-    if problem != "classification":
+    if problem not in ("classification", "entities"):
         del games["task"]
     for stage, (game, trainable) in games.items():
         found = []

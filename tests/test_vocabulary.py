@@ -366,8 +366,8 @@ def test_texts_of_files(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("", None, "must be a file or a folder of texts in .csv, .json, .jsonl"),
-        ("x.md", b"text", "must be a file or a folder of texts in .csv, .json, .jsonl"),
+        ("", None, "must be a file or a folder of texts in .conll, .csv, .json"),
+        ("x.md", b"text", "must be a file or a folder of texts in .conll, .csv, .json"),
         ("x.txt", b" \n\n", "all texts there are blank or missing"),
         ("x.txt", b"caf\xe9\n", "x.txt: must be UTF-8; byte 0xe9 in line 1"),
         ("x.txt", b"\x1f\x8b\x08\0", "x.txt: is compressed by gzip"),

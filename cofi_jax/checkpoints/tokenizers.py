@@ -323,8 +323,8 @@ def check_texts(
         if share <= (_FEW_UNKNOWN if refuse else _MOST_UNKNOWN):
             continue
         texts, row = columns[task.columns[0]], some[0]
-        if examples.questions:  # A row is a window of one of their contexts.
-            texts, row = examples.questions.contexts, examples.questions.of_row[row]
+        if examples.uncut:  # A row is a window of one of these texts.
+            texts, row = examples.uncut.contexts, examples.uncut.of_row[row]
         example = ascii(texts[row][:60])
         said = f"{share:.1%} of the {what} its tokenizer, as in {example}"
         if share > _MOST_UNKNOWN and refuse:

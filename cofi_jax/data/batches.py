@@ -24,13 +24,15 @@ _LEAST_GAIN = 0.05  # of the tokens, for which one more program is worth compili
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Examples:
-    """N tokenised rows that are not padded yet; questions have N windows instead."""
+    """N tokenised rows that are not padded yet, or N windows of longer texts."""
 
     input_ids: list[np.ndarray]  # N int32 arrays, one of the length of each row
     token_type_ids: list[np.ndarray]  # N int32 arrays of the same lengths
     labels: np.ndarray  # (N, ...): (N,) int32 classes, or whatever the problem encodes
     pad_id: int = 0
-    questions: Any = None  # the squad.Questions to which all N windows belong
+    # Of windows, what they were cut from: it has `contexts`, a list of texts, `of_row`,
+    # (N,) int32, the text of each window, and what their problem needs to join them.
+    uncut: Any = None
 
     def __len__(self) -> int:  # noqa: D105
         return len(self.labels)

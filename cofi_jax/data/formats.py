@@ -1,4 +1,4 @@
-"""Files of rows as people have them: parquet, csv, tsv, json and jsonl.
+"""Files of rows as people have them: parquet, csv, tsv, json, jsonl and conll.
 
     read(file, columns) -> the names of all columns, and the cells of those asked for
 
@@ -23,7 +23,7 @@ from cofi_jax.errors import warn
 if TYPE_CHECKING:  # slow to import: a wrong flag should fail before that
     import pyarrow
 
-FORMATS = ("parquet", "csv", "tsv", "json", "jsonl")
+FORMATS = ("parquet", "csv", "tsv", "json", "jsonl", "conll")
 DELIMITED = {".csv": ",", ".tsv": "\t"}
 
 
@@ -52,7 +52,8 @@ def read(file: pathlib.Path, columns: Sequence[str], *, quoting: bool = True) ->
         return _read_parquet(file, columns)
     if file.suffix in DELIMITED:
         return _read_delimited(file, columns, DELIMITED[file.suffix], quoting)
-    rows = _of_text(file, _objects, header=0)
+    parse = _sentences if file.suffix == ".conll" else _objects
+    rows = _of_text(file, parse, header=0)
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = {c: [row.get(c) for row in rows] for c in columns if c in names}
     return Table(names, cells, len(rows))
@@ -231,6 +232,29 @@ def _bad_quotes(text, place, row):
         "with one (a quote within it must be doubled); with "
         "--config.data.quoting=false quotes are characters like any other"
     )
+
+
+def _sentences(text: str) -> list[dict]:
+    """The rows of CoNLL's columns: a line for each word, a blank one between sentences.
+
+    The first column holds the words and the last one the labels, which become the lists
+    `tokens` and `ner_tags`. Between columns are tabs or else spaces.
+    """
+    rows, words, labels = [], [], []
+    for number, line in enumerate([*text.split("\n"), ""], start=1):
+        line = line.strip(" \t\r")
+        columns = [*filter(None, line.split("\t" if "\t" in line else " "))]
+        if columns and columns[0] != "-DOCSTART-":  # That is how documents begin.
+            if len(columns) == 1:
+                where = f"line {number} (row {len(rows)}, the first is 0)"
+                legal = "must have a word and in the last column its label"
+                raise Unreadable(f"{where} {legal}, has one column")
+            words.append(columns[0])
+            labels.append(columns[-1])
+        elif words:
+            rows.append({"tokens": words, "ner_tags": labels})
+            words, labels = [], []
+    return rows
 
 
 _BLANKS = re.compile(r"[ \t\r\n]*")  # JSON's white space

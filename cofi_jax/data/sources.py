@@ -186,11 +186,12 @@ def _texts_of(field, task, file):
         for row, cell in enumerate(cells):
             if cell is None:
                 continue
-            if not isinstance(cell, str) or not formats.is_whole(cell):
+            found = (cell,) if isinstance(cell, str) else task.problem.texts(cell)
+            if found is None or not all(map(formats.is_whole, found)):
                 where = f"{file}, row {row} (the first is 0)"
                 problem = f"{where} has {column}={_short(cell)}, must be text"
                 raise errors.reject(*field, problem)
-            yield cell
+            yield " ".join(found)
 
 
 def _load_from_hub(task: Task, split: str) -> Table:
@@ -244,9 +245,9 @@ def _problems(task: Task, table: Table) -> Iterator[str]:
         for row, text in enumerate(table.cells[column]):
             if text is None:
                 yield f", row {row} (the first is 0) has no text in {column!r}"
-            elif not isinstance(text, str):
-                cell = f"{column}={_short(text)}"
-                yield f", row {row} (the first is 0) has {cell}, must be text"
+            elif task.problem.texts(text) is None:
+                legal = f"{column}={_short(text)}, must be {task.problem.text_form}"
+                yield f", row {row} (the first is 0) has {legal}"
     for column in _wanted(task):
         for row, cell in enumerate(table.cells[column]):
             texts = cell if isinstance(cell, list) else [cell]
@@ -324,7 +325,9 @@ def _plain(name: str) -> str | decimal.Decimal:
     return number if number.is_finite() and "_" not in text else text
 
 
-def _in_quotes(text: str) -> bool:
+def _in_quotes(text: Any) -> bool:
+    if not isinstance(text, str):  # Quotes are words of their own in a list of words.
+        return False
     text = text.strip()
     return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
 
@@ -352,6 +355,8 @@ def _join(task: Task, parts: list[_Part], numbered: bool) -> Columns:
     for part in parts:
         cells = part.table.cells[task.label_column]
         try:
+            texts = part.table.cells[task.columns[0]]
+            task.problem.check_labels(texts, cells)
             labels.append(task.problem.encode(cells, task.labels, numbered=numbered))
         except WrongLabel as error:
             row = f"{part.source}, row {error.row} (the first is 0)"

@@ -97,7 +97,7 @@ def windows(
             doubts[doubt].append(row)
             if training and doubt != _WIDER:
                 continue
-        for here in _cut(part, max_length, longest_question, stride):
+        for here in cut(part, max_length, longest_question, stride):
             label = [0, 0]
             if len(answer) and here[answer].all():
                 label = [here[:i].sum() for i in answer[[0, -1]]]
@@ -224,10 +224,18 @@ def _tokenise(
         ).encodings
 
 
-def _cut(
+def cut(
     part: np.ndarray, max_length: int, longest_question: int, stride: int
 ) -> Iterator[np.ndarray]:
-    """For each window which of the T tokens it holds, (T,) bool."""
+    """For each window which of the T tokens it holds, (T,) bool.
+
+    Args:
+      part: (T,) float, 1 for tokens of the text that is cut, 0 for those of a question
+        before it, nan for special ones.
+      max_length: as `stride`, see `windows`.
+      longest_question: the tokens of the question that every window holds.
+      stride: the tokens that a window repeats.
+    """
     always, context = part != 1, np.flatnonzero(part == 1)
     always[np.flatnonzero(part == 0)[longest_question:]] = False
     room = max_length - always.sum()

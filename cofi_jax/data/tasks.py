@@ -141,15 +141,17 @@ def _of_the_table(data):
 
 
 def _own(data):
-    if len(data.columns) not in (1, 2):
-        legal = "the task own needs the names of one or two columns of text, as "
-        legal += "--config.data.columns=title,body"
-        raise errors.reject("data.columns", data.columns, legal)
     problems = {name: each for name, each in PROBLEMS.items() if each.own_metrics}
     if data.problem not in problems:
         legal = f"must be one of {', '.join(problems)}"
         raise errors.reject("data.problem", data.problem, legal)
     problem = problems[data.problem]
+    if not 1 <= len(data.columns) <= problem.most_columns:
+        legal = "the task own needs the names of one or two columns of text, as "
+        legal += "--config.data.columns=title,body"
+        if problem.most_columns == 1:
+            legal = f"needs the name of one column, each cell {problem.text_form}"
+        raise errors.reject("data.columns", data.columns, legal)
     read = *data.columns, *problem.label_columns(data.label_column)
     if len(set(read)) < len(read):
         legal = f"names one twice, data.label_column={data.label_column!r} included"

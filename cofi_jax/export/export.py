@@ -58,7 +58,7 @@ def export(
         they need is saved first, see `trim.trim`, and all else is done with that one.
       data_path: a name on the hub or a folder; "" for the one the model was made with.
       num_rows: how many rows of the first validation split are compared; 0 for all. All
-        windows of questions are compared.
+        windows of longer texts are compared.
       dtype: the dtype that the weights are stored in. With bfloat16, which only some
         formats take, the masked model's weights are rounded likewise.
       batch_size: sequences in a batch of the timed passes.

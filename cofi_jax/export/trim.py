@@ -87,7 +87,8 @@ def trim(
     if seen <= set(tokenizer.all_special_ids):
         legal = "must hold texts of which the tokenizer knows a piece"
         raise reject("vocabulary", texts_path, legal)
-    rows = [t for each in splits.values() for name in task.columns for t in each[name]]
+    cells = [t for each in splits.values() for name in task.columns for t in each[name]]
+    rows = [" ".join(task.problem.texts(cell)) for cell in cells]
     ids, small = trimmed(seen | vocabulary.seen(tokenizer, rows))
     if any(changed for *_, changed in _encodings(tokenizer, small, texts)):
         raise _otherwise("one of the texts", source)

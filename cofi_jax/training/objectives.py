@@ -123,6 +123,9 @@ class DistillationObjective:
     def _layers_loss(self, outputs, projection, batch, alive, key):
         """Computes the loss of the L layers, whose `outputs` are (B, T, D') each."""
         config, distill = self.student.config, self.distill
+        weight, total = token_weight(batch), None
+        if "whole" in batch:
+            total = token_weight(batch["whole"]).sum() / batch["parts"]
         states = jnp.moveaxis(batch["teacher_outputs"]["states"], 2, 0)  # (K, B, T, D)
         count = len(outputs), distill.num_layers
         taught = jnp.asarray(taught_layers(*count))  # (K,)
@@ -138,12 +141,17 @@ class DistillationObjective:
             jnp.stack([outputs[i] for i in present]),
             states.astype(jnp.float32),
             projection,
-            batch["attention_mask"] * batch["weight"][:, None],
+            weight,
             alive[jnp.array(present)],
             taught,
             match=MATCHERS[distill.match],
-            total=batch["total"]["tokens"] if "total" in batch else None,
+            total=total,
         )
+
+
+def token_weight(batch: Batch) -> jax.Array:
+    """Returns the weights (B, T) of the tokens, 0 for padding."""
+    return batch["attention_mask"] * batch["weight"][:, None]
 
 
 def task_objective(model: Encoder) -> DistillationObjective:

@@ -225,11 +225,12 @@ def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
 def _in_parts(differentiate, parts, batch, key):
     """Returns the means of `differentiate` over parts of the batch, one by one."""
     weight = batch["weight"]
-    total = {"rows": weight, "tokens": batch["attention_mask"] * weight[:, None]}
-    total = {name: x.sum() / parts for name, x in total.items()}
+    # The denominators of the losses are those of the whole batch.
+    whole = {name: batch[name] for name in ("labels", "weight", "attention_mask")}
 
     def of_part(rows, part):
-        return differentiate(rows | {"total": total, "part": part[0]}, key)
+        beside = {"whole": whole, "parts": parts, "part": part[0]}
+        return differentiate(rows | beside, key)
 
     # Part m has the rows m, m + parts, and so on, so that no row leaves its device.
     return microbatching.microbatch(

@@ -40,6 +40,8 @@ class Problem:
     own_metrics: tuple[str, ...] = ()  # that `own` may ask for; (): `own` has no such
     names_classes: bool = False  # the labels name classes, which have an order
     fits: bool = False  # whether `fit` chooses anything
+    text_form: str = "text"  # what a cell of a column of text must be, in words
+    most_columns: int = 2  # of text
     settings: Mapping[str, Any] = types.MappingProxyType({})  # what it chose, for JSON
     # The batch size and the length that are timed where the user asks for none.
     timed_on_cpu: tuple[int, int] = (32, 64)
@@ -54,7 +56,10 @@ class Problem:
     example: tuple[str, str] = ("A gripping film.", "It is worth seeing.")
 
     def check_metrics(self, metrics: Sequence[str], labels: Sequence[str]) -> None:
-        """Raises UserError where one of `metrics` is not for these classes."""
+        """Raises UserError where one of `metrics` is not for these classes.
+
+        It also does where these are no classes of such a problem.
+        """
 
     def label_columns(self, column: str) -> tuple[str, ...]:
         """The columns that hold the labels, given the value of `data.label_column`.
@@ -62,6 +67,18 @@ class Problem:
         Where there are several, the cell of a row is a dict of its values by column.
         """
         return (column,)
+
+    def texts(self, cell: Any) -> Sequence[str] | None:
+        """The texts in a cell of a column of text, or None where it is no such cell."""
+        return (cell,) if isinstance(cell, str) else None
+
+    def check_labels(self, texts: Sequence[Any], cells: Sequence[Any]) -> None:
+        """Raises WrongLabel where a row's label cannot be that of its text.
+
+        Args:
+          texts: the cells of the first column of text.
+          cells: those of the label column.
+        """
 
     def spelled(self, text: str) -> Any:
         """The label that a cell of csv or tsv spells: a number, or else the text."""
@@ -114,33 +131,49 @@ class Problem:
             types += [np.array(row, np.int32) for row in encoded["token_type_ids"]]
         return Examples(ids, types, labels, tokenizer.pad_token_id)
 
-    def choices(self, logits: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """The logits (K, C') and weights (K,) of the choices that B rows make.
+    def choices(self, logits: jax.Array, batch: Batch) -> jax.Array:
+        """The logits (K, C') of the choices that B rows make; K is a multiple of B."""
+        return logits
 
-        K is a multiple of B. The batch's labels, flattened, are the right choices in
-        the same order.
+    def targets(self, batch: Batch) -> jax.Array:
+        """(K,) int: which is the right one, for each of the choices."""
+        return batch["labels"].reshape(-1)
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """(K,) float32: the weight of each of the choices, 0 where it does not count.
+
+        Where each row has one loss, it has one weight, too.
         """
-        return logits, batch["weight"]
+        return batch["weight"]
+
+    def mean(self, values: jax.Array, batch: Batch) -> jax.Array:
+        """The mean of (K,) values under the weights.
+
+        The mean of those of the parts of a batch is that of the whole batch.
+        """
+        total = None
+        if "whole" in batch:
+            total = self.weights(batch["whole"]).sum() / batch["parts"]
+        return weighted_mean(values, self.weights(batch), total)
 
     def loss(self, logits: jax.Array, batch: Batch) -> jax.Array:
-        """The loss of the batch's labels, a mean over its rows of weight 1.
+        """The loss of the batch's labels, a mean over the choices that count.
 
         Args:
           logits: (B, C), or (B, T, C) where the head reads every token.
           batch: `labels`, whose first axis is B, `weight` (B,) and `attention_mask`
-            (B, T). A part of a larger batch also has its `total`: the denominators
-            that make the mean over the parts the mean over the whole batch.
+            (B, T). One of several `parts` of a larger batch also has these three of the
+            `whole` batch, from which the denominator follows.
         """
-        logits, weight = self.choices(logits, batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits, batch["labels"].reshape(-1)
+            self.choices(logits, batch), self.targets(batch)
         )
-        return mean_over_rows(losses, weight, batch)
+        return self.mean(losses, batch)
 
     def distill(
         self, student: jax.Array, teacher: jax.Array, batch: Batch, temperature: float
     ) -> jax.Array:
-        """The distance of the student's logits from the teacher's, a mean over rows.
+        """The distance of the student's logits from the teacher's, a mean like `loss`.
 
         It is T^2 * KL(teacher || student) at temperature T. This is the direction of
         the authors' code; the paper (section 3.2) writes the other one.
@@ -148,15 +181,14 @@ class Problem:
         Args:
           student: logits, as in `loss`.
           teacher: of the same shape.
-          batch: as in `loss`; its labels are not read.
+          batch: as in `loss`; its labels only say which choices count.
           temperature: T.
         """
-        student, weight = self.choices(student, batch)
-        teacher, _ = self.choices(teacher, batch)
+        student, teacher = (self.choices(x, batch) for x in (student, teacher))
         p = jax.nn.log_softmax(teacher / temperature)
         q = jax.nn.log_softmax(student / temperature)
         divergence = jnp.sum(jnp.exp(p) * (p - q), -1)
-        return temperature**2 * mean_over_rows(divergence, weight, batch)
+        return temperature**2 * self.mean(divergence, batch)
 
     def fit(
         self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]
@@ -227,11 +259,3 @@ def weighted_mean(
     """Mean under non-negative weights; `total` takes the place of the weights' sum."""
     total = jnp.sum(weights) if total is None else total
     return jnp.sum(values * weights) / jnp.maximum(total, 1e-9)
-
-
-def mean_over_rows(values: jax.Array, weights: jax.Array, batch: Batch) -> jax.Array:
-    """Mean of K values, of which each of the batch's B rows has K / B."""
-    if "total" not in batch:
-        return weighted_mean(values, weights)
-    each = len(values) // len(batch["weight"])
-    return weighted_mean(values, weights, each * batch["total"]["rows"])

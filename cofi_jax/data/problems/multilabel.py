@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 
 from cofi_jax.data.metrics import rates
 from cofi_jax.data.problems import names as names_lib
-from cofi_jax.data.problems.base import Problem, WrongLabel, mean_over_rows
+from cofi_jax.data.problems.base import Problem, WrongLabel
 from cofi_jax.errors import reject
 
 
@@ -59,8 +59,8 @@ class MultiLabel(Problem):
         """The columns of the labels, or what stands in the lists, in sorted order."""
         if isinstance(cells[0], dict):
             return tuple(cells[0])
-        found = {name for cell in cells for name in map(_text, self.named(cell))}
-        names = names_lib.in_order(found - {None})
+        found = [name for cell in cells for name in map(_text, self.named(cell))]
+        names = names_lib.in_order(name for name in found if name is not None)
         if not 2 <= len(names) <= names_lib.MOST:
             some = ", ".join(names[:5])
             legal = f"has {len(names)} different labels in its lists ({some}); must "
@@ -84,7 +84,7 @@ class MultiLabel(Problem):
 
     def loss(self, logits, batch):
         losses = optax.sigmoid_binary_cross_entropy(logits, batch["labels"])
-        return mean_over_rows(losses.mean(-1), batch["weight"], batch)
+        return self.mean(losses.mean(-1), batch)
 
     def distill(self, student, teacher, batch, temperature):
         """T^2 times the KL divergence of the labels, which are independent choices.
@@ -97,8 +97,7 @@ class MultiLabel(Problem):
             * (jax.nn.log_sigmoid(sign * p) - jax.nn.log_sigmoid(sign * q))
             for sign in (1, -1)
         )
-        weight = batch["weight"]
-        return temperature**2 * mean_over_rows(divergence.sum(-1), weight, batch)
+        return temperature**2 * self.mean(divergence.sum(-1), batch)
 
     def fit(self, logits, examples, metrics):
         """Chooses the thresholds at which the metric is largest, of a hundredth each.

@@ -18,8 +18,11 @@ def text(cell: Any) -> str:
 
 
 def in_order(found: Iterable[str]) -> list[str]:
-    """Different names in the order of the alphabet, or of the numbers that all are."""
-    names = set(found)
+    """Different names in the order of the alphabet, or of the numbers that all are.
+
+    Those of one number, as 1 and +1, keep their order.
+    """
+    names = dict.fromkeys(found)
     whole = all(re.fullmatch(WHOLE, name) for name in names)
     # Of any number of digits, where Python's integers have a limit.
     return sorted(names, key=decimal.Decimal if whole else None)

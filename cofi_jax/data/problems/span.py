@@ -58,17 +58,20 @@ class Span(Problem):
         """Two choices among T tokens for each row."""
         real = batch["attention_mask"][:, None] > 0
         logits = jnp.where(real, jnp.swapaxes(logits, 1, 2), -1e9)  # (B, 2, T)
-        return logits.reshape(-1, logits.shape[-1]), jnp.repeat(batch["weight"], 2)
+        return logits.reshape(-1, logits.shape[-1])
+
+    def weights(self, batch):
+        return jnp.repeat(batch["weight"], 2)
 
     def decode(self, logits, examples, labels):
-        answers = squad.best_answers(logits, examples.questions)
+        answers = squad.best_answers(logits, examples.uncut)
         return [{"answer": answer} for answer in answers]
 
     def decision(self, answer):
         return answer["answer"]
 
     def per_example(self, logits, examples, metrics):
-        questions = examples.questions
+        questions = examples.uncut
         texts = squad.best_answers(logits, questions)
         return {
             name: np.array([*map(squad.METRICS[name], texts, questions.answers)])
@@ -77,6 +80,6 @@ class Span(Problem):
 
     def scorer(self, logits, examples, metrics):
         values = self.per_example(logits, examples, metrics)
-        return len(examples.questions.answers), lambda chosen: {
+        return len(examples.uncut.answers), lambda chosen: {
             name: float(np.mean(value[chosen])) for name, value in values.items()
         }

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 
 from .configuration_cofi import CofiConfig
@@ -262,6 +263,36 @@ class CofiForSequenceClassification(CofiPreTrainedModel):
         if problem == "multi_label_classification" or several:
             return F.binary_cross_entropy_with_logits(logits, labels)
         return F.cross_entropy(logits, labels.reshape(-1))
+
+
+class CofiForTokenClassification(CofiPreTrainedModel):
+    """A class for every token."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = CofiModel(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        labels=None,
+        return_dict=None,
+        **others,
+    ):
+        """As `BertForTokenClassification`; `others` are passed to `CofiModel`."""
+        others |= {"return_dict": True}
+        output = self.bert(input_ids, attention_mask, token_type_ids, **others)
+        logits = self.classifier(self.dropout(output.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        found = {"loss": loss, "logits": logits}
+        return self._output(TokenClassifierOutput, output, found, return_dict)
 
 
 class CofiForQuestionAnswering(CofiPreTrainedModel):
