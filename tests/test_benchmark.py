@@ -66,7 +66,7 @@ def calls(monkeypatch):
     """The calls that `inference` would time, filled when it runs."""
     seen = {}
 
-    def side_by_side(calls, *, repeats):
+    def side_by_side(calls, *, repeats, rest_ms):
         seen.update(calls)
         return {name: timing.Timing(((1.0,),) * repeats) for name in calls}
 
@@ -106,18 +106,20 @@ def test_dtypes_are_named_even_where_they_differ():
     [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")],
 )
 def test_too_little_memory_is_said_in_one_line(error, monkeypatch):
-    def side_by_side(calls, *, repeats):
+    def side_by_side(calls, **how):
         raise error
 
     monkeypatch.setattr(timing, "side_by_side", side_by_side)
+    models = {"a": stub()}
     with pytest.raises(UserError, match="batch_size=2: .*memory.* of 3$"):
-        latency_lib.passes({"a": stub()}, batch_size=2, seq_length=3, repeats=1)
+        latency_lib.inference(models, batch_size=2, seq_length=3, repeats=1)
 
 
 def test_other_failures_are_not_blamed_on_memory(monkeypatch):
-    def side_by_side(calls, *, repeats):
+    def side_by_side(calls, **how):
         raise jax.errors.JaxRuntimeError("INTERNAL: bug")
 
     monkeypatch.setattr(timing, "side_by_side", side_by_side)
+    models = {"a": stub()}
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        latency_lib.passes({"a": stub()}, batch_size=2, seq_length=3, repeats=1)
+        latency_lib.inference(models, batch_size=2, seq_length=3, repeats=1)

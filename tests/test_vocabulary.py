@@ -624,7 +624,7 @@ def other_model(path):
         (
             lambda path: (path.parent / "texts.txt").unlink(),
             "",
-            "vocabulary='.*': must be a file or a folder of texts in .csv",
+            "vocabulary='.*': must be a file or a folder of texts in .conll",
         ),
         (
             lambda path: trim.folder(path).mkdir(),

@@ -85,7 +85,8 @@ def inference(
     """
     sizes = {"batch_size": batch_size, "seq_length": seq_length}
     vocab_size = min(model.config.vocab_size for model, _ in models.values())
-    calls = {name: call(*pair) for name, pair in models.items()}
+    with timing.memory_suffices(batch_size, seq_length):
+        calls = {name: call(*pair) for name, pair in models.items()}
     timings = passes(calls, vocab_size, **sizes, repeats=repeats)
     result: dict[str, Any] = {
         "latency_ms": {name: each.median_ms for name, each in timings.items()}
