@@ -234,6 +234,20 @@ def test_what_a_baseline_cuts(argument, kinds, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "constraint, spread", [("exact", 0.0), ("exact", 400.0), ("lagrangian", 9.0)]
+)
+def test_a_structure_is_met_whatever_its_seeds(
+    constraint, spread, tmp_path, monkeypatch
+):
+    config = shrunk(baselines.get_config("stsb,tinybert"))
+    config.prune.constraint, config.prune.seeds = constraint, "magnitude"
+    config.prune.seed_spread = spread
+    config_lib.validate(config)
+    sizes, target, masks = masks_of_no_step(config, tmp_path, monkeypatch)
+    assert cost.exact_sparsity(masks, sizes) == target
+
+
+@pytest.mark.parametrize(
     "argument, said",
     [
         ("stsb,half", "baseline='half': must be one of first, every, tinybert"),
