@@ -17,7 +17,8 @@ that is not the task's, as with their MNLI models. `--dtype bfloat16` measures w
 models do in that precision.
 
 `--runtime onnx,onnx-int8` measures each model in onnxruntime, in float32 and in 8-bit
-integers, on the CPU; `jax` is the runtime that is used without the flag.
+integers, on the CPU; `jax` is the runtime that is used without the flag. Beside the
+others it computes in float32, also where a model was saved with bfloat16.
 
 The task `own` is described as for `train.py`, and so are its files:
 

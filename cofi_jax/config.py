@@ -181,7 +181,8 @@ class Prune(Stage):
     """The pruning stage (paper, section 3.1 and appendix A).
 
     `epochs` includes `prepruning_epochs`. If both are equal, masks are not learned but
-    follow from `seeds`, at the target, or in the structure that is given.
+    follow from `seeds`, at the target, or in the structure that is given. They are 0 or
+    1 then.
     """
 
     epochs: int = _count(20, least=0)

@@ -185,6 +185,27 @@ def test_every_second_layer_of_the_teacher(tmp_path):
     assert spec.heads == ((0, 1), ())
 
 
+def masks_of_no_step(config, workdir, monkeypatch):
+    """The masks of a model of SIZES that trains for no step, and what they remove."""
+    config.data.task, config.data.max_length, config.data.buckets = "demo", 9, (9,)
+    config.prune.train_rows, config.prune.batch_size = 0, 6
+    sizes = dataclasses.replace(SIZES, vocab_size=17, max_positions=9)
+    model, params = Encoder(sizes), jax.device_put(random_params(sizes, 0))
+    ids = [np.arange(1, length, dtype=np.int32) for length in (5, 9, 3) * 6]
+    types, labels = [np.zeros_like(row) for row in ids], np.arange(18) % 2
+    rows = batches.Examples(ids, types, labels.astype(np.int32))
+    monkeypatch.setattr(stages.Run, "score", lambda *_: 0.0)
+    log = log_lib.MetricsLog(workdir / "metrics.jsonl")
+    task = tasks.find(config.data)
+    run = stages.Run(config, workdir, task, sizes, rows, {"validation": rows}, log)
+    (target,) = structure.targets(config.prune, sizes)
+    (stair,) = stages.stairs((target,))
+    student = stages.Student(params, jnp.eye(16))
+    same, masks, _ = stages.learn_masks(run, stair, model, student, None)
+    jax.tree.map(np.testing.assert_array_equal, same.params, params)
+    return sizes, target, masks
+
+
 @pytest.mark.parametrize(
     "argument, kinds",
     [
@@ -196,22 +217,9 @@ def test_every_second_layer_of_the_teacher(tmp_path):
 )
 def test_what_a_baseline_cuts(argument, kinds, tmp_path, monkeypatch):
     config = shrunk(baselines.get_config(f"stsb,{argument}"))
-    config.data.task, config.data.max_length, config.data.buckets = "demo", 9, (9,)
-    config.prune.train_rows, config.prune.batch_size = 0, 6
-    sizes = dataclasses.replace(SIZES, vocab_size=17, max_positions=9)
-    model, params = Encoder(sizes), jax.device_put(random_params(sizes, 0))
-    ids = [np.arange(1, length, dtype=np.int32) for length in (5, 9, 3) * 6]
-    types, labels = [np.zeros_like(row) for row in ids], np.arange(18) % 2
-    rows = batches.Examples(ids, types, labels.astype(np.int32))
-    monkeypatch.setattr(stages.Run, "score", lambda *_: 0.0)
-    log = log_lib.MetricsLog(tmp_path / "metrics.jsonl")
-    task = tasks.find(config.data)
-    run = stages.Run(config, tmp_path, task, sizes, rows, {"validation": rows}, log)
-    (target,) = structure.targets(config.prune, sizes)
-    (stair,) = stages.stairs((target,))
-    student = stages.Student(params, jnp.eye(16))
-    same, masks, _ = stages.learn_masks(run, stair, model, student, None)
-    jax.tree.map(np.testing.assert_array_equal, same.params, params)
+    sizes, target, masks = masks_of_no_step(config, tmp_path, monkeypatch)
+    # What stays is as it was: no step could have learned that a soft mask is better.
+    assert all(np.isin(mask, (0, 1)).all() for mask in masks.values())
     spec = slicing.spec_of(masks, sizes)
     kept = {"head": spec.heads, "intermediate": spec.intermediate}
     dense = {"head": 6 * 4, "intermediate": 6 * 20}
@@ -220,8 +228,23 @@ def test_what_a_baseline_cuts(argument, kinds, tmp_path, monkeypatch):
     removed = cost.exact_sparsity(masks, sizes)
     # The last head to close, which weighs 0.025, may overshoot.
     assert -1e-3 <= removed - target < 0.03
-    (line,) = [x for x in log_lib.read_metrics(log.path) if x["stage"] == "prune"]
+    log = tmp_path / "metrics.jsonl"
+    (line,) = [x for x in log_lib.read_metrics(log) if x["stage"] == "prune"]
     assert line["sparsity"] == pytest.approx(removed, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "constraint, spread", [("exact", 0.0), ("exact", 400.0), ("lagrangian", 9.0)]
+)
+def test_a_structure_is_met_whatever_its_seeds(
+    constraint, spread, tmp_path, monkeypatch
+):
+    config = shrunk(baselines.get_config("stsb,tinybert"))
+    config.prune.constraint, config.prune.seeds = constraint, "magnitude"
+    config.prune.seed_spread = spread
+    config_lib.validate(config)
+    sizes, target, masks = masks_of_no_step(config, tmp_path, monkeypatch)
+    assert cost.exact_sparsity(masks, sizes) == target
 
 
 @pytest.mark.parametrize(

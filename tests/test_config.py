@@ -377,6 +377,7 @@ def test_texts_on_the_command_line_stay_texts(field, text, expected):
         ("prune.targets", "0.5", (0.5,)),
         ("data.buckets", "8,16", (8, 16)),
         ("data.buckets", "()", ()),
+        ("data.buckets", "{[8]}", ("{[8]}",)),  # It is refused, as no numbers are.
         ("prune.kinds", "head,ffn", ("head", "ffn")),
         ("data.label_column", "its class", "its class"),
         ("data.label_column", "0", "0"),

@@ -19,7 +19,10 @@ from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import Data
 from cofi_jax.data import tasks, toy
 from cofi_jax.data.problems import PROBLEMS
+from cofi_jax.errors import UserError
 from cofi_jax.evaluation import evaluate as evaluate_lib
+from cofi_jax.evaluation import latency
+from cofi_jax.export import runtimes
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
 from cofi_jax.pruning import masks, slicing
@@ -348,6 +351,35 @@ def test_models_in_several_runtimes(there, tmp_path, capsys):
         sizes = [found[f"{name}, {runtime}"]["bytes"] for runtime in runtimes]
         assert len({*sizes}) == 3  # Each has files of its own.
     assert "pruned, onnx-int8" in out
+
+
+@pytest.mark.parametrize("names", [("onnx",), ("jax", "onnx-int8")])
+def test_other_runtimes_are_for_the_cpu(names, monkeypatch):
+    """The result would say that onnxruntime was timed on a GPU."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match=f"'{names[-1]}': runs on the CPU; set JAX"):
+        runtimes.openers(names, "--runtime")
+
+
+def test_beside_other_runtimes_models_compute_in_float32(there, tmp_path):
+    shutil.copytree(there["dense"], tmp_path / "model")
+    path = tmp_path / "model" / "model.json"
+    described = json.loads(path.read_text())
+    described["config"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(described))
+
+    def opener(loaded, folder):
+        assert loaded.model.config.dtype == "float32"
+        return latency.call(loaded.model, loaded.params)
+
+    options = {"batch_sizes": [1], "seq_lengths": [4], "repeats": 1}
+    for opened_in, dtype in (
+        (evaluate_lib.JAX, "bfloat16"),
+        ({"jax": None, "other": opener}, "float32"),
+    ):
+        found = evaluate_lib.evaluate([path.parent], **options, runtimes=opened_in)
+        assert found["benchmark"]["dtype"] == dtype
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_labels_that_are_none(tmp_path, cells, more, said):
     assert all(part in message for part in said) and len(message) < 500
 
 
-@pytest.mark.parametrize("value", ["2", "", "-1", "yes", "0.5", "[1]"])
+@pytest.mark.parametrize("value", ["2", "", "-1", "yes", "0.5", "[1]", "{[1]}"])
 def test_a_column_holds_0_or_1(tmp_path, value):
     rows = f"text,rude,kind\na,0,1\nb,1,{value}\n"
     (tmp_path / "train.csv").write_text(rows)

@@ -535,6 +535,25 @@ def test_rows_that_need_more_tokens_get_them(plain):
     assert len({tuple(tokens(each, "breaking teacups")) for each in both}) == 1
 
 
+def test_questions_lose_the_spaces_before_them(tmp_path):
+    """A BPE of bytes cuts them otherwise than with these spaces."""
+    sizes = {"problem": "span", "pooler_size": 0, "vocab_size": 360, **ROBERTA}
+    params, config = folders.make(tmp_path / "encoder", **sizes)
+    write(tmp_path / "encoder", byte_bpe())
+    tokenizer = tokenizers.load_tokenizer(tmp_path / "encoder", "model.path")
+    answers = {"text": ["tea"], "answer_start": [0]}
+    row = {"question": " cup", "context": "tea was warm", "answers": answers}
+    (tmp_path / "validation.jsonl").write_text(json.dumps(row))
+    data = Data(task="squad", path=str(tmp_path), max_length=20)
+    about = {"task": "squad", "labels": [], "data": dataclasses.asdict(data)}
+    path = tmp_path / "model"
+    saved_model.save_model(path, params, config, tokenizer=tokenizer, about=about)
+    (tmp_path / "texts.txt").write_text("tea was warm\n")
+    assert run(path)[""]["vocabulary"]["validation"]["added"] > 0
+    both = map(cofi.load_tokenizer, (path, trim.folder(path)))
+    assert len({tuple(tokens(each, "cup")) for each in both}) == 1
+
+
 def test_the_dense_model_of_a_certificate_has_the_same_tokens(tmp_path):
     """Of an export in 8-bit integers, in one command."""
     if not available("onnx-int8"):

@@ -185,9 +185,10 @@ def evaluate(
       seq_lengths: of the timed passes; () for the paper's 128 on a GPU, 64 on a CPU, or
         384 for SQuAD, or the models' longest input where that is shorter.
       repeats: turns of each model, each of 50 ms or one pass.
-      dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given.
+      dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given,
+        or float32 where there are other runtimes than JAX.
       runtimes: what each model is opened in, by name; None is JAX. The others write
-        the model and run on the CPU.
+        the model in float32 and run on the CPU.
 
     Returns:
       `task`, its `metric` that decides, `data` (where the rows came from), `examples`
@@ -202,6 +203,8 @@ def evaluate(
     paths = [str(path) for path in paths]
     how = {name: data[name] for name in ("quoting",) if name in data}
     described = {name: value for name, value in data.items() if name not in how}
+    if runtimes != JAX:  # A model beside another runtime's is to compute the same.
+        dtype = dtype or "float32"
     loaded = load.load(
         paths, task=task, labels=labels, dtype=dtype, described=described
     )

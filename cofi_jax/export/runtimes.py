@@ -40,8 +40,8 @@ def openers(names: Sequence[str], field: str) -> dict[str, Opener | None]:
         if missing:
             legal = f"needs {', '.join(missing)}: pip install 'cofi-jax[{form.extra}]'"
             raise reject(field, name, legal)
-        if "jax" in names and jax.default_backend() != "cpu":
-            legal = "runs on the CPU; set JAX_PLATFORMS=cpu to compare it with jax"
+        if jax.default_backend() != "cpu":  # The result names JAX's device.
+            legal = "runs on the CPU; set JAX_PLATFORMS=cpu for all that is compared"
             raise reject(field, name, legal)
         found[name] = _opener(name)
     if not found:

@@ -89,7 +89,11 @@ def trim(
         raise reject("vocabulary", texts_path, legal)
     cells = [t for each in splits.values() for name in task.columns for t in each[name]]
     rows = [" ".join(task.problem.texts(cell)) for cell in cells]
-    ids, small = trimmed(seen | vocabulary.seen(tokenizer, rows))
+    before = {k: task.tokenise(columns, tokenizer) for k, columns in splits.items()}
+    # Rows may be cut otherwise than their texts: a question without spaces before it.
+    taken = [each for split in before.values() for each in split.input_ids]
+    needed = vocabulary.seen(tokenizer, rows).union(*map(np.ndarray.tolist, taken))
+    ids, small = trimmed(seen | needed)
     if any(changed for *_, changed in _encodings(tokenizer, small, texts)):
         raise _otherwise("one of the texts", source)
     params = verify.params_on_cpu(path)
@@ -104,7 +108,10 @@ def trim(
     }
     sizes = dataclasses.replace(config, vocab_size=len(ids))
     models = [(params, config), (vocabulary.take(params, ids), sizes)]
-    examples = _tokenised(task, splits, (tokenizer, small), config, source)
+    after = {k: task.tokenise(columns, small) for k, columns in splits.items()}
+    _check_rows(before, after, _renumbered(tokenizer, small), config, source)
+    split = task.validation[0]
+    examples = before[split], after[split]
     found["validation"] |= _compare(task, models, examples, num_rows)
     if held_out:
         found["held_out"] = _fare(tokenizer, trimmed(first)[1], held_out)
@@ -154,11 +161,10 @@ def _otherwise(what, source):
     return reject(source["field"], source["path"], legal)
 
 
-def _tokenised(task, splits, pair, config, source):
-    """The first split's examples by both tokenizers, whose rows of all are the same."""
-    ids, found = _renumbered(*pair), []
-    for split, columns in splits.items():
-        old, new = (task.tokenise(columns, each) for each in pair)
+def _check_rows(before, after, ids, config, source):
+    """Raises UserError where a row of a split is other tokens, by their new `ids`."""
+    for split, old in before.items():
+        new = after[split]
         rows = [(map(ids.__getitem__, old.input_ids), new.input_ids)]
         if config.type_vocab_size > 1:
             rows.append((old.token_type_ids, new.token_type_ids))
@@ -166,8 +172,6 @@ def _tokenised(task, splits, pair, config, source):
             np.array_equal(*x) for both in rows for x in zip(*both, strict=True)
         ):
             raise _otherwise(f"a row of {split}", source)
-        found.append((old, new))
-    return found[0]
 
 
 def _compare(task, models, examples, num_rows):

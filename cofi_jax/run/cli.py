@@ -132,7 +132,7 @@ def _value(field, text, kind) -> Any:
             return words
         try:
             found = ast.literal_eval(text)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
+        except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
             return words
         found = tuple(found) if isinstance(found, tuple | list) else (found,)
         return tuple(map(str, found)) if texts else found

@@ -4,7 +4,8 @@ teacher -> prepruning -> prune -> (slice) -> finetune
 
 With several targets, prune, slice and finetune run once for each of them, like the
 steps of a stair: each cuts the model that the one before has made. In a stage without a
-step, prune takes the masks that follow from the seeds, or a structure given by hand.
+step, prune takes the masks that follow from the seeds, or a structure given by hand;
+they are 0 or 1.
 """
 
 import dataclasses
@@ -354,10 +355,13 @@ def learn_masks(
 
     by_hand = structure.given(settings)
     target = constraint.of_part(stair.target, share)
+    # Soft values are learned. Those of seeds would only shrink what stays.
+    settle = transforms.chain() if steps else transforms.harden()
 
     def masks_by_hand(log_alpha):
         keep = structure.transform(settings.structure, model.config)
-        return keep(masks_lib.prob_active(log_alpha))
+        # The order is all that counts; far below 0, probabilities would be 0 and equal.
+        return keep({k: 1 / (1 + v.max() - v) for k, v in log_alpha.items()})
 
     def evaluate(trainable, frozen):
         log_alpha = distributed.local(trainable["log_alpha"])
@@ -367,7 +371,7 @@ def learn_masks(
             masks = masks_lib.evaluation_masks(log_alpha)
         else:  # Any state can be cut to the target, also while that still rises.
             log_alpha = constraint.at_target(log_alpha, model.config, target)
-            masks = constraint.target_masks(log_alpha, model.config, target)
+            masks = settle(constraint.target_masks(log_alpha, model.config, target))
         removed = constraint.of_whole(cost.exact_sparsity(masks, model.config), share)
         met = removed >= stair.target - settings.sparsity_epsilon
         score = run.score(model, whole_params(trainable, frozen), masks)
@@ -378,9 +382,10 @@ def learn_masks(
             return masks_by_hand(log_alpha)
         if settings.constraint == "exact":
             log_alpha = constraint.at_target(log_alpha, model.config, target)
-        transform = transforms.chain()
+        transform = settle
         if settings.round_widths:
-            transform = transforms.round_to_device(config=model.config)
+            rounded = transforms.round_to_device(config=model.config)
+            transform = transforms.chain(settle, rounded)
         return constraint.final_masks(log_alpha, model.config, target, transform)
 
     state, seconds = run.fit(

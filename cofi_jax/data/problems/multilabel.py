@@ -46,7 +46,7 @@ class MultiLabel(Problem):
             warnings.simplefilter("ignore")
             try:
                 return ast.literal_eval(text.strip())
-            except (SyntaxError, ValueError, MemoryError, RecursionError):
+            except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
                 return text
 
     def named(self, cell):
