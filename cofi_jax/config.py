@@ -162,7 +162,8 @@ class Structure:
     """What stays of the dense model, where that is given by hand; by default, all.
 
     Which heads, feed-forward units and hidden dimensions stay follows from
-    `prune.seeds`; with "equal", they are drawn at random.
+    `prune.seeds`; with "equal", they are drawn at random. The target, the kinds of
+    masks and `round_widths` are then not read.
     """
 
     # The layers, as a slice in Python: ":3" are the first three, "::2" every second.

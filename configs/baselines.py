@@ -17,7 +17,8 @@ where s is the fraction of the encoder's parameters to remove. Each is cut from 
 teacher at once, and then distilled for as many steps as fast.py takes to 80 %. For the
 same scores without distillation add --config.distill.logits=0 --config.distill.layers=0
 
-Expected: docs/results.md. Time: minutes to half an hour on two CPU cores.
+Expected: not measured yet. Time: minutes to half an hour on two CPU cores with an
+encoder of 6 layers.
 """
 
 from cofi_jax.config import Config
