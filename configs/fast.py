@@ -20,7 +20,7 @@ Masks start in the order of their importance, a common offset holds the expected
 sparsity exactly at its target, and each model is cut from the recovered one before.
 
 Expected: with an encoder of 6 layers, STS-B keeps all of its Spearman correlation at
-80 %, and SST-2 an accuracy of 0.853 of 0.877 at 90 % (docs/results.md). Time: about an
+80 %, and SST-2 an accuracy of 0.845 of 0.878 at 90 % (docs/results.md). Time: about an
 hour for four targets on two CPU cores, less for fewer.
 """
 
