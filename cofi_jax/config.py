@@ -210,6 +210,11 @@ class Prune(Stage):
     multiplier_learning_rate: float = _rate(0.01)
     multiplier_schedule: str = _schedule("constant")
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether a structure is given by hand."""
+        return self.structure != Structure()
+
 
 @dataclasses.dataclass
 class Finetune(Stage):
@@ -282,15 +287,14 @@ def validate(config: Config) -> None:
     if model.hidden_size % model.num_heads:
         legal = f"must be a multiple of model.num_heads={model.num_heads}"
         raise reject("model.hidden_size", model.hidden_size, legal)
-    by_hand = prune.structure != Structure()
-    if by_hand and prune.epochs != prune.prepruning_epochs:
+    if prune.by_hand and prune.epochs != prune.prepruning_epochs:
         legal = f"must be prune.prepruning_epochs={prune.prepruning_epochs} with a "
         raise reject("prune.epochs", prune.epochs, f"{legal}prune.structure")
-    if by_hand and len(prune.targets) > 1:
+    if prune.by_hand and len(prune.targets) > 1:
         legal = "must be a single one with a prune.structure, which does not read it"
         raise reject("prune.targets", prune.targets, legal)
     least = prune.prepruning_epochs
-    if prune.constraint == "lagrangian" and not by_hand:  # Its masks start open.
+    if prune.constraint == "lagrangian" and not prune.by_hand:  # Its masks start open.
         least += 1
     if prune.epochs < least:
         legal = f"must be at least {least} with prune.prepruning_epochs="

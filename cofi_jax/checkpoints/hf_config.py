@@ -299,8 +299,11 @@ def is_dense(config: EncoderConfig) -> bool:
     pooler = config.pooler_size == hidden and activation
     pooler = pooler or config.reads_every_token
     if config.model_type == "distilbert":  # A lower epsilon changes nothing.
-        most = tuple(_FIXED_IN_DISTILBERT.values())
-        pooler &= (config.type_vocab_size, config.layer_norm_eps) <= most
+        fixed = _FIXED_IN_DISTILBERT
+        if config.type_vocab_size != fixed["type_vocab_size"]:
+            return False
+        if config.layer_norm_eps > fixed["layer_norm_eps"]:
+            return False
     return attention == {hidden} and len(units) == 1 and 0 not in units and pooler
 
 

@@ -1,10 +1,12 @@
 """The parts that a format of export is made of, in one object."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cofi_jax.errors import reject
 from cofi_jax.export import verify
 from cofi_jax.models.bert import Batch
 from cofi_jax.models.config import EncoderConfig
@@ -47,3 +49,10 @@ class Format:
     facts: Callable[[EncoderConfig], dict[str, Any]] = lambda config: {}
     check: Callable[["Format", Path, verify.Subject], dict[str, Any]] = verify.check
     lossy: bool = False
+
+    def check_packages(self, field: str) -> None:
+        """Raises UserError, about `field`, where one of the packages is missing."""
+        missing = [p for p in self.packages if importlib.util.find_spec(p) is None]
+        if missing:
+            legal = f"needs {', '.join(missing)}: pip install 'cofi-jax[{self.extra}]'"
+            raise reject(field, self.name, legal)

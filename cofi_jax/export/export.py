@@ -8,7 +8,6 @@ results, from which the model card is written anew.
 """
 
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -204,10 +203,7 @@ def _check_request(formats, dtype, max_loss):
         legal = f"is for the formats {', '.join(takers)} alone; give --formats"
         raise reject("dtype", dtype, legal)
     for form in map(FORMATS.__getitem__, formats):
-        missing = [p for p in form.packages if importlib.util.find_spec(p) is None]
-        if missing:
-            legal = f"needs {', '.join(missing)}: pip install 'cofi-jax[{form.extra}]'"
-            raise reject("formats", form.name, legal)
+        form.check_packages("formats")
 
 
 def _write(form: Format, folder: Path, subject: verify.Subject) -> dict[str, Any]:

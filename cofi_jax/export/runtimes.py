@@ -1,6 +1,5 @@
 """The runtimes that `eval.py` measures models in, each by the format of its export."""
 
-import importlib.util
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,11 +34,7 @@ def openers(names: Sequence[str], field: str) -> dict[str, Opener | None]:
         if name == "jax":
             found[name] = None
             continue
-        form = FORMATS[name]
-        missing = [p for p in form.packages if importlib.util.find_spec(p) is None]
-        if missing:
-            legal = f"needs {', '.join(missing)}: pip install 'cofi-jax[{form.extra}]'"
-            raise reject(field, name, legal)
+        FORMATS[name].check_packages(field)
         if jax.default_backend() != "cpu":  # The result names JAX's device.
             legal = "runs on the CPU; set JAX_PLATFORMS=cpu for all that is compared"
             raise reject(field, name, legal)

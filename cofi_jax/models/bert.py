@@ -2,10 +2,10 @@
 
 The encoder is BERT, which applies LayerNorm after each residual sum. RoBERTa differs
 only in the row of the position table that the first token takes, and DistilBERT in the
-activation function of the pooler. Masks arrive in the
-variable collection `masks`, which may hold any subset of the kinds in `spec.KINDS`. If
-z denotes the masks of the hidden dimensions, which scale every vector of width D, then
-the embeddings e and the two blocks of layer l compute
+activation function of the pooler. Masks arrive in the variable collection `masks`,
+which may hold any subset of the kinds in `spec.KINDS`. If z denotes the masks of the
+hidden dimensions, which scale every vector of width D, then the embeddings e and the
+two blocks of layer l compute
 
     e  = norm(z * (word + position + type))
     y  = norm(x + z * mha_l * attention(x))

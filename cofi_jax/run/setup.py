@@ -193,8 +193,8 @@ def _check_model(
     tokenizers.check_tokenizer(tokenizer, sizes, **source)
     tokenizers.check_writable(tokenizer, sizes, **source)
     prune = config.prune
-    if structure.given(prune):
-        structure.targets(prune, sizes)
+    if prune.by_hand:
+        structure.targets(prune, sizes)  # It raises where no layer is left.
         return
     bounds = {"lowest": -math.inf} if prune.constraint == "exact" else {}
     highest = min(

@@ -353,7 +353,6 @@ def learn_masks(
         )
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
 
-    by_hand = structure.given(settings)
     target = constraint.of_part(stair.target, share)
     # Soft values are learned. Those of seeds would only shrink what stays.
     settle = transforms.chain() if steps else transforms.harden()
@@ -365,7 +364,7 @@ def learn_masks(
 
     def evaluate(trainable, frozen):
         log_alpha = distributed.local(trainable["log_alpha"])
-        if by_hand:
+        if settings.by_hand:
             masks = masks_by_hand(log_alpha)
         elif settings.constraint == "lagrangian":
             masks = masks_lib.evaluation_masks(log_alpha)
@@ -378,7 +377,7 @@ def learn_masks(
         return loop.Evaluation(score, met, {"sparsity": removed})
 
     def final(log_alpha):
-        if by_hand:
+        if settings.by_hand:
             return masks_by_hand(log_alpha)
         if settings.constraint == "exact":
             log_alpha = constraint.at_target(log_alpha, model.config, target)
@@ -423,7 +422,7 @@ def _first_log_alpha(run, stage, model, params) -> LogAlpha:
     settings = run.config.prune
     # An earlier target may have removed all that a kind of masks could close. A
     # structure that is given by hand may cut any kind.
-    kinds = KINDS if structure.given(settings) else settings.kinds
+    kinds = KINDS if settings.by_hand else settings.kinds
     kinds = masks_lib.kinds_left(model.config, kinds)
     if settings.seeds == "equal":
         key = jax.random.key(run.config.seed)

@@ -11,11 +11,6 @@ from cofi_jax.pruning.masks import mask_shapes
 from cofi_jax.pruning.transforms import MaskTransform
 
 
-def given(prune: Prune) -> bool:
-    """Returns whether the settings give a structure by hand."""
-    return prune.structure != Structure()
-
-
 def targets(prune: Prune, config: EncoderConfig) -> tuple[float, ...]:
     """Returns the sparsities of the models that a run makes.
 
@@ -26,7 +21,7 @@ def targets(prune: Prune, config: EncoderConfig) -> tuple[float, ...]:
     Raises:
       UserError: if a structure that is given by hand leaves no layer.
     """
-    if not given(prune):
+    if not prune.by_hand:
         return tuple(prune.targets)
     ones = {kind: jnp.ones(shape) for kind, shape in mask_shapes(config).items()}
     left = transform(prune.structure, config)(ones)
