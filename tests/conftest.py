@@ -51,6 +51,12 @@ TINY = EncoderConfig(
 )
 
 
+def pytest_collection_finish():
+    """Lets collections of garbage pass over what was imported, which stays anyway."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Skips what needs more than the test dependencies, where it is not there."""

@@ -22,7 +22,7 @@ from configs import demo
 
 def get_config():
     config = demo.get_config()
-    config.model.num_layers = 2
+    config.model.num_layers = 1
     config.model.num_heads = 2
     config.model.hidden_size = 16
     config.model.intermediate_size = 32

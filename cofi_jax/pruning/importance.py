@@ -83,7 +83,8 @@ def removed_alone(
     def left(masks):
         return jnp.asarray(cost.expected(masks, config), jnp.float32)
 
-    return jax.tree.map(np.asarray, jax.grad(left)(ones))
+    # Compiled as one program: one for each operation would take longer to make ready.
+    return jax.tree.map(np.asarray, jax.jit(jax.grad(left))(ones))
 
 
 def ranks(
