@@ -91,6 +91,13 @@ def test_layers_of_a_structure_are_those_of_a_slice(layers, left):
     assert target == 1 - len(left) * (attention + ffn) / cost.num_params({}, SIZES)
 
 
+@pytest.mark.parametrize("given", [{"layers": ":20"}, {"intermediate": 0.999}])
+def test_a_structure_must_cut_something(given):
+    prune = Prune(structure=Structure(**given))
+    with pytest.raises(UserError, match="structure.layers=.* leaves all .* 6 layers"):
+        structure.targets(prune, SIZES)
+
+
 @pytest.mark.parametrize("layers", ["6:", ":0", "3:2"])
 def test_a_structure_must_leave_a_layer(layers):
     prune = Prune(structure=Structure(layers=layers))

@@ -19,13 +19,17 @@ def targets(prune: Prune, config: EncoderConfig) -> tuple[float, ...]:
       config: the sizes of the dense model.
 
     Raises:
-      UserError: if a structure that is given by hand leaves no layer.
+      UserError: if a structure that is given by hand leaves no layer, or everything.
     """
     if not prune.by_hand:
         return tuple(prune.targets)
     ones = {kind: jnp.ones(shape) for kind, shape in mask_shapes(config).items()}
     left = transform(prune.structure, config)(ones)
-    return (cost.exact_sparsity(left, config),)
+    removed = cost.exact_sparsity(left, config)
+    if not removed:
+        legal = f"leaves all of the model's {len(config.heads)} layers as they are"
+        raise reject("prune.structure.layers", prune.structure.layers, legal)
+    return (removed,)
 
 
 def transform(structure: Structure, config: EncoderConfig) -> MaskTransform:
