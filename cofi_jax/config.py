@@ -110,6 +110,7 @@ class Data:
     # The rest describes the task "own", as the table describes its tasks.
     columns: tuple[str, ...] = ()  # the names of one or two columns of text
     label_column: str = "label"  # of a multilabel problem perhaps several: "a,b"
+    group_column: str = ""  # of a ranking, what its query is known by; "": by its text
     problem: str = "classification"  # a key of data.problems.PROBLEMS
     labels: tuple[str, ...] = ()  # the names of class 0, 1, ...; (): the training rows'
     metrics: tuple[str, ...] = ()  # the first one decides; (): the problem's usual one

@@ -606,8 +606,8 @@ COMMANDS = {
             ),
             (
                 "problem",
-                ["columns=('text',)", "problem=ranking"],
-                ["data.problem='ranking'", "classification, regression"],
+                ["columns=('text',)", "problem=summary"],
+                ["data.problem='summary'", "classification, regression"],
             ),
         )
     },

@@ -161,6 +161,26 @@ def names(rng, split):
     return pa.Table.from_pylist(rows)
 
 
+def passages(rng, split):
+    """Queries for praise or blame, each with four passages, one of which has it."""
+    rows = []
+    for row in range(ROWS[split]):
+        query, place = divmod(row, 4)
+        wanted = (toy.PRAISE, toy.BLAME)[query % 2]
+        other = (toy.BLAME, toy.PRAISE)[query % 2]
+        right = place == query // 2 % 4 or (split, query) == ("validation", 5)
+        words = rng.sample(wanted if right else other, 2)
+        rows.append(
+            {
+                "query": f"the {wanted[0]} film",
+                "passage": " ".join(words),
+                "query_id": query,
+                "label": int(right),
+            }
+        )
+    return pa.Table.from_pylist(rows)
+
+
 HUB = {
     "mnli": pairs("premise", "hypothesis", 3),
     "qqp": pairs("question1", "question2", 2),
@@ -170,6 +190,7 @@ HUB = {
     "squad": questions,
     "moods": moods,
     "names": names,
+    "passages": passages,
 }
 
 
@@ -290,6 +311,18 @@ CASES = {
             "prune.micro_batches=2",
         ],
         ["f1", "recall"],
+    ),
+    "passages": Case(
+        [
+            "data.task=own",
+            "data.path={top}/passages",
+            "data.columns=('query','passage')",
+            "data.group_column=query_id",
+            "data.problem=ranking",
+            "data.metrics=('mrr_at_10','ndcg_at_10')",
+            "distill.layers=0",
+        ],
+        ["mrr_at_10", "ndcg_at_10"],
     ),
     "qqp": Case(["data.task=qqp", "distill.match=fixed"], ["accuracy", "f1"]),
     "qnli": Case(["data.task=qnli", "distill.taught=random"], ["accuracy"]),
@@ -416,14 +449,18 @@ def test_the_saved_model_scores_the_same(name, finished):
     assert again["sparsity"] == pytest.approx(result["sparsity"])
     assert again["kept"] == result["kept"]
     rows = ROWS["validation"] * len(CASES[name].splits)
+    if name == "passages":  # Each query has four of them.
+        rows = math.ceil(rows / 4)
     assert (sum(found["examples"].values()) == rows) == (name != "squad")
 
 
-@pytest.mark.parametrize("name", ["mnli", "stsb", "squad", "reviews", "moods", "names"])
+@pytest.mark.parametrize(
+    "name", ["mnli", "stsb", "squad", "reviews", "moods", "names", "passages"]
+)
 def test_the_teacher_has_learnt(name, finished):
     """Else the scores would be equal because nothing is predicted."""
     chance = {"mnli": 0.5, "stsb": 0.2, "squad": 0.05, "reviews": 0.3, "moods": 0.7}
-    chance["names"] = 0.5
+    chance |= {"names": 0.5, "passages": 0.6}
     assert finished(name)[1]["teacher"]["score"] > chance[name]
 
 
@@ -533,6 +570,23 @@ def test_entities_are_found_in_whole_texts(finished):
         "great": f1({"great"}),
         "poor": f1({"poor"}),
     }
+
+
+def test_the_scores_of_passages_rank_them(finished):
+    """By the pipeline, query by query: the place of the one that is relevant."""
+    workdir, result = finished("passages")
+    task = saved_model.saved_task(str(workdir / "pruned"))
+    _, columns = sources.load(task, ("validation",))
+    rows = columns["validation"]
+    pairs = [*zip(rows["query"], rows["passage"], strict=True)]
+    scores = np.array([x["score"] for x in cofi.pipeline(workdir / "pruned")(pairs)])
+    found = []
+    for query in set(rows["query_id"]):
+        here = np.array(rows["query_id"]) == query
+        best = scores[here & (rows["label"] == 1)].max()
+        found.append(1 / (scores[here] >= best).sum())
+    assert result["pruned"]["score"] == pytest.approx(np.mean(found))
+    assert "the sigmoid of the logit" in (workdir / "pruned" / "README.md").read_text()
 
 
 def terms(workdir, stage):

@@ -356,6 +356,7 @@ def shared_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
         "problem_type": PROBLEMS[config.problem].problem_type,
         "id2label": {str(row): name for row, name in enumerate(names)},
         "label2id": {name: row for row, name in enumerate(names)},
+        **PROBLEMS[config.problem].hub_fields,
     }
 
 

@@ -19,7 +19,14 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import cost, slicing
 
-_DESCRIBES_TASK = ("name", "columns", "label_column", "problem.name", "labels")
+_DESCRIBES_TASK = (
+    "name",
+    "columns",
+    "label_column",
+    "group_column",
+    "problem.name",
+    "labels",
+)
 
 
 class Loaded(NamedTuple):

@@ -30,8 +30,9 @@ class Examples:
     token_type_ids: list[np.ndarray]  # N int32 arrays of the same lengths
     labels: np.ndarray  # (N, ...): (N,) int32 classes, or whatever the problem encodes
     pad_id: int = 0
-    # Of windows, what they were cut from: it has `contexts`, a list of texts, `of_row`,
-    # (N,) int32, the text of each window, and what their problem needs to join them.
+    # Of rows that are scored together, what they belong to. Of windows it is what they
+    # were cut from: it has `contexts`, a list of texts, `of_row`, (N,) int32, the text
+    # of each row, and what their problem needs to join them.
     uncut: Any = None
 
     def __len__(self) -> int:  # noqa: D105

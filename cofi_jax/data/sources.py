@@ -55,7 +55,9 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
         _warn_of_classes(task, parts["train"])
     for part in parts.values():
         _warn_of_quotes(task, part)
-    return task, {split: _join(task, p, numbered) for split, p in parts.items()}
+    columns = {split: _join(task, p, numbered) for split, p in parts.items()}
+    task.problem.check_splits(columns, task)
+    return task, columns
 
 
 class _Part(NamedTuple):
@@ -77,7 +79,11 @@ def _read_split(task: Task, split: str) -> list[_Part]:
 
 
 def _wanted(task):
-    return *task.columns, *task.label_columns
+    return *task.columns, *task.label_columns, *_groups(task)
+
+
+def _groups(task):
+    return [task.group_column] if task.group_column else []
 
 
 def _find_files(task: Task, split: str) -> list[pathlib.Path]:
@@ -248,6 +254,10 @@ def _problems(task: Task, table: Table) -> Iterator[str]:
             elif task.problem.texts(text) is None:
                 legal = f"{column}={_short(text)}, must be {task.problem.text_form}"
                 yield f", row {row} (the first is 0) has {legal}"
+    for column in _groups(task):
+        if None in table.cells[column]:
+            row = table.cells[column].index(None)
+            yield f", row {row} (the first is 0) has no value in {column!r}"
     for column in _wanted(task):
         for row, cell in enumerate(table.cells[column]):
             texts = cell if isinstance(cell, list) else [cell]
@@ -349,7 +359,7 @@ def _join(task: Task, parts: list[_Part], numbered: bool) -> Columns:
     """The columns of all parts of a split, labels encoded."""
     columns: Columns = {
         name: [text for part in parts for text in part.table.cells[name]]
-        for name in task.columns
+        for name in (*task.columns, *_groups(task))
     }
     labels = []
     for part in parts:

@@ -25,6 +25,7 @@ class Task:
     problem: Problem = PROBLEMS["classification"]
     max_length: int = 128  # tokens of a row at most, special ones included
     label_column: str = "label"
+    group_column: str = ""  # of rows that belong together; "" where that is not said
     validation: tuple[str, ...] = ("validation",)  # splits; the first one decides
     hub: str = GLUE  # the data set's name; "" where there is none
 
@@ -132,7 +133,8 @@ def _of_the_table(data):
     if data.task not in TASKS:
         legal = f"must be one of {', '.join(TASKS)}, or {OWN}"
         raise errors.reject("data.task", data.task, legal)
-    for field in ("columns", "label_column", "problem", "labels", "metrics"):
+    described = "columns label_column group_column problem labels metrics"
+    for field in described.split():
         value = getattr(data, field)
         if value != getattr(config.Data(), field):
             legal = f"only the task {OWN} takes it, not {data.task}"
@@ -146,13 +148,19 @@ def _own(data):
         legal = f"must be one of {', '.join(problems)}"
         raise errors.reject("data.problem", data.problem, legal)
     problem = problems[data.problem]
-    if not 1 <= len(data.columns) <= problem.most_columns:
-        legal = "the task own needs the names of one or two columns of text, as "
+    least, most = problem.least_columns, problem.most_columns
+    if not least <= len(data.columns) <= most:
+        many = {(1, 2): "one or two columns", (2, 2): "two columns"}.get((least, most))
+        legal = f"the task own needs the names of {many} of text, as "
         legal += "--config.data.columns=title,body"
-        if problem.most_columns == 1:
+        if most == 1:
             legal = f"needs the name of one column, each cell {problem.text_form}"
         raise errors.reject("data.columns", data.columns, legal)
-    read = *data.columns, *problem.label_columns(data.label_column)
+    if data.group_column and not problem.grouped:
+        legal = f"must be empty for data.problem={data.problem}"
+        raise errors.reject("data.group_column", data.group_column, legal)
+    read = [*data.columns, *problem.label_columns(data.label_column)]
+    read += [data.group_column] * bool(data.group_column)
     if len(set(read)) < len(read):
         legal = f"names one twice, data.label_column={data.label_column!r} included"
         raise errors.reject("data.columns", data.columns, legal)
@@ -172,5 +180,6 @@ def _own(data):
         metrics=tuple(data.metrics) or problem.own_metrics[:1],
         problem=problem,
         label_column=data.label_column,
+        group_column=data.group_column,
         hub="",
     )

@@ -48,7 +48,7 @@ class Scored(NamedTuple):
 
     values: dict[str, dict[str, float]]
     draws: dict[str, dict[str, np.ndarray]]  # (RESAMPLES,) values on resampled examples
-    examples: dict[str, int]  # how many there are; for SQuAD, questions
+    examples: dict[str, int]  # how many: of SQuAD, questions; of a ranking, queries
 
 
 # Opens a model in another runtime than JAX: writes it into an existing, empty folder,
@@ -192,7 +192,8 @@ def evaluate(
 
     Returns:
       `task`, its `metric` that decides, `data` (where the rows came from), `examples`
-      (their number by split; of SQuAD, questions), and the `grid` of `latency.grid`;
+      (their number by split; of SQuAD, questions; of a ranking, queries), and the
+      `grid` of `latency.grid`;
       `models`, of each its path (`model`), the short and unique end of that (`name`),
       and what `compared` and `load.sizes` say;
       `benchmark`: `device`, `dtype`, `matmul_precision`, `repeats`.

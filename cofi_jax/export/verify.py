@@ -117,7 +117,7 @@ def validation(
       task: where they come from; the first validation split is taken.
       tokenizer: the tokenizer of the models.
       num_rows: how many rows to take; 0, or more than there are, for all of them.
-        Windows of longer texts are taken all.
+        Windows of longer texts, and the passages of queries, are taken all.
       field: what messages call the tokenizer's folder.
       path: its path, for them.
 
@@ -140,7 +140,7 @@ def validation(
 
 def chosen(examples: batches.Examples, num_rows: int) -> batches.Examples:
     """As many of the examples as `validation` takes, chosen by chance."""
-    if examples.uncut:  # A text is scored by all of its windows.
+    if examples.uncut:  # A text is scored by all of its windows, a query likewise.
         return examples
     wanted = min(num_rows, len(examples))
     return batches.first_rows(examples, wanted, field="rows")

@@ -185,7 +185,8 @@ def make_step(objective: Objective, micro_batches: int = 1) -> Callable:
       micro_batches: the number of parts that a batch is worked through in, one after
         the other, if the whole does not fit into memory; it divides B. The loss and the
         gradient are those of the whole batch, except for rounding, for dropout, and for
-        the matching of layers, in which each part considers its own rows only.
+        the matching of layers and the margins between rows, in which each part
+        considers its own rows only.
     """
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=quick_to_compile())

@@ -4,10 +4,18 @@ from cofi_jax.data.problems.base import Problem
 from cofi_jax.data.problems.classification import Classification
 from cofi_jax.data.problems.entities import Entities
 from cofi_jax.data.problems.multilabel import MultiLabel
+from cofi_jax.data.problems.ranking import Ranking
 from cofi_jax.data.problems.regression import Regression
 from cofi_jax.data.problems.span import Span
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
-    for problem in (Classification(), Regression(), MultiLabel(), Entities(), Span())
+    for problem in (
+        Classification(),
+        Regression(),
+        MultiLabel(),
+        Entities(),
+        Ranking(),
+        Span(),
+    )
 }

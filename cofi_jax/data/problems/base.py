@@ -41,7 +41,9 @@ class Problem:
     names_classes: bool = False  # the labels name classes, which have an order
     fits: bool = False  # whether `fit` chooses anything
     text_form: str = "text"  # what a cell of a column of text must be, in words
-    most_columns: int = 2  # of text
+    least_columns: int = 1  # of text
+    most_columns: int = 2
+    grouped: bool = False  # rows belong together, by `data.group_column` perhaps
     settings: Mapping[str, Any] = types.MappingProxyType({})  # what it chose, for JSON
     # The batch size and the length that are timed where the user asks for none.
     timed_on_cpu: tuple[int, int] = (32, 64)
@@ -53,6 +55,7 @@ class Problem:
     classifier: str = "classifier"  # the linear layer that gives the logits
     output_class: str = "SequenceClassifierOutput"
     outputs: tuple[str, ...] = ("logits",)  # or one name for each column of the logits
+    hub_fields: Mapping[str, Any] = types.MappingProxyType({})  # more of config.json
     example: tuple[str, str] = ("A gripping film.", "It is worth seeing.")
 
     def check_metrics(self, metrics: Sequence[str], labels: Sequence[str]) -> None:
@@ -78,6 +81,14 @@ class Problem:
         Args:
           texts: the cells of the first column of text.
           cells: those of the label column.
+        """
+
+    def check_splits(self, splits: Mapping[str, Any], task: "Task") -> None:
+        """Warns where rows of different splits should not be in both.
+
+        Args:
+          splits: the columns of each split that was read, by its name.
+          task: the task.
         """
 
     def spelled(self, text: str) -> Any:
