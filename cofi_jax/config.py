@@ -109,7 +109,9 @@ class Data:
     )
     # The rest describes the task "own", as the table describes its tasks.
     columns: tuple[str, ...] = ()  # the names of one or two columns of text
-    label_column: str = "label"  # of a multilabel problem perhaps several: "a,b"
+    # Of a multilabel problem perhaps several, "a,b"; "": the teacher's answers are the
+    # labels.
+    label_column: str = "label"
     group_column: str = ""  # of a ranking, what its query is known by; "": by its text
     problem: str = "classification"  # a key of data.problems.PROBLEMS
     labels: tuple[str, ...] = ()  # the names of class 0, 1, ...; (): the training rows'

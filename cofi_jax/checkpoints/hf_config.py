@@ -378,7 +378,7 @@ def class_rows(
         `labels`.
     """
     where = "labels" if field == "model" else f"{field.removesuffix('.path')}.labels"
-    named = _class_names(fields, where) if labels and not label_order else []
+    named = class_names(fields, where) if labels and not label_order else []
     for fold in (str, str.lower):
         order, wanted = ([*map(fold, x)] for x in (label_order or named, labels))
         if len(set(order)) == len(order) and sorted(order) == sorted(wanted):
@@ -394,8 +394,10 @@ def class_rows(
     return None if labels else []
 
 
-def _class_names(fields, where):
+def class_names(fields: dict, where: str) -> list[str]:
     """The names of the classes that a config.json gives, in the order of the logits.
+
+    Messages say that the field `where` can give them instead.
 
     Where one of its two tables has the names LABEL_0, ..., as transformers writes them
     for classes that nobody has named, the other one counts. With no table there are

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from cofi_jax import files
-from cofi_jax.checkpoints import foreign, hf_names, tokenizers
+from cofi_jax.checkpoints import foreign, hf_config, hf_names, tokenizers
 from cofi_jax.checkpoints.foreign import UnsupportedCheckpoint
 from cofi_jax.checkpoints.hf_config import class_rows, from_fields, unknown_fields
 from cofi_jax.checkpoints.hf_names import to_hugging_face
@@ -184,6 +184,20 @@ def read_config(
     """
     with _misfits_rejected(field, folder):
         return from_fields(_read_json(folder), num_labels, model, problem)
+
+
+def class_names(folder: Path, field: str) -> tuple[str, ...]:
+    """The names of the classes in `config.json`, in the order of the model.
+
+    Raises:
+      UserError: where it has none, or they make no sense.
+    """
+    where = f"{field.removesuffix('.path')}.labels"
+    with _misfits_rejected(field, folder):
+        if names := hf_config.class_names(_read_json(folder), where):
+            return tuple(names)
+        legal = f"does not name its classes; give them in its order: {where}"
+        raise UnsupportedCheckpoint(f"config.json {legal}")
 
 
 def _warn_of_unknown_fields(folder):

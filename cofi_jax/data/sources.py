@@ -35,7 +35,8 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
 
     Returns:
       The task, with the names of its classes, which are read off the training rows
-      where they were not given; and by split the texts and the encoded labels.
+      where they were not given; and by split the texts and the encoded labels. Where
+      `task.label_column` is empty, others stand in for these.
 
     Raises:
       UserError: a source is missing or cannot be read, or its rows are not the task's.
@@ -363,6 +364,9 @@ def _join(task: Task, parts: list[_Part], numbered: bool) -> Columns:
     }
     labels = []
     for part in parts:
+        if not task.label_column:
+            labels.append(task.problem.unlabelled(part.table.rows))
+            continue
         cells = part.table.cells[task.label_column]
         try:
             texts = part.table.cells[task.columns[0]]

@@ -24,7 +24,7 @@ class Task:
     metrics: tuple[str, ...]  # that the problem can score; the first one decides
     problem: Problem = PROBLEMS["classification"]
     max_length: int = 128  # tokens of a row at most, special ones included
-    label_column: str = "label"
+    label_column: str = "label"  # "" where a model's answers take the place of labels
     group_column: str = ""  # of rows that belong together; "" where that is not said
     validation: tuple[str, ...] = ("validation",)  # splits; the first one decides
     hub: str = GLUE  # the data set's name; "" where there is none
@@ -38,6 +38,8 @@ class Task:
     @property
     def label_columns(self) -> tuple[str, ...]:
         """The columns that the labels are read from; most problems have one."""
+        if not self.label_column:
+            return ()
         return self.problem.label_columns(self.label_column)
 
     @property
@@ -159,8 +161,9 @@ def _own(data):
     if data.group_column and not problem.grouped:
         legal = f"must be empty for data.problem={data.problem}"
         raise errors.reject("data.group_column", data.group_column, legal)
-    read = [*data.columns, *problem.label_columns(data.label_column)]
-    read += [data.group_column] * bool(data.group_column)
+    read = [*data.columns, *filter(None, [data.group_column])]
+    if data.label_column:
+        read += problem.label_columns(data.label_column)
     if len(set(read)) < len(read):
         legal = f"names one twice, data.label_column={data.label_column!r} included"
         raise errors.reject("data.columns", data.columns, legal)

@@ -97,6 +97,22 @@ def opened(
     return found
 
 
+def answered(opened: Opened, columns: dict[str, Any]) -> dict[str, Any]:
+    """The columns of all splits, with the model's answers where there are no labels."""
+    loaded = opened.loaded
+    return {
+        split: predict_lib.answered(
+            opened.predict,
+            loaded.params,
+            loaded.task,
+            columns[split],
+            loaded.tokenizer,
+            batch_size=64,
+        )
+        for split in columns
+    }
+
+
 def scored(opened: Opened, columns: dict[str, Any]) -> Scored:
     """The metrics of a model on the splits that `sources.load` read."""
     loaded, predict, task = opened.loaded, opened.predict, opened.loaded.task
@@ -193,7 +209,8 @@ def evaluate(
     Returns:
       `task`, its `metric` that decides, `data` (where the rows came from), `examples`
       (their number by split; of SQuAD, questions; of a ranking, queries), and the
-      `grid` of `latency.grid`;
+      `grid` of `latency.grid`; `agreement`, where rows have no labels and the answers
+      of the first model take their place;
       `models`, of each its path (`model`), the short and unique end of that (`name`),
       and what `compared` and `load.sizes` say;
       `benchmark`: `device`, `dtype`, `matmul_precision`, `repeats`.
@@ -216,11 +233,13 @@ def evaluate(
     models = dict(zip(names(paths), loaded, strict=True))
     with tempfile.TemporaryDirectory() as scratch:
         all_opened = opened(models, runtimes, pathlib.Path(scratch))
+    columns = answered(all_opened[0], columns)
     scores = [scored(one, columns) for one in all_opened]
     timed = {name: (one.model, one.params) for name, one in models.items()}
     return {
         "task": rows_of.name,
         "metric": rows_of.metrics[0],
+        **({} if rows_of.label_column else {"agreement": True}),
         "data": rows_of.path or rows_of.hub or rows_of.name,
         "examples": scores[0].examples,
         "models": [

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,3 +85,29 @@ def logits(
     buckets = batches.bucket_lengths(task, examples.lengths)
     sizes = {"batch_size": batch_size, "buckets": buckets, "shrink": shrink}
     return predict_all(predict, params, {}, examples, **sizes)
+
+
+def answered(
+    predict: Callable,
+    params: dict,
+    task: Task,
+    columns: dict[str, Any],
+    tokenizer: Any,
+    *,
+    batch_size: int,
+) -> dict[str, Any]:
+    """The columns of rows with a model's answers as labels, where the task has none.
+
+    Args:
+      predict: what `make_predict` gives.
+      params: the parameters of the model.
+      task: the task, with the settings that were chosen for the model.
+      columns: those of a split that `sources.load` read.
+      tokenizer: the tokenizer of the model.
+      batch_size: rows in a batch.
+    """
+    if task.label_column:
+        return columns
+    examples = task.tokenise(columns, tokenizer)
+    found = logits(predict, params, task, examples, batch_size=batch_size)
+    return columns | {task.label_column: task.problem.answers(found, examples)}

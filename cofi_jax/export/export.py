@@ -121,7 +121,7 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
                 model,
                 dense,
                 teacher,
-                read(reference, name),
+                read(reference, name, teacher),
                 about.get("labels", ()),
                 dtype,
                 sizes,
@@ -131,7 +131,8 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
             )
 
         lossy = any(FORMATS[name].lossy for name in formats)
-        teacher = _teacher(path, about) if spec and lossy else None
+        wanted = lossy or not task.label_column
+        teacher = _teacher(path, about) if spec and wanted else None
         original = stored = subject(params, "float32")
         checks = {"": verify.compare("cofi-jax", original.model, original.rows)}
         if original.dense:

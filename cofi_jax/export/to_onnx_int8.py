@@ -131,7 +131,8 @@ def check(form: Format, folder: Path, subject: verify.Subject) -> dict[str, Any]
     Raises:
       UserError: where it loses too much all the same.
     """
-    task, examples, split, against, expected = subject.rows
+    rows = subject.rows
+    task, examples, expected = rows.task, rows.examples, rows.logits
     own = "pruned" if subject.dense else "dense"
     own_int8 = f"{own} int8"
     with tempfile.TemporaryDirectory() as scratch:
@@ -170,9 +171,7 @@ def check(form: Format, folder: Path, subject: verify.Subject) -> dict[str, Any]
     ]
     return {
         "format": form.name,
-        "checked_against": against,
-        "split": split,
-        "rows": len(examples),
+        **rows.described,
         "max_abs_difference": changes[-1]["max_abs_difference"],
         "scores": results[own_int8].scores,
         "reference_scores": results[own].scores,

@@ -87,6 +87,13 @@ def trim(
     if seen <= set(tokenizer.all_special_ids):
         legal = "must hold texts of which the tokenizer knows a piece"
         raise reject("vocabulary", texts_path, legal)
+    params = verify.params_on_cpu(path)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        model = verify.in_jax(params, config)
+        splits = {
+            name: verify.answered(model, task, columns, tokenizer)
+            for name, columns in splits.items()
+        }
     cells = [t for each in splits.values() for name in task.columns for t in each[name]]
     rows = [" ".join(task.problem.texts(cell)) for cell in cells]
     before = {k: task.tokenise(columns, tokenizer) for k, columns in splits.items()}
@@ -96,7 +103,6 @@ def trim(
     ids, small = trimmed(seen | needed)
     if any(changed for *_, changed in _encodings(tokenizer, small, texts)):
         raise _otherwise("one of the texts", source)
-    params = verify.params_on_cpu(path)
     found = {
         "tokens": {"before": len(tokenizer.get_vocab()), "after": len(ids)},
         "bytes_before": verify.files(path, saved_model.FILES)["bytes"],

@@ -62,6 +62,14 @@ class Validation(NamedTuple):
     split: str
     against: str  # The name of the model whose logits these are.
     logits: np.ndarray  # (N, C), or (N, T, C) where the head reads every token
+    judge: str = ""  # The model whose answers are the labels, if there are none.
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What `check.json` says of it."""
+        found = {"checked_against": self.against, "split": self.split}
+        found["rows"] = len(self.examples)
+        return found | ({"agreement": self.judge} if self.judge else {})
 
 
 class Subject(NamedTuple):
@@ -110,7 +118,7 @@ def params_on_cpu(path: str | Path) -> dict:
 
 def validation(
     task: Task, tokenizer: Any, num_rows: int, *, field: str, path: str
-) -> Callable[[Model, str], Validation]:
+) -> Callable[..., Validation]:
     """Reads the rows to compare models on, once for all models.
 
     Args:
@@ -122,18 +130,27 @@ def validation(
       path: its path, for them.
 
     Returns:
-      A function of a reference model and its name, which adds that model's logits.
+      A function of a reference model and its name, which adds that model's logits. It
+      also takes the teacher or None: where the rows have no labels, the answers of the
+      teacher take their place, or else those of the reference model.
     """
     split = task.validation[0]
     task, columns = sources.load(task, (split,))
     examples = task.tokenise(columns[split], tokenizer)
     source = {"field": field, "path": path}
     tokenizers.check_texts(tokenizer, examples, columns[split], task, **source)
-    examples = chosen(examples, num_rows)
 
-    def of(reference, against):
-        logits = logits_of(reference.predict, task, examples)
-        return Validation(task, examples, split, against, logits)
+    def of(reference, against, teacher=None):
+        rows, name = examples, ""
+        if not task.label_column:
+            judge, name = reference, against
+            if teacher:
+                judge, name = teacher, "the teacher"
+            texts = answered(judge, judge.task or task, columns[split], tokenizer)
+            rows = task.tokenise(texts, tokenizer)
+        rows = chosen(rows, num_rows)
+        logits = logits_of(reference.predict, task, rows)
+        return Validation(task, rows, split, against, logits, name)
 
     return of
 
@@ -232,6 +249,17 @@ def _answer(model, task, tokenizer, texts):
     return np.asarray(model.predict({k: np.array([row[k]], np.int32) for k in names}))
 
 
+def answered(
+    model: Model, task: Task, columns: dict[str, Any], tokenizer: Any
+) -> dict[str, Any]:
+    """The columns with the model's answers as labels, see `predict.answered`."""
+
+    def of(params, masks, batch):
+        return model.predict(batch)
+
+    return predict_lib.answered(of, {}, task, columns, tokenizer, batch_size=32)
+
+
 def logits_of(
     predict: Callable[[Batch], Any], task: Task, examples: batches.Examples
 ) -> np.ndarray:
@@ -281,18 +309,17 @@ def compare(
     Raises:
       UserError: where the logits differ by more than the tolerance.
     """
-    task, examples, split, against, expected = validation
+    task, examples, expected = validation.task, validation.examples, validation.logits
     found = logits_of(model.predict, task, examples)
     worst = float(differences(found, expected, examples).max())
     scale = max(1.0, float(np.abs(expected).max()))
     if not worst <= tolerance * scale:
-        legal = f"its logits differ from {against}'s by {worst:.1e}; not written"
+        legal = f"its logits differ from {validation.against}'s by {worst:.1e}; not "
+        legal += "written"
         raise reject("formats", name, legal)
     return {
         "format": name,
-        "checked_against": against,
-        "split": split,
-        "rows": len(examples),
+        **validation.described,
         "max_abs_difference": worst,
         "tolerance": tolerance * scale,
         "scores": task.scores(found, examples),

@@ -86,6 +86,9 @@ def text(
     elif scores := about.get("scores"):
         rows = (f"- {escape(k)}: {value:.4f}" for k, value in tables.score_rows(scores))
         found.append("\n".join(rows))
+        if not about.get("data", {}).get("label_column", "label"):
+            name = "the answers of the model that it was made from"
+            found.append(tables.AGREEMENT.format(name=name))
     found.append(_structure(config, about))
     if "vocabulary" in about:
         found.append(_vocabulary(about["vocabulary"]))
@@ -229,6 +232,8 @@ def checked(checks: Mapping[str, Any], parts: Mapping[str, Part]) -> str:
     if slow := sorted({c["tokenizer"] for c in checks.values() if "tokenizer" in c}):
         note = f"The tokenizer ({'; '.join(slow)}) is read by its class in transformers"
         notes.append(f"{note}, with the packages that this one needs.")
+    judges = {c["agreement"]: None for c in checks.values() if "agreement" in c}
+    notes += [tables.AGREEMENT.format(name=name) for name in judges]
     note = " ".join(filter(None, notes))
     table = tables.Table("<>>>>>", head, rows)
     found = [str(table), f"{note} More in each `check.json`."]

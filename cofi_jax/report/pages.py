@@ -52,7 +52,9 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         report=report,
         task=escape(report["task"]),
         metric=escape(report["metric"]),
-        headline=tables.headline(report),
+        headline=" ".join(
+            filter(None, [tables.headline(report), tables.agreement(report)])
+        ),
         scores=f"{dense:.3f} → {pruned:.3f}",
         change=f"{pruned - dense:+.4f}",
         sparsity=tables.percent(report["sparsity"]),

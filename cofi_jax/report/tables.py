@@ -129,6 +129,14 @@ def headline(report: Report) -> str:
     )
 
 
+AGREEMENT = "Scores are agreement with {name}, and not with labels."
+
+
+def agreement(report: Report) -> str:
+    """The sentence that says what scores are, where rows have no labels; or ""."""
+    return AGREEMENT.format(name="the dense model") if report.get("agreement") else ""
+
+
 def comparison(report: Report) -> Table:
     """Everything that both the dense and the pruned model have, with a note."""
     scores = [score_rows(report[model]["scores"]) for model in ("teacher", "pruned")]
@@ -196,7 +204,8 @@ def layers(report: Report) -> Table:
 def table(report: Report) -> str:
     """What `train.py` prints: both models side by side, and every layer."""
     timed = f"Latency on {escape(where(report))}."
-    return f"{comparison(report)}\n\n{timed}\n\n{layers(report)}"
+    notes = " ".join(filter(None, [agreement(report), timed]))
+    return f"{comparison(report)}\n\n{notes}\n\n{layers(report)}"
 
 
 def kind_of(stage: str) -> str:
@@ -257,10 +266,14 @@ def evaluation(result: dict[str, Any]) -> str:
         f" of each model;\nspeedup over {escape(first)}: median of the turns, 5th to "
         "95th percentile"
     )
+    judged = "."
+    if result.get("agreement"):
+        judged += f"\n{AGREEMENT.format(name=escape(first))}"
     text = f"""\
 {Table("<" + ">" * len(models), head, rows).fitted()}
 
-Scores on {counts} examples ({escape(result["data"])}), ± one standard error{against}.
+Scores on {counts} examples ({escape(result["data"])}), ± one standard error\
+{against}{judged}
 
 {Table("<<>>>>"[: len(times[0])], times[0], times[1:])}
 

@@ -48,7 +48,9 @@ def collect(
       sliced: the figures from before fine-tuning.
       seconds: the time that each stage took.
     """
-    config, found = run.config, {}
+    config, found, more = run.config, {}, {}
+    if not run.task.label_column:
+        more["agreement"] = True
     for name, parts in reached.items():
         found[name] = {"score": main_score(parts["scores"])} | parts
         found[name].pop("settings", None)  # The saved model has them.
@@ -61,6 +63,7 @@ def collect(
     return {
         "task": config.data.task,
         "metric": run.task.metrics[0],
+        **more,
         "seed": config.seed,
         "teacher": found["dense"],
         "pruned": found["pruned"] | {"score_before_finetune": sliced.score},

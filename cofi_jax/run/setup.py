@@ -17,6 +17,7 @@ from cofi_jax.config import Config, flatten
 from cofi_jax.data import batches, sources, tasks, toy
 from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject, warn
+from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, hard_concrete
@@ -52,14 +53,21 @@ def load_inputs(config: Config) -> Inputs:
       UserError: for what is not there, is damaged, or does not fit.
     """
     check_batch_sizes(config)
-    task = tasks.find(config.data)
+    task = find_task(config)
     splits = ("train", *task.validation)
     task, columns = sources.load(task, splits)
     model, params, tokenizer = load_teacher(config, task)
     _check_model(config, task, model.config, tokenizer)
     examples = {}
     for split in splits:
-        texts = columns.pop(split)
+        texts = predict.answered(
+            predict.make_predict(model),
+            params,
+            _as_the_teacher(config, task),
+            columns.pop(split),
+            tokenizer,
+            batch_size=config.eval_batch_size,
+        )
         examples[split] = task.tokenise(texts, tokenizer, training=split == "train")
         if len(examples[split]):
             where = _source(config)
@@ -69,18 +77,59 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(task, examples, model, params, tokenizer)
 
 
+def find_task(config: Config) -> Task:
+    """The task; where rows have no labels, its classes are those of the teacher.
+
+    Raises:
+      UserError: for a task that there is not, and for no labels and no teacher.
+    """
+    task, path = tasks.find(config.data), config.teacher.path
+    if task.label_column:
+        return task
+    if not path:
+        legal = "rows without labels need a teacher.path, the model whose answers take "
+        raise reject("data.label_column", "", f"{legal}their place")
+    given = task.labels or config.teacher.labels
+    if not task.problem.names_classes:
+        return task
+    if saved_model.is_model(path):  # Its settings are those of its classes in order.
+        labels = tuple(saved_model.read_about(path)[2].get("labels", ()))
+        if task.labels not in ((), labels):
+            legal = f"must be those of {path} in its order, {labels}, or none"
+            raise reject("data.labels", task.labels, legal)
+    elif given:
+        labels = given
+    else:
+        folder = huggingface.resolve(path, "teacher.path")
+        labels = huggingface.class_names(folder, "teacher.path")
+    return tasks.find(dataclasses.replace(config.data, labels=labels))
+
+
+def _as_the_teacher(config, task):
+    """The task with the settings that were chosen for the teacher."""
+    path = config.teacher.path
+    if task.label_column or not saved_model.is_model(path):
+        return task
+    return task.with_settings(saved_model.saved_task(path).problem.settings)
+
+
 def digest(config: Config, inputs: Inputs) -> int:
     """A digest of what decides a run's result: settings, rows and loaded parameters.
 
     Parameters that are drawn at random are left out. They follow from the seed, but
     differ in their last bits between kinds of devices, and a run may change its device.
+    So are labels that are the teacher's answers.
     """
     params = inputs.params if config.teacher.path or config.model.path else {}
     if not config.teacher.path:
         drawn = ("pooler", "classifier")
         params = {name: part for name, part in params.items() if name not in drawn}
     rows = [
-        (np.concatenate(part.input_ids), part.lengths, part.labels)
+        (
+            np.concatenate(part.input_ids),
+            part.lengths,
+            part.labels if inputs.task.label_column else (),
+        )
         for part in inputs.examples.values()
     ]
     settings = {k: v for k, v in flatten(config).items() if k not in HOW_NOT_WHAT}

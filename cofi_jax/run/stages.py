@@ -451,6 +451,7 @@ def _importance(run, stage, model, params, kinds) -> Masks:
         distributed.replicate(params),
         (distributed.shard(batch) for _, batch in some),
         kinds=kinds,
+        labels=bool(run.task.label_column),  # It has no loss by its own answers.
     )
 
 

@@ -124,6 +124,10 @@ class Problem:
         """Labels that stand in for those of `count` rows that have none."""
         return np.zeros(count, np.int32)
 
+    def answers(self, logits: np.ndarray, examples: Examples) -> np.ndarray:
+        """A model's answers to all rows, as `encode` gives labels of these rows."""
+        raise NotImplementedError
+
     def tokenise(
         self, columns: dict[str, Any], task: "Task", tokenizer: Any, *, training: bool
     ) -> Examples:

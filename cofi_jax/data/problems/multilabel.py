@@ -82,6 +82,9 @@ class MultiLabel(Problem):
                 found[row, numbers[name]] = 1
         return found
 
+    def answers(self, logits, examples):
+        return np.float32(self._margins(logits) > 0)
+
     def loss(self, logits, batch):
         losses = optax.sigmoid_binary_cross_entropy(logits, batch["labels"])
         return self.mean(losses.mean(-1), batch)

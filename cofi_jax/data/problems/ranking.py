@@ -71,6 +71,10 @@ class Ranking(Problem):
     def unlabelled(self, count):
         return np.full(count, np.nan, np.float32)
 
+    def answers(self, logits, examples):
+        """(N, 2) float32: the relevance and the logit of each row."""
+        return np.stack([expit(np.float32(logits[:, 0])), logits[:, 0]], -1)
+
     def check_splits(self, splits, task):
         """Warns of queries in training rows that are also in others."""
         train = set(splits.get("train", {}).get(task.columns[0], ()))
@@ -97,7 +101,9 @@ class Ranking(Problem):
         if len(queries) > _MOST_QUERIES:
             legal = f"has {len(queries)} queries, must have at most {_MOST_QUERIES}"
             raise errors.reject("data.path", task.path, legal)
-        labels = np.stack([*_relevance(examples.labels), np.float32(groups)], -1)
+        given = examples.labels  # (N,), or (N, 2) the answers of a model
+        known = given.T if given.ndim > 1 else _relevance(given)
+        labels = np.stack([*known, np.float32(groups)], -1)
         if not (training or np.isnan(labels[:, 0]).all()):
             _check(labels, task)
         uncut = Queries([*queries.values()], groups)

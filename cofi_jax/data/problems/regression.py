@@ -24,6 +24,9 @@ class Regression(Problem):
                 raise WrongLabel(row, "must be a finite number")
         return np.array(cells, np.float32)
 
+    def answers(self, logits, examples):
+        return np.float32(logits[:, 0])
+
     def loss(self, logits, batch):
         return self.distill(logits, batch["labels"][:, None], batch, 1.0)
 
