@@ -377,4 +377,8 @@ def _join(task: Task, parts: list[_Part], numbered: bool) -> Columns:
             cell = f"{task.label_column}={_short(cells[error.row])}"
             problem = f"{row} has {cell}; {error}"
             raise errors.reject(*part.field, problem) from error
+    if len({part.shape[1:] for part in labels}) > 1:
+        legal = f"{parts[-1].source} has other labels than {parts[0].source}: numbers "
+        legal += "for each class, and classes"
+        raise errors.reject(*parts[-1].field, legal)
     return columns | {task.label_column: np.concatenate(labels)}

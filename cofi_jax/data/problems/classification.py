@@ -1,15 +1,21 @@
 """One of several classes for each row."""
 
+import dataclasses
 import math
 import re
 
 import jax
 import numpy as np
+import optax
+from scipy.special import softmax
 
+from cofi_jax.data.batches import Examples
 from cofi_jax.data.metrics import rates
 from cofi_jax.data.problems import names as names_lib
 from cofi_jax.data.problems.base import Problem, WrongLabel
 from cofi_jax.errors import reject
+
+_ROUNDING = 0.1  # that the sum of probabilities may be off, written with few digits
 
 
 class Classification(Problem):
@@ -27,6 +33,10 @@ class Classification(Problem):
 
     The order of names that were given is somebody's choice, so it numbers them. A cell
     is compared as a text, see `names.text`.
+
+    A cell may also be a list of what another model says of each class, in the order of
+    the names, which must be given: probabilities, or logits where some are not in
+    [0, 1]. They are what is learnt, and the largest one is the class for the metrics.
     """
 
     name = "classification"
@@ -59,17 +69,29 @@ class Classification(Problem):
             some = ", ".join(names[:5])
             legal = f"has {len(names)} different values ({some}, ...); must be 2 to "
             legal += f"{names_lib.MOST} classes, or set data.problem=regression"
+            if nested:
+                legal += (
+                    "; lists of a number for each class need data.labels, their names"
+                )
             raise reject("data.label_column", column, legal)
         return tuple(names)
 
     def encode(self, cells, labels, *, numbered):
-        """(N,) int32 class numbers."""
+        """(N,) int32 class numbers, or (N, C) float32 probabilities."""
+        if any(isinstance(cell, list) for cell in cells):
+            return _probabilities(cells, len(labels))
         texts = [names_lib.text(cell) for cell in cells]
         numbers, legal = names_lib.numbering(texts, labels, numbered=numbered)
         for row, text in enumerate(texts):
             if cells[row] is None or text not in numbers:
                 raise WrongLabel(row, legal)
         return np.array([numbers[text] for text in texts], np.int32)
+
+    def loss(self, logits, batch):
+        labels = batch["labels"]
+        if labels.ndim == 1:
+            return super().loss(logits, batch)
+        return self.mean(optax.softmax_cross_entropy(logits, labels), batch)
 
     def answers(self, logits, examples):
         return np.argmax(logits, -1).astype(np.int32)
@@ -85,13 +107,50 @@ class Classification(Problem):
     def decision(self, answer):
         return answer["label"]
 
+    def per_example(self, logits, examples, metrics):
+        return super().per_example(logits, _with_classes(examples), metrics)
+
+    def scorer(self, logits, examples, metrics):
+        return super().scorer(logits, _with_classes(examples), metrics)
+
     def by_class(self, logits, examples, labels):
-        given, gold = np.argmax(logits, -1), examples.labels
+        given, gold = np.argmax(logits, -1), _with_classes(examples).labels
         counts = (
             np.bincount(numbers, minlength=len(labels))
             for numbers in (gold[given == gold], given, gold)
         )
         return rates(labels, *counts)
+
+
+def _probabilities(cells, count) -> np.ndarray:
+    """(N, C) float32 probabilities of lists of C numbers, all of them of one kind."""
+    for row, cell in enumerate(cells):
+        numbers = cell if isinstance(cell, list) else []
+        if len(numbers) != count or not all(map(_is_finite, numbers)):
+            legal = f"must be a list of {count} finite numbers, one for each class, as "
+            raise WrongLabel(row, f"{legal}other labels are lists")
+    found = np.array(cells, np.float64)
+    if (found < 0).any() or (found > 1).any():
+        return np.float32(softmax(found, -1))
+    sums = found.sum(-1)
+    if (wrong := abs(sums - 1) > _ROUNDING).any():
+        row = int(wrong.argmax())
+        legal = (
+            f"the sum is {sums[row]:.3g}; must be probabilities, or logits of which "
+        )
+        raise WrongLabel(row, f"{legal}some are not in [0, 1]")
+    return np.float32(found / sums[:, None])
+
+
+def _is_finite(number) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
+
+
+def _with_classes(examples) -> Examples:
+    """The examples with the most likely classes where labels are probabilities."""
+    if examples.labels.ndim == 1:
+        return examples
+    return dataclasses.replace(examples, labels=examples.labels.argmax(-1))
 
 
 def _is_nan(text) -> bool:
