@@ -404,19 +404,22 @@ def test_a_cross_encoder_of_sentence_transformers(
 ):
     """It gives the sigmoid of our logits, for all that we write."""
     library = pytest.importorskip("sentence_transformers")
-    model = EncoderConfig.dense(
-        num_layers=1,
-        num_heads=2,
-        hidden_size=16,
-        intermediate_size=16,
+    dense = form == "dense"
+    model = EncoderConfig(
+        hidden_size=16 if dense else 14,
+        heads=(2, 2) if dense else (1, 0),
+        head_size=8,
+        intermediate=(16, 16) if dense else (6, 3),
+        pooler_size=16,
         vocab_size=len(tokenizer),
         num_labels=1,
         max_positions=24,
         problem="ranking",
     )
     params = random_params(model, 0)
+    params["classifier"]["kernel"] *= 30
     pairs = [("the film was", "a dull plot"), ("the plot", "was great but long")]
-    if form == "dense":
+    if dense:
         cofi.save_hugging_face(tmp_path / form, params, model, tokenizer=tokenizer)
     else:
         (tmp_path / form).mkdir()
@@ -437,7 +440,7 @@ def test_a_cross_encoder_of_sentence_transformers(
     logits = cofi.Encoder(model).apply({"params": params}, batch).logits
     assert np.std(logits) > 0.01
     np.testing.assert_allclose(encoder.predict(pairs), expit(logits)[:, 0], atol=1e-5)
-    if form == "dense":  # Such a folder may be a teacher.
+    if dense:  # Such a folder may be a teacher.
         found = load_lib.load_hugging_face(
             str(tmp_path / form), tasks.find(own()), model=config.Model()
         )

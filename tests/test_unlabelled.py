@@ -105,6 +105,7 @@ def config_of(kind, top, teacher="teacher", **more):
     found = config_lib.Config(data=data_of(kind, top, label_column="", **more))
     found.teacher.path = str(top / teacher) if teacher else ""
     found.model.dropout = 0.0
+    found.eval_batch_size = 32  # as that of pipelines, whose programs are the same
     found.benchmark = config_lib.Benchmark(1, 24, 1)
     found.prune.mask_learning_rate = 10.0
     return found
@@ -180,7 +181,7 @@ def test_labels_are_what_the_teacher_answers(kind, tops):
     # What it says itself agrees with it.
     model = predict.make_predict(inputs.model)
     task = setup._as_the_teacher(config_of(kind, top), inputs.task)
-    logits = predict.logits(model, inputs.params, task, examples, batch_size=64)
+    logits = predict.logits(model, inputs.params, task, examples, batch_size=32)
     assert task.scores(logits, examples) == {task.metrics[0]: pytest.approx(1)}
 
 
