@@ -116,6 +116,9 @@ class Data:
     problem: str = "classification"  # a key of data.problems.PROBLEMS
     labels: tuple[str, ...] = ()  # the names of class 0, 1, ...; (): the training rows'
     metrics: tuple[str, ...] = ()  # the first one decides; (): the problem's usual one
+    # Of vectors, what they are scored by; see `data.embedding_sets`.
+    pairs: str = ""  # pairs of texts with similarities; "": held-out texts
+    retrieval: str = ""  # a folder in BEIR's layout, scored once for each model
 
 
 @dataclasses.dataclass

@@ -232,7 +232,8 @@ def from_fields(
     # A head that follows from the problem is not named, so that equal models have equal
     # sizes, however they were described.
     head = PROBLEMS[problem].head
-    named = {} if config.reads_every_token == (head == "every") else {"head": head}
+    usual = "every" if config.reads_every_token else "first"
+    named = {} if head == usual else {"head": head}
     pooler = hidden if head == "first" else 0
     return dataclasses.replace(config, pooler_size=pooler, **named)
 
@@ -297,7 +298,7 @@ def is_dense(config: EncoderConfig) -> bool:
     attention = {heads * config.head_size for heads in config.heads}
     activation = config.pooler_activation == pooler_activation(config.model_type)
     pooler = config.pooler_size == hidden and activation
-    pooler = pooler or config.reads_every_token
+    pooler = pooler or not config.has_pooler
     if config.model_type == "distilbert":  # A lower epsilon changes nothing.
         fixed = _FIXED_IN_DISTILBERT
         if config.type_vocab_size != fixed["type_vocab_size"]:
@@ -319,7 +320,7 @@ def to_fields(config: EncoderConfig, labels: Sequence[str] = ()) -> dict:
         raise reject("config", config.widths(), legal)
     name, _ = FAMILIES[config.model_type]
     fields = shared_fields(config, labels) | {
-        "architectures": [f"{name}For{PROBLEMS[config.problem].auto_model}"],
+        "architectures": [PROBLEMS[config.problem].class_of(name)],
         "model_type": config.model_type,
         "num_attention_heads": config.heads[0],
         "intermediate_size": config.intermediate[0],
@@ -340,10 +341,10 @@ def shared_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
       UserError: where there are not as many labels as outputs.
     """
     names = labels or [f"LABEL_{row}" for row in range(config.num_labels)]
-    if len(names) != config.num_labels:
+    if len(names) != config.num_labels and not config.pooling:
         legal = f"has {config.num_labels} classes, labels has {len(labels)}"
         raise reject("labels", tuple(labels), legal)
-    return {
+    fields = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": len(config.heads),
@@ -353,6 +354,10 @@ def shared_fields(config: EncoderConfig, labels: Sequence[str]) -> dict:
         "type_vocab_size": config.type_vocab_size,
         "layer_norm_eps": config.layer_norm_eps,
         "pad_token_id": config.pad_token_id,
+    }
+    if config.pooling:  # There are no classes.
+        return fields
+    return fields | {
         "problem_type": PROBLEMS[config.problem].problem_type,
         "id2label": {str(row): name for row, name in enumerate(names)},
         "label2id": {name: row for row, name in enumerate(names)},

@@ -86,14 +86,21 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 def module_names(config: EncoderConfig) -> dict[str, str]:
     """PyTorch's names for our modules and tables, by the paths of ours."""
     names, (_, prefix) = dict(_NAMES[config.model_type]), FAMILIES[config.model_type]
-    if config.reads_every_token:
+    if not config.has_pooler:
         del names["pooler"]
         names["classifier"] = PROBLEMS[config.problem].classifier
+    if config.pooling:  # Its linear layer is in a folder of its own.
+        del names["classifier"]
     return {
         ours.format(i=i): theirs.format(p=prefix, i=i)
         for ours, theirs in names.items()
         for i in range(len(config.heads) if "{i}" in ours else 1)
     }
+
+
+def _beside(config):
+    """The modules that do not stand among the tensors of the encoder."""
+    return ("classifier",) if config.pooling else ()
 
 
 def head_names(config: EncoderConfig) -> dict[str, str]:
@@ -161,6 +168,7 @@ def check_bert(names: Collection[str], config: EncoderConfig) -> None:
 def to_torch(params: dict, config: EncoderConfig) -> dict[str, jax.Array]:
     """`params` (NumPy's or JAX's) in PyTorch's shapes, by PyTorch's names."""
     names, tensors = module_names(config), {}
+    params = {k: v for k, v in params.items() if k not in _beside(config)}
     if _TYPES not in names:
         tables = params["embeddings"]
         words = tables["word"] + tables["type"][0]
@@ -211,6 +219,7 @@ def from_torch(
             raise UnsupportedCheckpoint(reason)
         return found
 
+    without = {*without, *_beside(config)}
     wanted = {k: v for k, v in abstract_params(config).items() if k not in without}
     return jax.tree_util.tree_map_with_path(leaf, wanted)
 

@@ -8,7 +8,7 @@ import contextlib
 import json
 import reprlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ _INDEX = "model.safetensors.index.json"  # of a large model, in several files
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _PARTS = "model-*-of-*.safetensors"
 
-_PATTERNS = "config.json *token* vocab* special* merges.txt *piece* bpe.codes"
+_PATTERNS = "config.json *token* vocab* special* merges.txt *piece* bpe.codes "
+_PATTERNS += "modules.json sentence_bert* config_sentence* ?_*"
 
 
 def resolve(path: str, field: str) -> Path:
@@ -231,7 +232,23 @@ def _misfits_rejected(field, folder):
 
 
 def _open_weights(folder, config):
-    """The shapes of a folder's tensors by name, and how to read one as an array."""
+    """As `open_tensors`, by the names that PyTorch would write today."""
+    shapes, get = open_tensors(folder)
+    stored = hf_names.stored_names(shapes, config)
+    if "model_type" not in foreign.read_json(folder / "config.json"):
+        hf_names.check_bert(stored.values(), config)
+    modern = {name: shapes[old] for name, old in stored.items()}
+    return modern, lambda name: get(stored[name])
+
+
+def open_tensors(
+    folder: Path,
+) -> tuple[hf_names.Shapes, Callable[[str], np.ndarray]]:
+    """The shapes of a folder's tensors by name, and how to read one as an array.
+
+    Raises:
+      UnsupportedCheckpoint: where there are none, or they cannot be read.
+    """
     openers = {_WEIGHTS: _open_safetensors, _INDEX: _open_parts, _TORCH: _open_torch}
     there = [name for name in openers if foreign.is_there(folder / name)]
     if not there:
@@ -240,12 +257,7 @@ def _open_weights(folder, config):
         if any(name.endswith(".index.json") for name in found):
             legal = f"is cut into several files; merge them into {_WEIGHTS}"
         raise UnsupportedCheckpoint(legal)
-    shapes, get = openers[there[0]](folder / there[0])
-    stored = hf_names.stored_names(shapes, config)
-    if "model_type" not in foreign.read_json(folder / "config.json"):
-        hf_names.check_bert(stored.values(), config)
-    modern = {name: shapes[old] for name, old in stored.items()}
-    return modern, lambda name: get(stored[name])
+    return openers[there[0]](folder / there[0])
 
 
 def _open_safetensors(path):

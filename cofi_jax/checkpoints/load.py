@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from cofi_jax import config as config_lib
-from cofi_jax.checkpoints import huggingface, saved_model, tokenizers
+from cofi_jax.checkpoints import (
+    huggingface,
+    saved_model,
+    sentence_transformers,
+    tokenizers,
+)
 from cofi_jax.config import DTYPES, Data, Model
 from cofi_jax.data import tasks
 from cofi_jax.errors import reject
@@ -117,6 +122,7 @@ def _load_other(path, task, labels, dtype):
     folder = pathlib.Path(path).expanduser()
     local = path.startswith((".", "/", "~")) or path.count("/") > 1
     described = (folder / "config.json").exists()
+    described = described or sentence_transformers.is_folder(folder)
     if (folder.is_dir() or local and not task) and not described:
         saved_model.read_about(path)  # It says what it found instead.
     if not task:
@@ -160,18 +166,19 @@ def load_hugging_face(
       UserError: for a model that is not there, damaged, or of another task.
     """
     folder = huggingface.resolve(path, field)
-    config, params = huggingface.load_classifier(
-        folder,
-        field=field,
-        problem=task.problem.name,
-        labels=task.labels,
-        label_order=tuple(labels),
-        model=model,
-    )
-    dense = huggingface.read_config(
-        folder, field, task.num_outputs, model, task.problem.name
-    )
-    tokenizer = tokenizers.load_tokenizer(folder, field)
+    problem = {"field": field, "problem": task.problem.name, "model": model}
+    if task.problem.pools:
+        config, params, inside = sentence_transformers.load(folder, **problem)
+        dense = config
+    else:
+        config, params = huggingface.load_classifier(
+            folder, labels=task.labels, label_order=tuple(labels), **problem
+        )
+        dense = huggingface.read_config(
+            folder, field, task.num_outputs, model, task.problem.name
+        )
+        inside = folder
+    tokenizer = tokenizers.load_tokenizer(inside, field)
     tokenizers.check_tokenizer(tokenizer, config, field=field, path=path)
     return Loaded(path, folder, Encoder(config), params, tokenizer, task, dense)
 

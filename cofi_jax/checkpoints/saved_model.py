@@ -207,7 +207,7 @@ def saved_task(path: str) -> tasks.Task:
         raise reject("model", path, legal)
     data = config_lib.section(Data, about["data"], field="model", path=path)
     task = tasks.find(data)
-    if not task.num_outputs:
+    if task.problem.names_classes and not task.labels:
         raise reject("model", path, "saved without the names of its classes")
     try:
         return task.with_settings(about.get("settings", {}))

@@ -10,6 +10,7 @@ like all others.
 """
 
 import codecs
+import contextlib
 import decimal
 import json
 import pathlib
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cofi_jax import files
-from cofi_jax.errors import warn
+from cofi_jax.errors import reject, warn
 
 if TYPE_CHECKING:  # slow to import: a wrong flag should fail before that
     import pyarrow
@@ -68,6 +69,23 @@ def lines(file: pathlib.Path) -> list[str]:
     if said := files.disguise(file):
         raise Unreadable(said)
     return _of_text(file, str.splitlines, header=0)
+
+
+@contextlib.contextmanager
+def readable(field: tuple[str, str], file: pathlib.Path) -> Iterator[None]:
+    """A block that reads a file; whatever it raises becomes a UserError.
+
+    Args:
+      field: the config field that named the file, and its value.
+      file: the file.
+    """
+    try:
+        yield
+    except Unreadable as error:
+        raise reject(*field, f"cannot read {file}: {error}") from error
+    except Exception as error:  # Each parser has its own ways to refuse a file.
+        problem = f"cannot read {file} ({type(error).__name__}: {error})"
+        raise reject(*field, problem) from error
 
 
 def from_arrow(table: "pyarrow.Table", columns: Sequence[str]) -> Table:

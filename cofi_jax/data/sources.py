@@ -1,7 +1,6 @@
 """Rows of a task, read from the hub or from files; every row is checked."""
 
 import collections
-import contextlib
 import dataclasses
 import decimal
 import pathlib
@@ -13,12 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cofi_jax import errors
-from cofi_jax.data import formats, toy
+from cofi_jax.data import embedding_sets, formats, toy
 from cofi_jax.data.formats import FORMATS, Table
 from cofi_jax.data.problems.base import WrongLabel
 from cofi_jax.data.tasks import GLUE, Task
 
 Columns = dict[str, Any]  # a list of texts by column, and the labels as an array
+
+# Of texts without labels, one of so many is held out, and so many at most.
+_HELD_OUT, _MOST_HELD_OUT = 10, 1000
 
 
 def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
@@ -29,6 +31,9 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     `{split}-00000-of-00002.parquet`. They stand in the folder itself, or below it in
     `data`, in a folder of the task's name or in the only folder there is. Any other
     path is a name on the hub. The rows of `task.extra_file` follow those of `train`.
+
+    For vectors, rows are the `texts` of the folder or the file. Some are held out for
+    validation, unless there are files of that name, or pairs with similarities.
 
     What may be wrong with texts and classes is said on stderr: quotes around them, and
     classes that hardly differ or look like missing ones.
@@ -41,6 +46,8 @@ def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     Raises:
       UserError: a source is missing or cannot be read, or its rows are not the task's.
     """
+    if task.problem.pools:
+        return task, _texts_alone(task, splits)
     parts = {
         split: [_checked(task, part) for part in _read_split(task, split)]
         for split in splits
@@ -121,7 +128,7 @@ def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
     if file.suffix.removeprefix(".") not in FORMATS:
         raise errors.reject(*field, f"must be a file of one of the formats {FORMATS}")
     file = file.expanduser()
-    with _readable(field, file):
+    with formats.readable(field, file):
         table = formats.read(file, _wanted(task), quoting=task.quoting)
     if file.suffix in formats.DELIMITED:  # Only there is everything a text.
         for column in {*task.label_columns} & {*table.cells}:
@@ -130,18 +137,6 @@ def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
                 for cell in table.cells[column]
             ]
     return _Part(field, file, table)
-
-
-@contextlib.contextmanager
-def _readable(field, file):
-    """A block that reads a file; whatever it raises becomes a UserError."""
-    try:
-        yield
-    except formats.Unreadable as error:
-        raise errors.reject(*field, f"cannot read {file}: {error}") from error
-    except Exception as error:  # Each parser has its own ways to refuse a file.
-        problem = f"cannot read {file} ({type(error).__name__}: {error})"
-        raise errors.reject(*field, problem) from error
 
 
 def texts(path: str, task: Task, *, field: str) -> list[str]:
@@ -178,9 +173,56 @@ def texts(path: str, task: Task, *, field: str) -> list[str]:
     return [*found]
 
 
+def _texts_alone(task: Task, splits: Sequence[str]) -> dict[str, Columns]:
+    """The columns of splits of a task of vectors, see `load`.
+
+    `uncut` holds what joins the texts of pairs, or those of a retrieval set.
+    """
+    found: dict[str, Columns] = {}
+    for split in splits:
+        if split == "retrieval":
+            uncut = embedding_sets.retrieval(task.retrieval)
+        elif split == "validation" and task.pairs:
+            uncut = embedding_sets.pairs(task.pairs)
+        else:
+            uncut = None
+        rows = uncut.contexts if uncut else _texts_of_split(task, split)
+        labels = task.problem.unlabelled(len(rows))
+        columns = {task.columns[0]: rows, task.label_column: labels}
+        found[split] = columns | ({"uncut": uncut} if uncut else {})
+    return found
+
+
+def _texts_of_split(task: Task, split: str) -> list[str]:
+    """The texts to learn from, or those that are held out for validation."""
+    field, top = ("data.path", task.path), pathlib.Path(task.path).expanduser()
+    if not task.path:  # It would be the folder of the process.
+        raise errors.reject(*field, "must be a file or a folder of texts")
+    files = sorted(top.iterdir()) if top.is_dir() else []
+    named = [name for name in ("train", "validation") if _of_split(files, name)]
+    if named:  # A missing train.* is an error, a missing validation.* is not.
+        files = _find_files(task, split if split in named else "train")
+        found = dict.fromkeys(text for f in files for text in _texts_of(field, task, f))
+        rows = [text for text in found if text.strip()]
+    else:
+        rows = texts(task.path, task, field=field[0])
+    if "validation" in named:
+        return rows[:_MOST_HELD_OUT] if split == "validation" else rows
+    if split == "train" and task.pairs:
+        return rows
+    held_out = rows[::_HELD_OUT][:_MOST_HELD_OUT]
+    if len(held_out) < 2:
+        legal = f"must hold {_HELD_OUT + 1} texts or more, of which some are held out"
+        raise errors.reject(*field, legal)
+    if split == "validation":
+        return held_out
+    held_out = set(held_out)
+    return [text for text in rows if text not in held_out]
+
+
 def _texts_of(field, task, file):
     """Yields the texts of one file, blank ones included."""
-    with _readable(field, file):
+    with formats.readable(field, file):
         if file.suffix == ".txt":
             table = Table(["text"], {"text": formats.lines(file)}, 0)
         else:

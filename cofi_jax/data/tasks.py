@@ -32,6 +32,8 @@ class Task:
     name: str = ""
     path: str = ""  # a folder, or another name on the hub; "" for `hub`
     extra_file: str = ""  # more training rows
+    pairs: str = ""  # of vectors, as in `config.Data`
+    retrieval: str = ""  # likewise
     quoting: bool = True  # of the cells of csv and tsv, as in `config.Data`
     buckets: tuple[int, ...] = ()  # padded lengths; () to choose them for the rows
 
@@ -41,6 +43,19 @@ class Task:
         if not self.label_column:
             return ()
         return self.problem.label_columns(self.label_column)
+
+    @property
+    def scored_by_answers(self) -> bool:
+        """Whether metrics of labels are those of a model's answers instead."""
+        return not self.label_column and not self.problem.pools
+
+    def lacks_labels(self, columns: Mapping[str, Any]) -> bool:
+        """Whether a model's answers are to take the place of labels of rows.
+
+        `columns` are those that `sources.load` read. Texts that are joined to pairs or
+        to a retrieval set have what they are scored by.
+        """
+        return not self.label_column and "uncut" not in columns
 
     @property
     def num_outputs(self) -> int:
@@ -56,6 +71,10 @@ class Task:
         whose answer is not in their context.
         """
         return self.problem.tokenise(columns, self, tokenizer, training=training)
+
+    def at(self, path: str) -> "Task":
+        """The task with the rows that models are scored on at another path."""
+        return dataclasses.replace(self, **{"pairs" if self.pairs else "path": path})
 
     def with_settings(self, settings: Mapping[str, Any]) -> "Task":
         """The task as the problem was fitted to a model, see `Problem.fit`.
@@ -120,15 +139,18 @@ def find(data: config.Data) -> Task:
       UserError: for an unknown task, and for fields that do not describe one.
     """
     task = _own(data) if data.task == OWN else _of_the_table(data)
-    return dataclasses.replace(
+    task = dataclasses.replace(
         task,
         max_length=data.max_length or task.max_length,
         name=data.task,
         path=data.path,
         extra_file=data.extra_file,
+        pairs=data.pairs,
+        retrieval=data.retrieval,
         quoting=data.quoting,
         buckets=tuple(data.buckets),
     )
+    return task.problem.described(task)
 
 
 def _of_the_table(data):

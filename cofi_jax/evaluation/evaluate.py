@@ -31,6 +31,9 @@ from cofi_jax.models.bert import Batch
 
 RESAMPLES = 200
 
+# The fields of `config.Data` that say what is scored, of saved models too.
+_OF_ROWS = ("quoting", "pairs", "retrieval")
+
 
 def names(paths: Sequence[str]) -> list[str]:
     """Names for the paths: their ends, as short as they can be and still differ.
@@ -195,7 +198,8 @@ def evaluate(
       data_path: hub name or folder; empty for the one that the first saved model was
         made with.
       data: other fields of `config.Data`. `quoting` says how the files of `data_path`
-        are read; the rest describes the task of the Hugging Face models.
+        are read, `pairs` and `retrieval` what vectors are scored by; the rest describes
+        the task of the Hugging Face models.
       batch_sizes: of the timed passes; () for the paper's 128 on a GPU, and on a CPU
         32, or 8 for SQuAD.
       seq_lengths: of the timed passes; () for the paper's 128 on a GPU, 64 on a CPU, or
@@ -219,15 +223,15 @@ def evaluate(
       UserError: for a path, data set or length that does not fit.
     """
     paths = [str(path) for path in paths]
-    how = {name: data[name] for name in ("quoting",) if name in data}
+    how = {name: data[name] for name in _OF_ROWS if name in data}
     described = {name: value for name, value in data.items() if name not in how}
     if runtimes != JAX:  # A model beside another runtime's is to compute the same.
         dtype = dtype or "float32"
     loaded = load.load(
         paths, task=task, labels=labels, dtype=dtype, described=described
     )
-    where = {"path": data_path} if data_path else {}
-    rows_of = dataclasses.replace(loaded[0].task, **where, **how)
+    loaded = [one._replace(task=_rows_of(one.task, data_path, how)) for one in loaded]
+    rows_of = loaded[0].task
     batch_sizes, seq_lengths = _timed_sizes(loaded, batch_sizes, seq_lengths)
     _, columns = sources.load(rows_of, rows_of.validation)
     models = dict(zip(names(paths), loaded, strict=True))
@@ -239,8 +243,8 @@ def evaluate(
     return {
         "task": rows_of.name,
         "metric": rows_of.metrics[0],
-        **({} if rows_of.label_column else {"agreement": True}),
-        "data": rows_of.path or rows_of.hub or rows_of.name,
+        **({"agreement": True} if rows_of.scored_by_answers else {}),
+        "data": rows_of.pairs or rows_of.path or rows_of.hub or rows_of.name,
         "examples": scores[0].examples,
         "models": [
             {"model": one.loaded.path, "name": one.name}
@@ -259,6 +263,13 @@ def evaluate(
         ),
         "benchmark": latency.conditions(timed) | {"repeats": repeats},
     }
+
+
+def _rows_of(task, path, fields):
+    """The task with other rows, which may have metrics of their own."""
+    task = dataclasses.replace(task, **fields)
+    task = task.at(path) if path else task
+    return task.problem.described(task)
 
 
 def _timed_sizes(loaded, batch_sizes, seq_lengths):

@@ -106,7 +106,7 @@ def answered(
       tokenizer: the tokenizer of the model.
       batch_size: rows in a batch.
     """
-    if task.label_column:
+    if not task.lacks_labels(columns):
         return columns
     examples = task.tokenise(columns, tokenizer)
     found = logits(predict, params, task, examples, batch_size=batch_size)

@@ -94,7 +94,7 @@ def _export(path, formats, data_path, num_rows, dtype, sizes, max_loss):
     config, spec, about = saved_model.read_about(path)
     task = saved_model.saved_task(str(path))
     if data_path:
-        task = dataclasses.replace(task, path=data_path)
+        task = task.at(data_path)
     try:
         files.check_writable(path / CHECK)
     except OSError as error:

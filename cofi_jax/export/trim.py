@@ -69,7 +69,7 @@ def trim(
     target, source = _target(path, about), {"field": "model", "path": str(path)}
     task = saved_model.saved_task(str(path))
     if data_path:
-        task = dataclasses.replace(task, path=data_path)
+        task = task.at(data_path)
     tokenizer = saved_model.load_tokenizer(path)
     tokenizers.check_tokenizer(tokenizer, config, **source)
     vocabulary.check(tokenizer, **source)

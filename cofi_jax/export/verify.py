@@ -142,7 +142,7 @@ def validation(
 
     def of(reference, against, teacher=None):
         rows, name = examples, ""
-        if not task.label_column:
+        if task.lacks_labels(columns[split]):
             judge, name = reference, against
             if teacher:
                 judge, name = teacher, "the teacher"
@@ -189,7 +189,8 @@ def run_card(
     one, two = PROBLEMS[model.config.problem].example
     long = f"{two} " * (model.config.longest // 2)
     scope, ran = {}, []
-    for texts in ((one,), (one, two), (one, long)):
+    examples = ((one,), (one, two), (one, long))
+    for texts in ((one,), (long,)) if model.config.pooling else examples:
         lines = model_card.snippet(form.card, model.config, texts)
         where = model_card.FOLDER
         lines = lines.replace(f"{where}/{form.name}", str(folder))

@@ -36,6 +36,8 @@ Batch = dict[str, jax.Array]
 # The masks of one layer: head (H,), mha (), intermediate (F,), ffn () and hidden (D,).
 LayerMasks = dict[str, jax.Array]
 
+OUTPUT_ACTIVATIONS = {"identity": lambda x: x, "tanh": jnp.tanh, "relu": nn.relu}
+
 _INIT = nn.initializers.normal(0.02)
 
 
@@ -43,7 +45,8 @@ class Output(NamedTuple):
     """The result of a forward pass.
 
     Attributes:
-      logits: float32, (B, C), or (B, T, C) if the classifier reads every token.
+      logits: float32, (B, C), or (B, T, C) if the classifier reads every token. Where
+        tokens are pooled, it is the vector of each text, (B, C).
       hidden_states: the embeddings and the outputs of the L layers, each (B, T, D).
     """
 
@@ -216,7 +219,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """An encoder with a classifier on the first token or on every token."""
+    """An encoder with a classifier on the first or every token, or with pooling."""
 
     config: EncoderConfig
 
@@ -257,16 +260,41 @@ class Encoder(nn.Module):
                     own[block.inner] = own[block.inner][: block.sizes(config)[i]]
             x = layer(x, attention_mask, own, train=train)
             states.append(x)
-        if not config.reads_every_token:
+        if config.pooling:
+            return Output(self._vector(x, attention_mask), tuple(states))
+        if config.has_pooler:
             first = nn.Dense(
                 config.pooler_size, dtype=config.dtype, kernel_init=_INIT, name="pooler"
             )(x[:, 0])
-            first = {"tanh": jnp.tanh, "relu": nn.relu}[config.pooler_activation](first)
+            first = OUTPUT_ACTIVATIONS[config.pooler_activation](first)
             x = Dropout(config.dropout)(first, train=train)  # (B, pooler)
         logits = nn.Dense(config.num_labels, kernel_init=_INIT, name="classifier")(
             x.astype(jnp.float32)
         )  # (B, C) or (B, T, C)
         return Output(logits, tuple(states))
+
+    def _vector(self, x, attention_mask):
+        """Pools hidden states (B, T, D) to vectors (B, C), as sentence-transformers."""
+        config, x = self.config, x.astype(jnp.float32)
+        real = (attention_mask > 0)[..., None]  # (B, T, 1)
+        if config.pooling == "mean":
+            x = jnp.sum(x * real, 1) / jnp.maximum(jnp.sum(real, 1), 1)
+        elif config.pooling == "max":
+            x = jnp.max(jnp.where(real, x, -1e9), 1)
+        else:
+            x = x[:, 0]
+        if config.output_activation:
+            x = nn.Dense(
+                config.num_labels,
+                use_bias=config.output_bias,
+                kernel_init=_INIT,
+                name="classifier",
+            )(x)
+            x = OUTPUT_ACTIVATIONS[config.output_activation](x)
+        if config.normalize:
+            squares = jnp.sum(jnp.square(x), -1, keepdims=True)
+            x = x / jnp.sqrt(jnp.maximum(squares, 1e-24))  # as PyTorch's normalize
+        return x
 
 
 class Embeddings(nn.Module):

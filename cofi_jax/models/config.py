@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+POOLINGS = ("mean", "cls", "max")
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -26,8 +28,14 @@ class EncoderConfig:
       model_type: the name of the model family in Hugging Face configs.
       position_offset: the row of the position table that the first token takes.
       pooler_activation: the activation function of the pooler, "tanh" or "relu".
-      head: the tokens that the classifier reads, "first" or "every"; if empty, the
-        problem decides.
+      head: the tokens that the head reads. For the logits of a classifier, it is
+        "first" or "every". For a vector, it is "mean" or "max", those of all tokens, or
+        "cls", the first token without a pooler. If empty, the problem decides.
+      output_activation: the activation function of the linear layer that maps a pooled
+        vector to C dimensions, "identity", "tanh" or "relu"; if empty, there is no such
+        layer, and C is D.
+      output_bias: whether that layer adds a bias.
+      normalize: whether vectors are divided by their length.
     """
 
     vocab_size: int
@@ -48,6 +56,9 @@ class EncoderConfig:
     position_offset: int = 0
     head: str = ""
     pooler_activation: str = "tanh"
+    output_activation: str = ""
+    output_bias: bool = True
+    normalize: bool = False
 
     @classmethod
     def dense(
@@ -83,8 +94,27 @@ class EncoderConfig:
     @property
     def reads_every_token(self) -> bool:
         """Whether the classifier reads every token, not only the pooled first one."""
+        return self._head == "every"
+
+    @property
+    def reads_one_token(self) -> bool:
+        """Whether the head reads the first token alone."""
+        return self._head in ("first", "cls")
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether a pooler stands between the first token and the classifier."""
+        return self._head == "first"
+
+    @property
+    def pooling(self) -> str:
+        """How tokens become a vector, "mean", "max" or "cls"; "" for a classifier."""
+        return self._head if self._head in POOLINGS else ""
+
+    @property
+    def _head(self) -> str:
         # Models that were saved before the field `head` existed leave it empty.
-        return (self.head or {"span": "every"}.get(self.problem)) == "every"
+        return self.head or {"span": "every"}.get(self.problem, "first")
 
     @property
     def pad_token_id(self) -> int:

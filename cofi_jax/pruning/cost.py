@@ -105,6 +105,9 @@ def multiply_adds(config: EncoderConfig, seq_length: int) -> int:
         kernels = [f"T{kernel}" for kernel, _ in block.modules.values()]
         for product in (*kernels, *block.products):
             total += math.prod(sizes[axis] for axis in product)
+    if config.pooling:
+        layer = config.hidden_size * config.num_labels
+        return total + layer * bool(config.output_activation)
     if config.reads_every_token:
         return total + seq_length * config.hidden_size * config.num_labels
     return total + (config.hidden_size + config.num_labels) * config.pooler_size

@@ -197,6 +197,28 @@ def prune(params: dict, masks: Masks, config: EncoderConfig) -> tuple[dict, Prun
     return take(fold(params, masks, config), spec), spec
 
 
+def keep_width(params: dict, config: EncoderConfig) -> tuple[dict, EncoderConfig]:
+    """Adds a linear layer that changes nothing behind the pooled vector.
+
+    Slicing cuts the rows of its matrix, the identity, like the hidden dimensions that
+    these read. So vectors keep their width, and training can fill the cut dimensions.
+
+    Args:
+      params: the parameters of a model that pools.
+      config: its sizes.
+
+    Returns:
+      Those of a model that computes the same. A model that has such a layer stays as it
+      is.
+    """
+    if config.output_activation:
+        return params, config
+    width = config.hidden_size
+    layer = {"output_activation": "identity", "output_bias": False, "num_labels": width}
+    config = dataclasses.replace(config, **layer)
+    return params | {"classifier": {"kernel": jnp.eye(width)}}, config
+
+
 def drop_zero_units(params: dict, config: EncoderConfig) -> tuple[dict, PrunedSpec]:
     """Cuts the heads and the feed-forward units that contribute nothing.
 

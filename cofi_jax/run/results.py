@@ -49,7 +49,7 @@ def collect(
       seconds: the time that each stage took.
     """
     config, found, more = run.config, {}, {}
-    if not run.task.label_column:
+    if run.task.scored_by_answers:
         more["agreement"] = True
     for name, parts in reached.items():
         found[name] = {"score": main_score(parts["scores"])} | parts

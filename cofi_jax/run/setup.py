@@ -13,14 +13,14 @@ import numpy as np
 from cofi_jax import distributed
 from cofi_jax.checkpoints import huggingface, saved_model, tokenizers
 from cofi_jax.checkpoints.load import load_hugging_face
-from cofi_jax.config import Config, flatten
+from cofi_jax.config import Config, Model, flatten
 from cofi_jax.data import batches, sources, tasks, toy
 from cofi_jax.data.tasks import Task
 from cofi_jax.errors import reject, warn
 from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.pruning import constraint, hard_concrete
+from cofi_jax.pruning import constraint, hard_concrete, slicing
 from cofi_jax.run import structure
 from cofi_jax.training import teacher as teacher_lib
 
@@ -57,17 +57,22 @@ def load_inputs(config: Config) -> Inputs:
     splits = ("train", *task.validation)
     task, columns = sources.load(task, splits)
     model, params, tokenizer = load_teacher(config, task)
+    if task.problem.pools and _prunes_hidden(config.prune):
+        params, sizes = slicing.keep_width(params, model.config)
+        model = Encoder(sizes)
     _check_model(config, task, model.config, tokenizer)
     examples = {}
     for split in splits:
-        texts = predict.answered(
-            predict.make_predict(model),
-            params,
-            _as_the_teacher(config, task),
-            columns.pop(split),
-            tokenizer,
-            batch_size=config.eval_batch_size,
-        )
+        texts = columns.pop(split)
+        if split != "train" or not task.problem.pools:  # Vectors are not learned so.
+            texts = predict.answered(
+                predict.make_predict(model),
+                params,
+                _as_the_teacher(config, task),
+                texts,
+                tokenizer,
+                batch_size=config.eval_batch_size,
+            )
         examples[split] = task.tokenise(texts, tokenizer, training=split == "train")
         if len(examples[split]):
             where = _source(config)
@@ -75,6 +80,12 @@ def load_inputs(config: Config) -> Inputs:
     _check_rows(config, examples["train"])
     teacher_lib.check_teacher_cache(config, model.config, examples["train"])
     return Inputs(task, examples, model, params, tokenizer)
+
+
+def _prunes_hidden(prune):
+    if prune.by_hand:
+        return prune.structure.hidden < 1
+    return "hidden" in prune.kinds
 
 
 def find_task(config: Config) -> Task:
@@ -143,6 +154,8 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
       UserError: for a model that is not there, damaged, or of another task.
     """
     key = jax.random.key(config.seed)
+    if task.problem.pools:
+        _check_teacher_alone(config)
     if config.teacher.path:
         return _load_trained(config, task)
     if config.teacher.labels:
@@ -175,6 +188,17 @@ def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
     return Encoder(sizes), init_params(sizes, key), tokenizer
 
 
+def _check_teacher_alone(config):
+    """Raises UserError unless the teacher alone says what is learned."""
+    others = "", Model().path, config.teacher.path
+    if config.model.path not in others:
+        legal = "must be empty: the student starts from teacher.path, whose tokenizer "
+        raise reject("model.path", config.model.path, f"{legal}both of them have")
+    if not config.distill.logits:
+        legal = "must be above 0, since there are no labels"
+        raise reject("distill.logits", config.distill.logits, legal)
+
+
 def _load_trained(config, task):
     path, order = config.teacher.path, config.teacher.labels
     pruned = reject("teacher.path", path, "is a pruned model; give a dense one")
@@ -198,7 +222,7 @@ def _load_trained(config, task):
         if sizes.widths() != found.dense.widths():
             raise pruned
     found = sizes.problem, sizes.num_labels
-    if found != (task.problem.name, task.num_outputs):
+    if found != (task.problem.name, task.num_outputs or sizes.num_labels):
         legal = f"is made for {found[0]} with {found[1]} outputs, task "
         legal += f"{config.data.task} for {task.problem.name} with {task.num_outputs}"
         raise reject("teacher.path", path, legal)

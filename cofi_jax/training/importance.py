@@ -34,9 +34,9 @@ def importance(
         batches of 32 rows are enough.
       kinds: the kinds of masks that are measured.
       labels: whether the loss is that of the task. If not, the labels are not read, and
-        the loss is the distance of the logits from the same logits with normal noise of
-        variance 1. Its mean squared gradient is that of distillation from the model
-        itself, a loss whose own gradient is 0 here.
+        the loss is the distance of the logits from the same logits with noise, see
+        `Problem.noisy`. Its mean squared gradient is that of distillation from the
+        model itself, a loss whose own gradient is 0 here.
 
     Returns:
       For each kind a float32 array of the shape of its masks, at least 0, and 0 at
@@ -68,7 +68,7 @@ def _squared_gradient(model, labels):
         logits = model.apply({"params": params, "masks": masks}, batch).logits
         if labels:
             return problem.loss(logits, batch)
-        noisy = logits + jax.random.normal(key, logits.shape)
+        noisy = problem.noisy(logits, key)
         return problem.distill(logits, jax.lax.stop_gradient(noisy), batch, 1.0)
 
     def squared_gradient(*arguments):

@@ -7,6 +7,7 @@ from cofi_jax.data.problems.multilabel import MultiLabel
 from cofi_jax.data.problems.ranking import Ranking
 from cofi_jax.data.problems.regression import Regression
 from cofi_jax.data.problems.span import Span
+from cofi_jax.data.problems.vectors import Vectors
 
 PROBLEMS: dict[str, Problem] = {
     problem.name: problem
@@ -16,6 +17,7 @@ PROBLEMS: dict[str, Problem] = {
         MultiLabel(),
         Entities(),
         Ranking(),
+        Vectors(),
         Span(),
     )
 }

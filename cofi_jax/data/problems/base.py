@@ -11,6 +11,7 @@ import optax
 
 from cofi_jax.data.batches import Examples
 from cofi_jax.data.metrics import METRICS
+from cofi_jax.errors import reject
 from cofi_jax.models.bert import Batch
 
 if TYPE_CHECKING:
@@ -36,10 +37,12 @@ class Problem:
     """
 
     name: str  # the value of `data.problem` and of a saved model's `problem`
-    head: Literal["first", "every"] = "first"  # the tokens that the head reads
+    # The tokens that the head reads, unless a folder says otherwise.
+    head: Literal["first", "every", "mean"] = "first"
     own_metrics: tuple[str, ...] = ()  # that `own` may ask for; (): `own` has no such
     names_classes: bool = False  # the labels name classes, which have an order
     fits: bool = False  # whether `fit` chooses anything
+    pools: bool = False  # whether logits are vectors of pooled hidden states
     text_form: str = "text"  # what a cell of a column of text must be, in words
     least_columns: int = 1  # of text
     most_columns: int = 2
@@ -49,11 +52,11 @@ class Problem:
     timed_on_cpu: tuple[int, int] = (32, 64)
     timed_on_gpu: tuple[int, int] = (128, 128)  # as in the paper
     # These are Hugging Face's words for the head, its config and its task.
-    auto_model: str = "SequenceClassification"
+    auto_model: str = "SequenceClassification"  # or "" for a model without a head
     pipeline_tag: str = "text-classification"
     problem_type: str | None = None
     classifier: str = "classifier"  # the linear layer that gives the logits
-    output_class: str = "SequenceClassifierOutput"
+    output_class: str = "SequenceClassifierOutput"  # or "" where it has none
     outputs: tuple[str, ...] = ("logits",)  # or one name for each column of the logits
     hub_fields: Mapping[str, Any] = types.MappingProxyType({})  # more of config.json
     example: tuple[str, str] = ("A gripping film.", "It is worth seeing.")
@@ -63,6 +66,26 @@ class Problem:
 
         It also does where these are no classes of such a problem.
         """
+
+    def class_of(self, family: str) -> str:
+        """Hugging Face's class of such a model of a family."""
+        return f"{family}For{self.auto_model}" if self.auto_model else f"{family}Model"
+
+    @property
+    def auto_class(self) -> str:
+        """Hugging Face's class that opens such a model of any family."""
+        return f"AutoModelFor{self.auto_model}" if self.auto_model else "AutoModel"
+
+    def described(self, task: "Task") -> "Task":
+        """The task with what it is scored on, which may follow from the data.
+
+        Raises:
+          UserError: for sets that are not for this problem.
+        """
+        for field in ("pairs", "retrieval"):
+            if value := getattr(task, field):
+                raise reject(f"data.{field}", value, f"is not for {self.name}")
+        return task
 
     def label_columns(self, column: str) -> tuple[str, ...]:
         """The columns that hold the labels, given the value of `data.label_column`.
@@ -103,7 +126,10 @@ class Problem:
         return (cell,)
 
     def num_outputs(self, labels: Sequence[str]) -> int:
-        """The width of the logits (C), given the names of the classes."""
+        """The width of the logits (C), given the names of the classes.
+
+        It is 0 where these are not known yet, or where the teacher's model decides.
+        """
         raise NotImplementedError
 
     def class_names(self, cells: Sequence[Any], column: str) -> tuple[str, ...]:
@@ -204,6 +230,10 @@ class Problem:
         q = jax.nn.log_softmax(student / temperature)
         divergence = jnp.sum(jnp.exp(p) * (p - q), -1)
         return temperature**2 * self.mean(divergence, batch)
+
+    def noisy(self, logits: jax.Array, key: jax.Array) -> jax.Array:
+        """Logits nearby, whose distance `distill` tells, to measure importance by."""
+        return logits + jax.random.normal(key, logits.shape)
 
     def fit(
         self, logits: np.ndarray, examples: Examples, metrics: Sequence[str]
