@@ -2,7 +2,8 @@
 
 The folder holds the graph and what those runtimes read beside it:
 
-    model.onnx        opset 17, any batch and length; int64 in, float32 logits out
+    model.onnx        opset 17, any batch and length; int64 in, float32 logits out, or
+                      vectors: then pooling and all that follows are in the graph
     model.onnx.data   the parameters of a large model, else empty
     config.json       reads as an ordinary BERT's, for servers that look at it
     export.json       for `transformers.exporters.ExportedModel`
@@ -52,8 +53,11 @@ def write(
     graph = _Graph(params, config)
     outputs = graph.head(graph.layers(graph.embeddings()))
     _save(graph, inputs, outputs, folder / "model.onnx")
-    manifest = _manifest(fields["architectures"][0], inputs, outputs, config)
-    for name, content in (("config", fields), ("export", manifest)):
+    described = {"config": fields}
+    if PROBLEMS[config.problem].output_class:
+        architecture = fields["architectures"][0]
+        described["export"] = _manifest(architecture, inputs, outputs, config)
+    for name, content in described.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -88,6 +92,11 @@ class _Graph:
 
     def __init__(self, params, config):
         tensors = to_torch(params, config)
+        if config.output_activation:  # It follows the pooling.
+            for name, leaf in params["classifier"].items():
+                weight = name == "kernel"
+                key = f"classifier.{'weight' if weight else 'bias'}"
+                tensors[key] = leaf.T if weight else leaf
         self.constants = {k: np.asarray(v, np.float32) for k, v in tensors.items()}
         self.config, self.nodes = config, []
         self.lengths = self("Shape", "input_ids")  # (B, T)
@@ -172,7 +181,7 @@ class _Graph:
         mask = self("Where", mask, np.float32(0), np.float32(-1e9))
         mask = self("Unsqueeze", mask, np.array([1, 2]))  # (B, 1, 1, T)
         attending = [i for i, heads in enumerate(config.heads) if heads]
-        last = attending[-1] if attending and not config.reads_every_token else None
+        last = attending[-1] if attending and config.reads_one_token else None
         widths = zip(config.heads, config.intermediate, strict=True)
         for i, (heads, width) in enumerate(widths):
             at = f"bert.encoder.layer.{i}"
@@ -186,7 +195,7 @@ class _Graph:
                 y = _ACTIVATIONS[config.activation](self, y)
                 x = self("Add", x, self.linear(f"{at}.output.dense", y))
                 x = self.norm(f"{at}.output.LayerNorm", x)
-        return x if attending or config.reads_every_token else self.first(x)
+        return self.first(x) if config.reads_one_token and not attending else x
 
     def attention(self, at, x, rows, mask, heads):
         """Attends to x (B * T, D), from all of its rows or from one for each text."""
@@ -214,7 +223,9 @@ class _Graph:
     def head(self, x):
         """The logits; returns the shapes of the outputs by name."""
         problem, labels = PROBLEMS[self.config.problem], self.config.num_labels
-        if not self.config.reads_every_token:
+        if self.config.pooling:
+            return self.vector(x, problem.outputs)
+        if self.config.has_pooler:
             activation = self.config.pooler_activation.capitalize()  # Tanh or Relu
             x = self(activation, self.linear("bert.pooler.dense", x))
             self.linear("classifier", x, to=("logits",))
@@ -227,6 +238,33 @@ class _Graph:
         for column, name in zip(columns, names, strict=True):
             self.by_token(column, to=(name,))
         return dict.fromkeys(names, _DIMS)
+
+    def vector(self, x, to):
+        """The vector of each text, normalised perhaps, as `bert.Encoder` makes it."""
+        config = self.config
+        if config.pooling != "cls":
+            x = self.by_token(x, config.hidden_size)
+            real = self("Greater", "attention_mask", np.int64(0))
+            real = self("Unsqueeze", real, np.array([2]))  # (B, T, 1)
+        if config.pooling == "mean":
+            real = self("Where", real, np.float32(1), np.float32(0))
+            axis = np.array([1])
+            count = self("ReduceSum", real, axis, keepdims=0)
+            x = self("ReduceSum", self("Mul", x, real), axis, keepdims=0)
+            x = self("Div", x, self("Max", count, np.float32(1)))
+        elif config.pooling == "max":
+            x = self("Where", real, x, np.float32(-1e9))
+            x = self("ReduceMax", x, axes=[1], keepdims=0)
+        if config.output_activation:
+            biases = ["classifier.bias"] if config.output_bias else []
+            x = self("Gemm", x, "classifier.weight", *biases, transB=1)
+            op = config.output_activation.capitalize()  # Identity, Tanh or Relu
+            x = self(op, x)
+        if config.normalize:
+            length = self("ReduceL2", x, axes=[1], keepdims=1)
+            x = self("Div", x, self("Max", length, np.float32(1e-12)))
+        self("Identity", x, to=to)
+        return {to[0]: [_DIMS[0], config.num_labels]}
 
 
 # onnxruntime fuses nodes in the order of these functions into one.

@@ -50,6 +50,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from cofi_jax.checkpoints import sentence_transformers
 from cofi_jax.checkpoints.hf_names import bert_form, to_hugging_face
 from cofi_jax.checkpoints.huggingface import write_tensors
 from cofi_jax.export.base import Format
@@ -79,7 +80,7 @@ def stock_config(config: EncoderConfig) -> EncoderConfig:
         heads=(hidden // head_size,) * layers,
         head_size=head_size,
         intermediate=(max(units, 1),) * layers,
-        pooler_size=0 if config.reads_every_token else hidden,
+        pooler_size=hidden if config.has_pooler else 0,
         layer_norm_eps=config.layer_norm_eps * (config.hidden_size / hidden),
     )
 
@@ -244,7 +245,10 @@ def write(
     Raises:
       UserError: where there is not one label for each class.
     """
-    tensors, fields = to_hugging_face(*to_stock(params, config), labels)
+    dense, stock = to_stock(params, config)
+    tensors, fields = to_hugging_face(dense, stock, labels)
+    if config.pooling:
+        sentence_transformers.write(folder, dense, stock)
     # A plain BERT has no offset of positions, from which this one follows.
     fields["pad_token_id"] = config.pad_token_id
     write_tensors(folder, tensors, fields)
@@ -270,6 +274,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {auto}.from_pretrained(folder)
 print(model(**tokenizer({texts}, truncation=True, return_tensors="pt")))""",
     _note,
+    pooled=(
+        "sentence-transformers, servers that know BERT",
+        """\
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("path/to/this/folder/stock")
+print(model.encode([{texts}]))""",
+    ),
 )
 
 FORMAT = Format(

@@ -3,10 +3,12 @@
 Beside the weights and config.json it holds the code of the model, two files that depend
 on torch and transformers alone: `hub_code/*.py`, which
 `from_pretrained(..., trust_remote_code=True)` runs. The tensors have BERT's names; an
-absent block has none.
+absent block has none. The folder of a model that makes vectors is one of
+sentence-transformers.
 """
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from cofi_jax.checkpoints import hf_config, hf_names, huggingface
+from cofi_jax.checkpoints import (
+    hf_config,
+    hf_names,
+    huggingface,
+    sentence_transformers,
+    tokenizers,
+)
 from cofi_jax.config import DTYPES
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.errors import reject
@@ -52,6 +60,8 @@ def write(
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), params)
     tensors = hf_names.to_torch(*hf_names.bert_form(params, config))
     huggingface.write_tensors(folder, tensors, fields)
+    if config.pooling:
+        sentence_transformers.write(folder, params, config)
     code = {path.name: path.read_text() for path in _CODE.glob("*.py")}
     stamp = hashlib.sha256(code["modeling_cofi.py"].encode()).hexdigest()[:16]
     for name, text in code.items():
@@ -61,14 +71,14 @@ def write(
 
 def _fields(config, labels):
     """Returns config.json as `CofiConfig` reads it."""
-    head = PROBLEMS[config.problem].auto_model
+    problem = PROBLEMS[config.problem]
     return hf_config.shared_fields(config, labels) | {
-        "architectures": [f"CofiFor{head}"],
+        "architectures": [problem.class_of("Cofi")],
         "model_type": "cofi_encoder",
         "auto_map": {
             "AutoConfig": "configuration_cofi.CofiConfig",
             "AutoModel": "modeling_cofi.CofiModel",
-            f"AutoModelFor{head}": f"modeling_cofi.CofiFor{head}",
+            problem.auto_class: f"modeling_cofi.{problem.class_of('Cofi')}",
         },
         # transformers 4 looks for a tokenizer only where this field is.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,8 +106,8 @@ def load_torch(folder: Path, dtype: str = "float32") -> Any:
     import transformers
 
     fields = json.loads((folder / "config.json").read_text())
-    head = fields["architectures"][0].partition("For")[2]
-    return getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+    _, with_head, head = fields["architectures"][0].partition("For")
+    return getattr(transformers, f"AutoModel{with_head}{head}").from_pretrained(
         folder,
         trust_remote_code=True,
         local_files_only=True,
@@ -106,10 +116,16 @@ def load_torch(folder: Path, dtype: str = "float32") -> Any:
 
 
 def load(folder: Path) -> Callable[[Batch], np.ndarray]:
-    """Opens a folder in PyTorch, in float32 on the CPU: see `Format.load`."""
+    """Opens a folder in PyTorch, in float32 on the CPU: see `Format.load`.
+
+    Raises:
+      UserError: where it makes vectors, and sentence-transformers is not installed.
+    """
     import torch
 
-    model = load_torch(folder)
+    head = _head(folder)
+    with tokenizers.quiet():  # A plain BERT has a pooler, which nobody reads.
+        model = load_torch(folder)
     # Types are for models of several: a tokenizer of another family may give them.
     types = getattr(model.config, "type_vocab_size", 1)  # DistilBERT has no such field.
     names = INPUTS if types > 1 else INPUTS[:2]
@@ -118,11 +134,27 @@ def load(folder: Path) -> Callable[[Batch], np.ndarray]:
         inputs = {k: torch.tensor(np.asarray(batch[k], np.int64)) for k in names}
         with torch.inference_mode():
             output = model(**inputs)
+        if head:
+            states = output.last_hidden_state.numpy()
+            return head.vectors(states, np.asarray(batch["attention_mask"]))
         if "logits" in output:
             return output.logits.numpy()
         return torch.stack([output.start_logits, output.end_logits], -1).numpy()
 
     return predict
+
+
+def _head(folder):
+    """What follows the encoder, where a folder is one of sentence-transformers.
+
+    The lines of its model card need that library.
+    """
+    if not sentence_transformers.is_folder(folder):
+        return None
+    if importlib.util.find_spec("sentence_transformers") is None:
+        legal = "needs sentence_transformers: pip install 'cofi-jax[vectors]'"
+        raise reject("formats", folder.name, legal)
+    return sentence_transformers.read(folder)
 
 
 _CARD = Part(
@@ -139,6 +171,14 @@ print(model(**tokenizer({texts}, truncation=True, return_tensors="pt")))""",
         "model whose weights are so rounded."
         if check.get("weights") == "bfloat16"
         else ""
+    ),
+    pooled=(
+        "sentence-transformers",
+        """\
+from sentence_transformers import SentenceTransformer
+folder = "path/to/this/folder/transformers"
+model = SentenceTransformer(folder, trust_remote_code=True)
+print(model.encode([{texts}]))""",
     ),
 )
 

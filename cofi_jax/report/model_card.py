@@ -30,6 +30,7 @@ class Part(NamedTuple):
         transformers' class of the head.
       note: `note(check)` returns a sentence on the content of its `check.json`, or "".
       section: `section(check)` returns Markdown that follows what was checked, or "".
+      pooled: the user and the snippet for a model that makes vectors; () for the same.
     """
 
     user: str
@@ -37,6 +38,13 @@ class Part(NamedTuple):
     snippet: str
     note: Callable[[Mapping[str, Any]], str] = lambda check: ""
     section: Callable[[Mapping[str, Any]], str] = lambda check: ""
+    pooled: tuple[str, str] | tuple[()] = ()
+
+    def of(self, config: EncoderConfig) -> tuple[str, str]:
+        """The user and the snippet for a model of these sizes."""
+        if self.pooled and config.pooling:
+            return self.pooled
+        return self.user, self.snippet
 
 
 _SAVED_MODEL = Part(
@@ -179,7 +187,8 @@ def _usage(folder, part, config, task, about):
     columns = task.columns if task else about.get("data", {}).get("columns", ("text",))
     words = PROBLEMS[config.problem].example[: len(columns)]
     lines = snippet(part, config, words)
-    return f"{folder}, for {part.user}: {part.what}.\n\n```python\n{lines}\n```"
+    user, _ = part.of(config)
+    return f"{folder}, for {user}: {part.what}.\n\n```python\n{lines}\n```"
 
 
 def snippet(part: Part, config: EncoderConfig, words: Sequence[str]) -> str:
@@ -188,8 +197,8 @@ def snippet(part: Part, config: EncoderConfig, words: Sequence[str]) -> str:
     They call the saved model's folder `FOLDER`.
     """
     texts = ", ".join(json.dumps(word) for word in words)
-    return part.snippet.format(
-        auto=f"AutoModelFor{PROBLEMS[config.problem].auto_model}",
+    return part.of(config)[1].format(
+        auto=PROBLEMS[config.problem].auto_class,
         texts=texts,
         example=f"({texts})" if len(words) > 1 else texts,
     )
