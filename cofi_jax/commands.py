@@ -50,6 +50,11 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """The whole number that is the value of a flag."""
+    return 0 if text == "0" else positive(text)
+
+
 def positives(text: str) -> tuple[int, ...]:
     """The numbers of a flag like `1,32`."""
     return tuple(map(positive, text.split(",")))

@@ -3,6 +3,7 @@
     python -m cofi_jax.benchmarks step --model path/to/encoder --data path/to/sst2
     python -m cofi_jax.benchmarks inference --batch_size 1,32 --seq_length 64,128
     python -m cofi_jax.benchmarks memory --batch_size 32 --seq_length 128
+    python -m cofi_jax.benchmarks latency --model path/to/encoder --table latency.json
     python -m cofi_jax.benchmarks startup -- --config=configs/demo.py
 
 Each prints its conditions and a table, and writes both with `--json FILE`. A figure
@@ -19,10 +20,11 @@ import jax
 import numpy as np
 
 from cofi_jax import commands, files
-from cofi_jax.benchmarks import baselines, inference, memory, startup, step
+from cofi_jax.benchmarks import baselines, inference, latency, memory, startup, step
 from cofi_jax.config import DTYPES
 from cofi_jax.errors import reject, warn
-from cofi_jax.evaluation import timing
+from cofi_jax.evaluation import latency_table, timing
+from cofi_jax.export import runtimes
 
 _PACKAGES = ("jax", "torch", "transformers", "onnxruntime")
 
@@ -104,10 +106,21 @@ _SIZES = {
     "seq_length": ("64,128", commands.positives, "tokens of a sequence"),
 }
 _LENGTH = {"seq_length": (64, commands.positive, "tokens of a sequence")}
+_TABLE = {
+    "runtime": ("jax", str, f"one of {', '.join(runtimes.NAMES)}"),
+    "table": ("latency.json", str, "the file: read where it is there, or made"),
+    "structures": (0, commands.count, "random ones that check the table; 0: show it"),
+}
 _COMMANDS = {  # what is measured, by what, the default of --repeats, flags
     "step": ("training steps", step.measure, 5, _MODEL | _BATCH | _ROWS),
     "inference": ("forward passes", inference.measure, 10, _MODEL | _SIZES),
     "memory": ("memory of steps", memory.measure, 3, _MODEL | _BATCH | _LENGTH),
+    "latency": (
+        "a table of times",
+        latency.measure,
+        latency_table.REPEATS,
+        _MODEL | _BATCH | _LENGTH | _TABLE,
+    ),
     "startup": ("time to the first step", startup.measure, 3, {}),
 }
 

@@ -59,7 +59,7 @@ class Scored(NamedTuple):
 Opener = Callable[[Loaded, pathlib.Path], Callable[[Batch], Any]]
 
 JAX: Mapping[str, Opener | None] = types.MappingProxyType({"jax": None})
-_REST_MS = 50.0  # in which the threads of another runtime stop waiting for work
+REST_MS = 50.0  # in which the threads of another runtime stop waiting for work
 
 
 class Opened(NamedTuple):
@@ -259,7 +259,7 @@ def evaluate(
             batch_sizes=batch_sizes,
             seq_lengths=seq_lengths,
             repeats=repeats,
-            rest_ms=0.0 if runtimes == JAX else _REST_MS,
+            rest_ms=0.0 if runtimes == JAX else REST_MS,
         ),
         "benchmark": latency.conditions(timed) | {"repeats": repeats},
     }

@@ -1,6 +1,7 @@
 """The runtimes that `eval.py` measures models in, each by the format of its export."""
 
 import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from cofi_jax.checkpoints.load import Loaded
 from cofi_jax.errors import reject
+from cofi_jax.evaluation import evaluate, latency_table
 from cofi_jax.evaluation.evaluate import Opener
 from cofi_jax.export.formats import FORMATS
 from cofi_jax.models.bert import Batch
+from cofi_jax.models.config import EncoderConfig
 
 NAMES = ("jax", "onnx", "onnx-int8")
 
@@ -46,8 +49,34 @@ def openers(names: Sequence[str], field: str) -> dict[str, Opener | None]:
 
 def _opener(name) -> Opener:
     def opener(loaded: Loaded, folder: pathlib.Path) -> Callable[[Batch], Any]:
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), loaded.params)
-        FORMATS[name].write(folder, params, loaded.model.config, loaded.task.labels)
-        return FORMATS[name].load(folder)
+        config, labels = loaded.model.config, loaded.task.labels
+        return _written(name, folder, loaded.params, config, labels)
 
     return opener
+
+
+def _written(name, folder, params, config, labels):
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    FORMATS[name].write(folder, params, config, labels)
+    return FORMATS[name].load(folder)
+
+
+def timed(name: str, field: str) -> latency_table.Opener:
+    """Returns how models are opened in a runtime only to be timed.
+
+    Raises:
+      UserError: as `openers` does.
+    """
+    if openers((name,), field)[name] is None:
+        return latency_table.open_in_jax
+
+    def opener(params: dict, config: EncoderConfig) -> Callable[[Batch], Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            return _written(name, pathlib.Path(folder), params, config, ())
+
+    return opener
+
+
+def rest_ms(name: str) -> float:
+    """Returns the pause before each turn that timings in a runtime take."""
+    return 0.0 if name == "jax" else evaluate.REST_MS

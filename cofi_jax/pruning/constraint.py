@@ -48,7 +48,7 @@ def expected_sparsity(
       A scalar that is differentiable in the log-alphas.
     """
     left = cost.expected(prob_active(log_alpha), config)
-    return 1 - left / float(cost.exact({}, config))
+    return 1 - left / jnp.float32(cost.exact({}, config))
 
 
 def max_sparsity(
@@ -83,11 +83,33 @@ def most_removable(
 
 
 def target_at(
-    step: jax.Array, target: jax.Array, warmup_steps: jax.Array, start: ArrayLike = 0.0
+    step: jax.Array,
+    target: jax.Array,
+    warmup_steps: jax.Array,
+    start: ArrayLike = 0.0,
+    *,
+    geometric: bool = False,
 ) -> jax.Array:
-    """Returns the target at `step`, which rises linearly from `start` to `target`."""
+    """Returns the target at `step`, which rises from `start` to `target`.
+
+    It rises linearly, or, if `geometric`, so that what is left falls geometrically.
+    """
     risen = step / jnp.maximum(warmup_steps, 1)
-    return start + (target - start) * jnp.where(step < warmup_steps, risen, 1.0)
+    risen = jnp.where(step < warmup_steps, risen, 1.0)
+    if geometric:
+        left = jnp.subtract(1, start) ** (1 - risen)
+        return 1 - left * jnp.subtract(1, target) ** risen
+    return start + (target - start) * risen
+
+
+def on_log_scale(sparsity: ArrayLike, target: ArrayLike) -> jax.Array:
+    """Returns how far a sparsity is on the way to a target, on a logarithmic scale.
+
+    That is ln(1 - s) / ln(1 - t), which is 0 without sparsity and 1 at the target. A
+    cost that is 2 % too high is about as far from a target that leaves a half as from
+    one that leaves a twelfth.
+    """
+    return jnp.log1p(jnp.negative(sparsity)) / jnp.log1p(jnp.negative(target))
 
 
 def of_part(sparsity: ArrayLike, share: ArrayLike) -> Any:
@@ -239,6 +261,7 @@ def final_masks(
     target: float,
     transform: MaskTransform,
     cost: Cost = PARAMETERS,
+    tolerance: float = 1e-3,
 ) -> Masks:
     """Returns evaluation masks that meet the target after `transform` opens some.
 
@@ -248,13 +271,13 @@ def final_masks(
     """
     aim = target
     for _ in range(20):
-        masks = transform(target_masks(log_alpha, config, aim, cost=cost))
+        masks = transform(target_masks(log_alpha, config, aim, tolerance, cost))
         missing = target - exact_sparsity(masks, config, cost)
-        if missing <= 1e-3:
+        if missing <= tolerance:
             return masks
-        aim += max(missing, 2e-3)
+        aim += max(missing, 2 * tolerance)
     warn("widths stay as they are: rounded, they miss the target")
-    return target_masks(log_alpha, config, target, cost=cost)
+    return target_masks(log_alpha, config, target, tolerance, cost)
 
 
 def meet_target(

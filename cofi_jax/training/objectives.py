@@ -27,9 +27,9 @@ import jax.numpy as jnp
 from cofi_jax.config import Distill
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.models.bert import Batch, Encoder
-from cofi_jax.pruning import constraint
+from cofi_jax.pruning import constraint, latency
 from cofi_jax.pruning import masks as masks_lib
-from cofi_jax.pruning.cost import PARAMETERS, Cost
+from cofi_jax.pruning.cost import PARAMETERS
 from cofi_jax.training.losses import (
     MATCHERS,
     alive_layers,
@@ -169,15 +169,17 @@ class PruningObjective:
     sparsity always refers to the dense model, `share` is the fraction of the cost of
     the dense model that the student has.
 
+    If the context holds a `table`, a `latency.Table`, the cost is the time by it. It
+    falls geometrically then, and the Lagrangian takes sparsities on a logarithmic
+    scale, see `constraint.on_log_scale`.
+
     Attributes:
       student: the module that is pruned.
       distill: the settings of distillation.
-      cost: the cost that sparsity is a fraction of.
     """
 
     student: Encoder
     distill: Distill
-    cost: Cost = PARAMETERS
 
     def __call__(
         self, trainable: dict, frozen: dict, context: dict, batch: Batch, key: jax.Array
@@ -185,24 +187,32 @@ class PruningObjective:
         """Computes the loss; the metrics add the constraint and `masks.decisions`."""
         config, share = self.student.config, context["share"]
         log_alpha, multipliers = trainable["log_alpha"], trainable.get("multipliers")
+        whole, timed = context["target_sparsity"], "table" in context
+        cost = latency.cost(context["table"]) if timed else PARAMETERS
         target = constraint.target_at(
             context["step"],
-            context["target_sparsity"],
+            whole,
             context["warmup_steps"],
             start=1 - share,
+            geometric=timed,
         )
         if multipliers is None:
             own_target = constraint.of_part(target, share)
-            log_alpha = constraint.at_target(log_alpha, config, own_target, self.cost)
+            log_alpha = constraint.at_target(log_alpha, config, own_target, cost)
         masks = masks_lib.sample(log_alpha, key_for(key, "masks"))
         distillation = DistillationObjective(self.student, self.distill)
         loss, metrics = distillation(trainable, frozen, context, batch, key, masks)
-        expected = constraint.expected_sparsity(log_alpha, config, self.cost)
+        expected = constraint.expected_sparsity(log_alpha, config, cost)
         expected = constraint.of_whole(expected, share)
         metrics |= {"expected_sparsity": expected, "target_sparsity": target}
         metrics |= masks_lib.decisions(log_alpha, config)
         if multipliers is None:
             return loss, metrics
+        if timed:
+            expected, target = (
+                constraint.on_log_scale(sparsity, whole)
+                for sparsity in (expected, target)
+            )
         penalty = constraint.lagrangian(expected, target, multipliers)
         return loss + penalty, metrics | {
             "loss_lagrangian": penalty,
