@@ -13,9 +13,8 @@ from cofi_jax import commands
 from cofi_jax import distributed as distributed_lib
 from cofi_jax.errors import printable
 from cofi_jax.report import tables
-from cofi_jax.run import cli
+from cofi_jax.run import cli, stages
 from cofi_jax.run.run import run
-from cofi_jax.run.stages import saved_as, stairs
 
 
 @commands.program
@@ -31,7 +30,8 @@ def main(argv: list[str]) -> int:
 @commands.program  # An error that leaves the block above would end all processes.
 def _run(config, workdir):
     result = run(config, workdir)
-    models = [f"{saved_as(workdir, x).name}/" for x in stairs(config.prune.targets)]
+    stairs = stages.stairs(config.prune.targets, config.prune.target_speedup)
+    models = [f"{stages.saved_as(workdir, stair).name}/" for stair in stairs]
     names = ", ".join(["report.html", *models])
     print(f"\n{tables.table(result)}\n\nWritten to {printable(workdir)}: {names}")
     return 0

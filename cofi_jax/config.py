@@ -49,10 +49,19 @@ def _fractions(*default: float) -> Any:
     def holds(values):
         pairs = zip(values, values[1:], strict=False)
         apart = all(after - before >= 1e-4 for before, after in pairs)
-        return values and apart and 0 <= values[0] and values[-1] < 1
+        return apart and (not values or 0 <= values[0] and values[-1] < 1)
 
     legal = "must be one or more rising fractions in [0, 1), 0.0001 or more apart"
     return _ruled(default, legal, holds)
+
+
+def _speedups() -> Any:
+    def holds(values):
+        pairs = zip(values, values[1:], strict=False)
+        apart = all(after >= 1.01 * before for before, after in pairs)
+        return apart and (not values or 1 < values[0] and values[-1] < 1e6)
+
+    return _ruled((), "must be rising numbers above 1, 1 % or more apart", holds)
 
 
 def _share() -> Any:
@@ -197,6 +206,9 @@ class Prune(Stage):
     # The sparsities of the models to make. Each is cut from the one before, once that
     # has recovered: the stages after pre-pruning run once for each target.
     targets: tuple[float, ...] = _fractions(0.95)
+    # Or how many times as fast they are to be, as the benchmark measures it.
+    target_speedup: tuple[float, ...] = _speedups()
+    latency_table: str = ""  # a file of such times; "": the run makes its own
     # What holds the expected sparsity at its target: the paper's multipliers, or a
     # common offset of all log-alphas, which meets it in every step.
     constraint: str = _choice("lagrangian", "exact")
@@ -232,6 +244,8 @@ class Finetune(Stage):
 @dataclasses.dataclass
 class Benchmark:
     """The dense and the pruned model, timed in turn on the run's device."""
+
+    runtime: str = _choice("jax", "onnx", "onnx-int8")  # onnxruntime is for CPUs
 
     batch_size: int = _count(128)
     seq_length: int = _count(128)
@@ -290,6 +304,7 @@ def validate(config: Config) -> None:
             legal = f"must divide {name}.batch_size={stage.batch_size}"
             raise reject(f"{name}.micro_batches", stage.micro_batches, legal)
     model, prune = config.model, config.prune
+    _check_targets(prune)
     if model.hidden_size % model.num_heads:
         legal = f"must be a multiple of model.num_heads={model.num_heads}"
         raise reject("model.hidden_size", model.hidden_size, legal)
@@ -316,6 +331,27 @@ def validate(config: Config) -> None:
     if prune.warmup_epochs > left:
         legal = f"must be at most {left}, the epochs left after prune.prepruning_epochs"
         raise reject("prune.warmup_epochs", prune.warmup_epochs, legal)
+
+
+def _check_targets(prune: Prune) -> None:
+    speeds, usual = prune.target_speedup, Prune().targets
+    if not (speeds or prune.targets):
+        raise reject("prune.targets", (), "must be there without prune.target_speedup")
+    if not speeds:
+        if prune.latency_table:
+            legal = "is read with prune.target_speedup only"
+            raise reject("prune.latency_table", prune.latency_table, legal)
+        return
+    if tuple(prune.targets) not in ((), usual):
+        legal = f"goes without prune.targets, which are {tuple(prune.targets)}; leave "
+        legal += "them out, or set --config.prune.targets='()'"
+        raise reject("prune.target_speedup", speeds, legal)
+    if "hidden" in prune.kinds:
+        legal = "must be without 'hidden' with prune.target_speedup, whose times are "
+        raise reject("prune.kinds", prune.kinds, f"{legal}those of one hidden size")
+    if prune.by_hand:
+        legal = "goes without a prune.structure, which does not read it"
+        raise reject("prune.target_speedup", speeds, legal)
 
 
 def section(kind: type, fields: dict[str, Any], *, field: str, path: str) -> Any:

@@ -12,9 +12,14 @@ half of them to learn masks and half to recover; the last target recovers for tw
 long. The default budget follows from the number of rows of the task; it is 4 for the
 task "own".
 
+A target such as 8x is a speedup instead: the model is to be 8 times as fast as the
+dense one, as the benchmark measures it (--config.benchmark.batch_size and so on). All
+targets of a run are sparsities, or all are speedups.
+
 The steps of one target do not suffice to go from the dense model to a high one, so the
-targets 0.6, 0.8 and 0.9 are made on the way where they lie below the last one, also if
-nobody asked for them. To have 0.7 and 0.95 alone, set --config.prune.targets=0.7,0.95.
+targets 0.6, 0.8 and 0.9 (or 2x, 4x and 8x) are made on the way where they lie below the
+last one, also if nobody asked for them. To have 0.7 and 0.95 alone, set
+--config.prune.targets=0.7,0.95.
 
 Masks start in the order of their importance, a common offset holds the expected
 sparsity exactly at its target, and each model is cut from the recovered one before.
@@ -30,6 +35,7 @@ from cofi_jax.errors import reject
 from configs import paper
 
 TARGETS = (0.6, 0.8, 0.9, 0.95)
+SPEEDUPS = (2.0, 4.0, 8.0)
 
 # The training rows of the tasks. In batches of 32, the budget of a task of fewer rows
 # than `_ROWS_TO_SEE` is of about 700 steps; that of a larger one is of two epochs.
@@ -62,9 +68,7 @@ def get_config(argument: str = "sst2") -> Config:
     if words and words[-1].startswith("budget="):
         half = _half(words.pop().removeprefix("budget="))
     config = paper.recipe(task)
-    asked = tuple(map(_target, words)) or TARGETS
-    on_the_way = [target for target in TARGETS if target < max(asked)]
-    config.prune.targets = tuple(sorted({*asked, *on_the_way}))
+    config.prune.targets, config.prune.target_speedup = _targets(words)
     config.prune.kinds = ("mha", "head", "ffn", "intermediate")
     config.prune.constraint = "exact"
     config.prune.seeds = "importance"
@@ -89,9 +93,22 @@ def _half(text: str) -> int:
     return int(text) // 2
 
 
-def _target(text: str) -> float:
+def _targets(words: list[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The sparsities and the speedups, one of which there are none of."""
+    speeds = [word for word in words if word.endswith("x")]
+    if speeds and len(speeds) < len(words):
+        legal = "must be all sparsities, such as 0.95, or all speedups, such as 8x"
+        raise reject("targets", ",".join(words), legal)
+    asked = tuple(_target(word, word.removesuffix("x")) for word in words) or TARGETS
+    usual = SPEEDUPS if speeds else TARGETS
+    on_the_way = [target for target in usual if target < max(asked)]
+    targets = tuple(sorted({*asked, *on_the_way}))
+    return ((), targets) if speeds else (targets, ())
+
+
+def _target(word: str, number: str) -> float:
     try:
-        return float(text)
+        return float(number)
     except ValueError as error:
         legal = "must be a number, or the last word a budget, such as budget=4"
-        raise reject("target", text, legal) from error
+        raise reject("target", word, legal) from error

@@ -12,6 +12,10 @@ import numpy as np
 from cofi_jax.evaluation import timing
 from cofi_jax.evaluation.timing import Timing
 from cofi_jax.models.bert import Batch, Encoder
+from cofi_jax.models.config import EncoderConfig
+
+# How a model is opened in a runtime: parameters and sizes to a function of batches.
+Opener = Callable[[dict, EncoderConfig], Callable[[Batch], Any]]
 
 
 def grid(
@@ -66,6 +70,8 @@ def inference(
     batch_size: int,
     seq_length: int,
     repeats: int,
+    opener: Opener | None = None,
+    rest_ms: float = 0.0,
 ) -> dict[str, Any]:
     """Times forward passes on one batch of random tokens without padding.
 
@@ -74,6 +80,8 @@ def inference(
       batch_size: sequences in a batch (B).
       seq_length: tokens in a sequence (T), no more than the models have positions.
       repeats: the turns of each model, of one pass or as many as 50 ms hold.
+      opener: opens the models in another runtime than JAX.
+      rest_ms: as in `timing.side_by_side`.
 
     Returns:
       The part of `report.json` that is measured here: `latency_ms` by name; of two
@@ -86,8 +94,11 @@ def inference(
     sizes = {"batch_size": batch_size, "seq_length": seq_length}
     vocab_size = min(model.config.vocab_size for model, _ in models.values())
     with timing.memory_suffices(batch_size, seq_length):
-        calls = {name: call(*pair) for name, pair in models.items()}
-    timings = passes(calls, vocab_size, **sizes, repeats=repeats)
+        calls = {
+            name: opener(params, model.config) if opener else call(model, params)
+            for name, (model, params) in models.items()
+        }
+    timings = passes(calls, vocab_size, **sizes, repeats=repeats, rest_ms=rest_ms)
     result: dict[str, Any] = {
         "latency_ms": {name: each.median_ms for name, each in timings.items()}
     }

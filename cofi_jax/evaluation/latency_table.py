@@ -29,13 +29,11 @@ import cofi_jax
 from cofi_jax import files
 from cofi_jax.errors import reject, warn
 from cofi_jax.evaluation import latency, timing
+from cofi_jax.evaluation.latency import Opener
 from cofi_jax.models.bert import Batch, Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import blocks
 from cofi_jax.pruning.latency import FEW, Table, cost, rising
-
-# How a model is opened in a runtime: parameters and sizes to a function of batches.
-Opener = Callable[[dict, EncoderConfig], Callable[[Batch], Any]]
 
 REPEATS = 20
 _VERSION = 1
@@ -282,7 +280,7 @@ def _timed(
     shared: dict[str, Any] = {}
     with timing.memory_suffices(*sizes.values()):
         calls = {
-            name: opener(_params(each, shared), each)
+            name: opener(random_params(each, shared), each)
             for name, each in structures.items()
         }
     ratios: dict[str, list[float]] = {name: [] for name in calls}
@@ -313,13 +311,17 @@ def _spread(values):
     return float((high - low) / middle)
 
 
-def _params(config, shared):
-    """Random parameters; those outside the layers are the same arrays for all models.
+def random_params(
+    config: EncoderConfig, shared: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Returns random parameters; the time does not depend on what they are.
 
     Args:
       config: the sizes.
-      shared: what was made before, which this adds to.
+      shared: the parameters outside the layers of another model, which are not made
+        again; those that are made are added.
     """
+    shared = {} if shared is None else shared
     rng, found = np.random.default_rng(0), {}
     for name, part in abstract_params(config).items():
         found[name] = shared.get(name) or jax.tree.map(

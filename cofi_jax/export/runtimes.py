@@ -10,7 +10,7 @@ import numpy as np
 
 from cofi_jax.checkpoints.load import Loaded
 from cofi_jax.errors import reject
-from cofi_jax.evaluation import evaluate, latency_table
+from cofi_jax.evaluation import evaluate, latency, latency_table
 from cofi_jax.evaluation.evaluate import Opener
 from cofi_jax.export.formats import FORMATS
 from cofi_jax.models.bert import Batch
@@ -61,7 +61,7 @@ def _written(name, folder, params, config, labels):
     return FORMATS[name].load(folder)
 
 
-def timed(name: str, field: str) -> latency_table.Opener:
+def timed(name: str, field: str) -> latency.Opener:
     """Returns how models are opened in a runtime only to be timed.
 
     Raises:

@@ -28,7 +28,7 @@ class Point(NamedTuple):
 
     name: str
     task: str  # and its metric
-    target: float  # sparsity
+    target: float  # a sparsity, or a speedup, see `tables.target`
     reports: list[Report]
 
     def mean(self, of: Callable[[Report], float]) -> float:
@@ -85,13 +85,16 @@ def names(paths: Sequence[pathlib.Path], reports: Sequence[Report]) -> list[str]
     parts of the path as it takes.
     """
     cut = [path.parent / re.sub(r"(?<=.)-seed\d+$", "", path.name) for path in paths]
-    keys = ("task", "metric", "target_sparsity", "dense")
+    keys = ("task", "metric", "dense")
 
     def alike(path):
         """Whether it is no run itself, and its runs differ by their seed alone."""
         pairs = zip(cut, reports, strict=True)
         group = [report for other, report in pairs if other == path]
-        kinds = {str([report[key] for key in keys]) for report in group}
+        kinds = {
+            str([tables.target(report), *(report[key] for key in keys)])
+            for report in group
+        }
         seeds = {str(report["seed"]) for report in group}
         return path not in paths and len(kinds) == 1 and len(seeds) == len(group)
 
@@ -103,7 +106,7 @@ def points(runs: Runs) -> list[Point]:
     """The points of the runs, sorted by target, then as the runs are."""
     found: dict[tuple, Point] = {}
     for name, report in runs:
-        key = (name, f"{report['task']}: {report['metric']}", report["target_sparsity"])
+        key = name, f"{report['task']}: {report['metric']}", tables.target(report)
         found.setdefault(key, Point(*key, [])).reports.append(report)
     return sorted(found.values(), key=lambda point: point.target)
 
@@ -149,7 +152,7 @@ def _row(point):
         "change": f"{point.mean(score) - point.mean(dense_score):+.4f}",
         "sparsity": percent(point.mean(lambda report: report["sparsity"])),
         "speedup": mean(lambda report: report["speedup"], "{:.1f}x".format),
-        "target": percent(point.target),
+        "target": tables.target_text(point.target, ".1f"),
         "seed": each(lambda report: report["seed"]),
         "speedup, 5th to 95th percentile": tables.spread(
             {"speedup_spread": np.mean(spreads, axis=0)}
@@ -197,7 +200,7 @@ def columns(points: Sequence[Point]) -> list[tuple[str, Point]]:
 
 
 def _target(point):
-    return f"{100 * point.target:.4g} %"
+    return tables.target_text(point.target)
 
 
 def trades(points: Sequence[Point]) -> list[Chart]:

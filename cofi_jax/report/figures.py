@@ -23,6 +23,8 @@ from cofi_jax.report.tables import (
     percent,
     stages,
     stages_of,
+    target,
+    target_text,
 )
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart.
@@ -59,6 +61,9 @@ _WIDTHS = {
 }
 
 
+_BLOCKS = {"attention": _WIDTHS["heads"], "ffn": _WIDTHS["intermediate"]}
+
+
 class Chart(NamedTuple):
     """A panel with its data, its title, and what it shows in words."""
 
@@ -81,6 +86,34 @@ def structure(report: Report) -> list[Chart]:
     return charts
 
 
+def times(report: Report) -> list[Chart]:
+    """What a block takes by the number of its units, by the table of times of a run."""
+    charts = []
+    for name, block in report["target_speedup"]["table"]["blocks"].items():
+        label, color = _BLOCKS.get(name, (f"{name} units", BLUE))
+        pairs = zip(block["counts"], block["ms"], strict=True)
+        points = "; ".join(f"{units}: {ms:.3g} ms" for units, ms in pairs)
+        title = f"Milliseconds of a block by {label}"
+        alt = f"Line chart. {title}: {points}."
+        charts.append(Chart(title, time_panel, (block, label, color), alt))
+    return charts
+
+
+def time_panel(axes, block: dict[str, Any], label: str, color: str) -> None:
+    """Draws the times of one kind of block; no unit takes none.
+
+    Args:
+      axes: the `matplotlib.axes.Axes` to draw into.
+      block: its `counts` and `ms`.
+      label: what is counted.
+      color: of the line.
+    """
+    look = {"marker": "o", "ms": 3.5, "lw": 1.4, "color": color}
+    axes.plot([0, *block["counts"]], [0, *block["ms"]], label="_", **look)
+    finish(axes, label, "milliseconds of a block")
+    axes.yaxis.set_major_formatter("{x:.3g}")
+
+
 def course(report: Report, metrics: Metrics) -> list[Chart]:
     """How a run went.
 
@@ -92,15 +125,16 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
     reached = f", which ends at {percent(expected[-1])}" if expected else ""
     if lag := _lag(metrics):
         reached += f" and is {lag}"
+    removed = "removed time" if "target_speedup" in report else "sparsity"
     best = ", ".join(f"{row[0]} {row[4]}" for row in stages(metrics).rows)
     charts = [
         Chart(
-            "Sparsity and its target while pruning",
+            f"{removed.capitalize()} and its target while pruning",
             sparsity_panel,
-            (metrics,),
-            f"Line chart over the steps: the expected sparsity{reached}; the exact one "
-            "at each evaluation; the target, which rises to "
-            f"{percent(report['target_sparsity'])}.",
+            (metrics, removed),
+            f"Line chart over the steps: the expected {removed}{reached}; the exact "
+            "one at each evaluation; the target, which rises to "
+            f"{target_text(target(report), '.1f')}.",
         ),
         Chart(
             f"Validation {report['metric']}",
@@ -128,8 +162,14 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
     return charts
 
 
-def sparsity_panel(axes, metrics: Metrics) -> None:
-    """Draws the sparsity and its target over the steps in which masks are learned."""
+def sparsity_panel(axes, metrics: Metrics, removed: str = "sparsity") -> None:
+    """Draws the sparsity and its target over the steps in which masks are learned.
+
+    Args:
+      axes: the `matplotlib.axes.Axes` to draw into.
+      metrics: the lines of `metrics.jsonl`.
+      removed: what the sparsity is called.
+    """
     lines = _pruning(metrics)
     dots = {"color": RED, "ls": "none", "marker": "o", "mec": "white", "zorder": 4}
     if len(lines) > _MANY:
@@ -138,7 +178,7 @@ def sparsity_panel(axes, metrics: Metrics) -> None:
     _line(axes, lines, "expected_sparsity", label, color=BLUE, lw=2.4)
     _line(axes, lines, "sparsity", "exact, as evaluated", **dots)
     _line(axes, lines, "target_sparsity", "target", color=INK, ls="--")
-    finish(axes, "optimizer step of the pruning stage", "sparsity")
+    finish(axes, "optimizer step of the pruning stage", removed)
     _percent_axis(axes)
 
 

@@ -18,7 +18,7 @@ from cofi_jax.report.tables import Metrics, Report, escape
 
 _USAGE = "python -m cofi_jax.report RUN [RUN ...] --to FOLDER"
 _TEMPLATE = pathlib.Path(__file__).with_name("report.md").read_text()
-_PAGE, _FAMILY = "compare.html", "family.png"
+_PAGE, _FAMILY, _TIMES = "compare.html", "family.png", "latency.png"
 # The pictures beside it: their charts of one task, and how many stand in a row.
 _PICTURES = {
     "tradeoff.png": (compare.trades, 2),
@@ -47,6 +47,8 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         f"{sum(map(bool, report['kept'][key]))} of {len(report['kept'][key])}"
         for key in ("heads", "intermediate")
     )
+    speedup = "target_speedup" in report
+    target = tables.target_text(tables.target(report), ".1f")
     code = f"```json\n{config.strip()}\n```"
     return _TEMPLATE.format(
         report=report,
@@ -58,7 +60,9 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         scores=f"{dense:.3f} → {pruned:.3f}",
         change=f"{pruned - dense:+.4f}",
         sparsity=tables.percent(report["sparsity"]),
-        target=tables.percent(report["target_sparsity"]),
+        target="" if speedup else f", target {target}",
+        asked=f", {target} asked for" if speedup else "",
+        times=_times(report),
         spread=tables.spread(report),
         where=escape(tables.where(report)),
         encoder=encoder,
@@ -87,6 +91,25 @@ def _family(report):
     )
 
 
+def _times(report):
+    """What is said of the way to a speedup, with a line after it; or ""."""
+    if "target_speedup" not in report:
+        return ""
+    table, passes = report["target_speedup"]["table"], tables.passes(report)
+    rest = (
+        f"What cannot be pruned takes {table['overhead_ms']:.3g} ms of the "
+        f"{table['dense_ms']:.4g} ms of the dense model, which takes "
+        f"{table['additivity']:.3f} times what its parts add up to by this table. A "
+        "structure that is chosen by it is measured, and the next one is chosen for a "
+        "speedup that is corrected by what the first one missed."
+    )
+    return (
+        "## What a block takes\n\n"
+        f"![Milliseconds of a block by the number of its units]({_TIMES})\n\n"
+        f"{rest}\n\n" + (f"{passes}\n\n" if passes.rows else "")
+    )
+
+
 def _classes(report):
     """What is said of each class, with a line after it; "" where there are none."""
     table = tables.by_class(report)
@@ -108,6 +131,8 @@ def run_page(report: Report, metrics: Metrics, config: str) -> str:
         "structure.png": figures.structure(report),
         "sparsity.png": figures.course(report, metrics),
     }
+    if "target_speedup" in report:
+        charts[_TIMES] = figures.times(report)
     if points := _members(report):
         charts[_FAMILY] = compare.trades(points)
     return html.page(markdown(report, metrics, config), charts)
@@ -119,6 +144,8 @@ def write_run(folder: pathlib.Path, report: Report, metrics: Metrics, config: st
     course = figures.course(report, metrics)
     pruning = [chart for chart in course if " pruning" in chart.title]
     figures.save(figures.draw(pruning), folder / "sparsity.png")
+    if "target_speedup" in report:
+        figures.save(figures.draw(figures.times(report), 2), folder / _TIMES)
     if points := _members(report):
         figures.save(figures.draw(compare.trades(points), 2), folder / _FAMILY)
     for name, text_of in (("report.md", markdown), ("report.html", run_page)):

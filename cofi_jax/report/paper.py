@@ -32,6 +32,8 @@ def figures(config: Config) -> dict[str, Any] | None:
     The result is None where the paper has nothing on the task, target, encoder or
     ablation of the config. The rest of the config may differ from the paper's recipe.
     """
+    if config.prune.target_speedup:
+        return None
     target = round(config.prune.targets[-1], 4)
     wanted = _variant(config), config.data.task, target
     for row in _ROWS:

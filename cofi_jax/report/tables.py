@@ -102,6 +102,18 @@ def count(number: float, form: str = ".1f") -> str:
     return f"{number:.9g}"
 
 
+def target(report: Report) -> float:
+    """What was asked for: a sparsity, below 1, or a speedup, above 1."""
+    if "target_speedup" in report:
+        return report["target_speedup"]["asked"]
+    return report["target_sparsity"]
+
+
+def target_text(target: float, form: str = ".4g") -> str:
+    """`0.95` as `95 %`, and `8` as `8x`."""
+    return f"{target:g}x" if target > 1 else f"{100 * target:{form}} %"
+
+
 def spread(report: Report) -> str:
     """The 5th and the 95th percentile of the speedup, as `3.9x to 4.2x`."""
     return "{:.1f}x to {:.1f}x".format(*report["speedup_spread"])
@@ -111,7 +123,9 @@ def where(report: Report) -> str:
     """The device, the precision and the batches that the latency was measured on."""
     how = report["benchmark"]
     size = f"{how['batch_size']} x {how['seq_length']} tokens"
-    return f"{how['device']}, {how['dtype']}, batches of {size}"
+    runtime = how.get("runtime", "jax")  # which older reports do not name
+    words = how["device"], *([runtime] * (runtime != "jax")), how["dtype"]
+    return f"{', '.join(words)}, batches of {size}"
 
 
 def folded(title: str, markdown: str) -> str:
@@ -121,9 +135,12 @@ def folded(title: str, markdown: str) -> str:
 
 def headline(report: Report) -> str:
     """The one sentence, in Markdown, of what was removed, gained and lost."""
+    asked = ""
+    if "target_speedup" in report:
+        asked = f", where {target_text(target(report))} was asked for,"
     return (
         f"{percent(report['sparsity'])} of the encoder's parameters are gone; the "
-        f"model runs {report['speedup']:.1f}x as fast, with "
+        f"model runs {report['speedup']:.1f}x as fast{asked or ','} with "
         f"{escape(report['metric'])} {report['pruned']['score']:.4f} where the dense "
         f"one has {report['teacher']['score']:.4f}."
     )
@@ -147,8 +164,10 @@ def comparison(report: Report) -> Table:
     rows[0][0] = report["metric"]
     before = report["pruned"]["score_before_finetune"]
     rows[0][3] += f"; {before:.4f} before fine-tuning"
-    target = f"target {percent(report['target_sparsity'])}"
-    rows.append(["sparsity", "-", percent(report["sparsity"]), target])
+    note = ""
+    if "target_sparsity" in report:
+        note = f"target {target_text(target(report), '.1f')}"
+    rows.append(["sparsity", "-", percent(report["sparsity"]), note])
     parts = report["params"]
     counts = {"encoder parameters": parts["encoder"], "all parameters": parts["total"]}
     for name, of in TOTALS.items():
@@ -166,7 +185,35 @@ def comparison(report: Report) -> Table:
     ):
         cells = (form.format(found[model]) for model in ("dense", "pruned"))
         rows.append([name, *cells, note])
+    if "target_speedup" in report:
+        rows.append(["speedup", "-", f"{report['speedup']:.2f}x", _asked(report)])
     return Table("<>><", ("", "dense", "pruned", "note"), rows)
+
+
+def _asked(report):
+    """What the speedup was to be, and what it was before fine-tuning."""
+    found = report["target_speedup"]
+    note = f"target {found['asked']:g}x; {found['predicted']:.2f}x by the table"
+    if chosen := found["chosen"]:
+        note += f", {chosen['measured']:.2f}x when it was sliced"
+    return note
+
+
+def passes(report: Report) -> Table:
+    """The structures that were timed on the way to a speedup, in their order."""
+    found = report["target_speedup"]
+    rows = [
+        (
+            f"{number}{', chosen' if each == found['chosen'] else ''}",
+            f"{each['aim']:.2f}x",
+            f"{each['predicted']:.2f}x",
+            f"{each['measured']:.2f}x",
+            f"{100 * each['error']:.2f} %",
+        )
+        for number, each in enumerate(found["passes"], start=1)
+    ]
+    head = ("pass", "aimed at", "by the table", "measured", "standard error")
+    return Table("<>>>>", head, rows)
 
 
 def score_rows(scores: dict[str, dict[str, float]]) -> list[tuple[str, float]]:
@@ -218,8 +265,9 @@ def stages_of(metrics: Metrics) -> dict[str, str]:
     found = {}
     for stage in {line["stage"] for line in metrics}:
         kind, _, target = stage.partition("-")
-        place = float(target or 0), [*STAGES].index(kind)
-        name = STAGES[kind] + (f", {target} %" if target else "")
+        place = float(target.rstrip("x") or 0), [*STAGES].index(kind)
+        unit = "" if target.endswith("x") else " %"
+        name = STAGES[kind] + (f", {target}{unit}" if target else "")
         found[place] = stage, name
     return dict(found[place] for place in sorted(found))
 

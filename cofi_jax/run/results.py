@@ -13,9 +13,12 @@ from cofi_jax import config as config_lib
 from cofi_jax import distributed, files
 from cofi_jax.data.metrics import main_score
 from cofi_jax.evaluation import latency
+from cofi_jax.export import runtimes
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost
+from cofi_jax.pruning import latency as latency_lib
 from cofi_jax.report import pages
+from cofi_jax.run import stages
 from cofi_jax.run.stages import Run, Stair
 from cofi_jax.training.log import read_metrics
 
@@ -56,10 +59,22 @@ def collect(
         found[name].pop("settings", None)  # The saved model has them.
     sizes = {name: model.config for name, (model, _) in models.items()}
     # On one device, while the other processes rest.
-    how = dataclasses.asdict(config.benchmark)
+    runtime = config.benchmark.runtime
+    opener = None if runtime == "jax" else runtimes.timed(runtime, "benchmark.runtime")
     measured = distributed.on_process_zero(
-        lambda: latency.inference(dict(models), **how)
+        lambda: latency.inference(
+            dict(models),
+            batch_size=config.benchmark.batch_size,
+            seq_length=config.benchmark.seq_length,
+            repeats=config.benchmark.repeats,
+            opener=opener,
+            rest_ms=runtimes.rest_ms(runtime),
+        )
     )
+    measured["benchmark"]["runtime"] = runtime
+    target: dict[str, Any] = {"target_sparsity": stair.target}
+    if run.table:
+        target = {"target_speedup": _asked(run, stair, sizes["pruned"])}
     return {
         "task": config.data.task,
         "metric": run.task.metrics[0],
@@ -68,7 +83,7 @@ def collect(
         "teacher": found["dense"],
         "pruned": found["pruned"] | {"score_before_finetune": sliced.score},
         "sparsity": sliced.sparsity,
-        "target_sparsity": stair.target,
+        **target,
         "params": {
             "encoder": {k: cost.num_params({}, size) for k, size in sizes.items()},
             "total": {
@@ -86,6 +101,19 @@ def collect(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
+    }
+
+
+def _asked(run, stair, sizes):
+    """What was asked, predicted and measured, and how it was found."""
+    time = latency_lib.cost(run.table)
+    tried = [each._asdict() for each in stages.passes(run, stair)]
+    return {
+        "asked": stair.speedup,
+        "predicted": float(time.exact({}, run.dense) / time.exact({}, sizes)),
+        "chosen": tried[0] if tried else None,
+        "passes": tried[1:],
+        "table": run.times,
     }
 
 

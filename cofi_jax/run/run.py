@@ -24,7 +24,7 @@ from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost, slicing
 from cofi_jax.report import model_card
 from cofi_jax.report.tables import read_report
-from cofi_jax.run import artefacts, results, setup, stages, structure
+from cofi_jax.run import artefacts, results, setup, speed, stages, structure
 from cofi_jax.training import log as log_lib
 from cofi_jax.training.teacher import TeacherCache
 
@@ -73,6 +73,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             validation,
             log,
             digest,
+            speed.table_of(config, inputs.model.config, workdir),
         )
         return _stages(shared, inputs)
 
@@ -133,7 +134,8 @@ def check_workdir(config: Config, workdir: pathlib.Path) -> None:
 def _finished(config, workdir) -> dict[str, Any] | None:
     """The report of a run that is complete: those of the models beside it."""
     check_workdir(config, workdir)
-    paths = [stages.saved_as(workdir, x) for x in stages.stairs(config.prune.targets)]
+    stairs = stages.stairs(config.prune.targets, config.prune.target_speedup)
+    paths = [stages.saved_as(workdir, stair) for stair in stairs]
     try:
         report = read_report(workdir / "report.json", "workdir")
         saved = [saved_model.read_about(path)[2]["report"] for path in paths]
@@ -179,7 +181,7 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
     student, seconds["prepruning"] = stages.preprune(run, dense, params, teacher)
     model, spec, reports = dense, None, []
     targets = structure.targets(config.prune, dense.config)
-    for stair in stages.stairs(targets):
+    for stair in stages.stairs(targets, config.prune.target_speedup):
         student, masks, seconds[f"prune{stair.suffix}"] = stages.learn_masks(
             run, stair, model, student, teacher
         )

@@ -21,7 +21,7 @@ from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, hard_concrete, slicing
-from cofi_jax.run import structure
+from cofi_jax.run import speed, structure
 from cofi_jax.training import teacher as teacher_lib
 
 # A run may go on with other values of these, which change how it works, not its result.
@@ -266,6 +266,9 @@ def _check_model(
     tokenizers.check_tokenizer(tokenizer, sizes, **source)
     tokenizers.check_writable(tokenizer, sizes, **source)
     prune = config.prune
+    speed.check(config, sizes)
+    if prune.target_speedup:
+        return
     if prune.by_hand:
         structure.targets(prune, sizes)  # It raises where no layer is left.
         return

@@ -27,15 +27,17 @@ from cofi_jax.checkpoints import state as state_lib
 from cofi_jax.data import batches, tasks
 from cofi_jax.data.metrics import main_score
 from cofi_jax.errors import warn
-from cofi_jax.evaluation import predict
+from cofi_jax.evaluation import latency_table, predict
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
-from cofi_jax.pruning import constraint, cost, transforms
+from cofi_jax.pruning import constraint, latency, transforms
 from cofi_jax.pruning import masks as masks_lib
+from cofi_jax.pruning.cost import PARAMETERS, Cost, exact_sparsity
 from cofi_jax.pruning.importance import magnitude, seed_log_alpha
 from cofi_jax.pruning.masks import LogAlpha, Masks
-from cofi_jax.run import artefacts, structure
+from cofi_jax.pruning.speedup import Pass
+from cofi_jax.run import artefacts, speed, structure
 from cofi_jax.training import importance, loop, objectives, step
 from cofi_jax.training import log as log_lib
 from cofi_jax.training.objectives import whole_params
@@ -43,6 +45,7 @@ from cofi_jax.training.teacher import TeacherCache
 
 # The final masks may miss the target by this much, see `constraint.final_masks`.
 _TOLERANCE = 1e-3
+_PASSES = "passes"  # the name of an array beside the masks, see `passes`
 
 
 class Stair(NamedTuple):
@@ -50,18 +53,47 @@ class Stair(NamedTuple):
 
     Attributes:
       target: the sparsity, as a fraction of the dense model's cost.
-      suffix: what follows the names of its stages and files: "-60", or "" where the run
-        makes one model only.
+      suffix: what follows the names of its stages and files: "-60", or "-8x" for a
+        speedup, or "" where the run makes one model only.
       last: whether no smaller model follows.
+      speedup: how many times as fast it is to be; 0 where parameters are the cost.
     """
 
     target: float
     suffix: str
     last: bool
+    speedup: float = 0.0
+
+    @property
+    def tolerance(self) -> float:
+        """By how much final masks may miss the target."""
+        return _TOLERANCE * ((1 - self.target) if self.speedup else 1)
+
+    def least(self, epsilon: float) -> float:
+        """The least sparsity that counts as the target, to `epsilon`."""
+        if not self.speedup:
+            return self.target - epsilon
+        return latency.sparsity_of(self.speedup ** (1 - epsilon))
 
 
-def stairs(targets: Sequence[float]) -> list[Stair]:
-    """The models of a run in the order in which they are made."""
+def stairs(targets: Sequence[float], speedups: Sequence[float] = ()) -> list[Stair]:
+    """The models of a run in the order in which they are made.
+
+    Args:
+      targets: their sparsities, which are not read where there are speedups.
+      speedups: how many times as fast as the dense model they are to be.
+    """
+    if speedups:
+        many = len(speedups) > 1
+        return [
+            Stair(
+                latency.sparsity_of(each),
+                f"-{each:g}x" if many else "",
+                each == speedups[-1],
+                each,
+            )
+            for each in speedups
+        ]
     many = len(targets) > 1
     return [
         Stair(target, f"-{100 * target:g}" if many else "", target == targets[-1])
@@ -87,6 +119,8 @@ class Run:
       validation: the rows of each validation split; the first one decides.
       log: the run's log.
       inputs: a digest of the config, of the rows and of the model that was loaded.
+      times: the content of the table of times, see `evaluation.latency_table`; None
+        where parameters are the cost.
     """
 
     config: config_lib.Config
@@ -97,6 +131,17 @@ class Run:
     validation: dict[str, batches.Examples]
     log: log_lib.MetricsLog | distributed.NullLog
     inputs: int = 0
+    times: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def table(self) -> latency.Table | None:
+        """The table of times; None where parameters are the cost."""
+        return self.times and latency_table.table(self.times)
+
+    @property
+    def cost(self) -> Cost:
+        """What the targets are fractions of."""
+        return latency.cost(self.table) if self.table else PARAMETERS
 
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
@@ -268,7 +313,8 @@ class Run:
 
     @property
     def _last(self) -> str:
-        return stairs(self.config.prune.targets)[-1].suffix
+        prune = self.config.prune
+        return stairs(prune.targets, prune.target_speedup)[-1].suffix
 
     def _settings(self, stage) -> config_lib.Stage:
         return getattr(self.config, _section(stage))
@@ -341,7 +387,8 @@ def learn_masks(
     """
     settings, stage = run.config.prune, f"prune{stair.suffix}"
     steps = run.steps(stage)
-    share = cost.num_params({}, model.config) / cost.num_params({}, run.dense)
+    dense_cost = run.cost.exact({}, run.dense)
+    share = float(run.cost.exact({}, model.config) / dense_cost)
     if share < 1 and 1 - share >= stair.target:
         return student, {"hidden": jnp.ones(model.config.hidden_size)}, 0.0
     rates = {"masks": (settings.mask_learning_rate, settings.mask_schedule)}
@@ -369,23 +416,31 @@ def learn_masks(
         elif settings.constraint == "lagrangian":
             masks = masks_lib.evaluation_masks(log_alpha)
         else:  # Any state can be cut to the target, also while that still rises.
-            log_alpha = constraint.at_target(log_alpha, model.config, target)
-            masks = settle(constraint.target_masks(log_alpha, model.config, target))
-        removed = constraint.of_whole(cost.exact_sparsity(masks, model.config), share)
-        met = removed >= stair.target - settings.sparsity_epsilon
+            log_alpha = constraint.at_target(log_alpha, model.config, target, run.cost)
+            aim = target, stair.tolerance, run.cost
+            masks = settle(constraint.target_masks(log_alpha, model.config, *aim))
+        removed = exact_sparsity(masks, model.config, run.cost)
+        removed = constraint.of_whole(removed, share)
+        met = removed >= stair.least(settings.sparsity_epsilon)
         score = run.score(model, whole_params(trainable, frozen), masks)
         return loop.Evaluation(score, met, {"sparsity": removed})
 
     def final(log_alpha):
         if settings.by_hand:
-            return masks_by_hand(log_alpha)
+            return masks_by_hand(log_alpha), []
         if settings.constraint == "exact":
-            log_alpha = constraint.at_target(log_alpha, model.config, target)
+            log_alpha = constraint.at_target(log_alpha, model.config, target, run.cost)
+        if run.table:
+            sizes, asked = (run.dense, model.config), stair.speedup
+            found = speed.search(
+                run.config, *sizes, log_alpha, asked, run.table, settle
+            )
+            return found.masks, [found.chosen, *found.passes]
         transform = settle
         if settings.round_widths:
             rounded = transforms.round_to_device(config=model.config)
             transform = transforms.chain(settle, rounded)
-        return constraint.final_masks(log_alpha, model.config, target, transform)
+        return constraint.final_masks(log_alpha, model.config, target, transform), []
 
     state, seconds = run.fit(
         stage,
@@ -398,7 +453,8 @@ def learn_masks(
             "target_sparsity": np.float32(stair.target),
             "warmup_steps": np.int32(run.steps(stage, settings.warmup_epochs)),
             "share": np.float32(share),
-        },
+        }
+        | ({"table": jax.tree.map(np.float32, run.table)} if run.table else {}),
         evaluate=evaluate,
         distill_projection=student.projection,
         log_alpha=_first_log_alpha(run, stage, model, student.params),
@@ -407,7 +463,7 @@ def learn_masks(
     best = state.best
     if not jnp.isfinite(state.best_score):
         best = state.trainable
-        least = stair.target - settings.sparsity_epsilon
+        least = stair.least(settings.sparsity_epsilon)
         warn(
             f"{stage}: no evaluation found a sparsity of {least:.4g} or more; the last "
             "masks are shifted to the target. More epochs would do, or higher rates of "
@@ -433,7 +489,9 @@ def _first_log_alpha(run, stage, model, params) -> LogAlpha:
         found = distributed.local(_importance(run, stage, model, params, kinds))
     # The Lagrangian's log-alphas have bounds, which leave no room for later ones.
     later = {"blocks_later": 0.0} if settings.constraint == "lagrangian" else {}
-    return seed_log_alpha(found, model.config, spread=settings.seed_spread, **later)
+    straight = latency.cost(run.table.straight()) if run.table else PARAMETERS
+    how = {"spread": settings.seed_spread, "cost": straight}
+    return seed_log_alpha(found, model.config, **how, **later)
 
 
 def _importance(run, stage, model, params, kinds) -> Masks:
@@ -464,13 +522,14 @@ def _final_masks(run, stair, model, log_alpha, final, share) -> Masks:
     path = run.workdir / f"masks{stair.suffix}.npz"
 
     def make():
-        found = final(log_alpha)
-        removed = constraint.of_whole(cost.exact_sparsity(found, model.config), share)
-        if not removed >= stair.target - _TOLERANCE:
+        found, passes = final(log_alpha)
+        removed = exact_sparsity(found, model.config, run.cost)
+        removed = constraint.of_whole(removed, share)
+        if not (stair.speedup or removed >= stair.target - _TOLERANCE):
             text = f"masks of sparsity {removed:.4f} miss target {stair.target}"
             raise RuntimeError(text)
         file = io.BytesIO()
-        np.savez(file, **found)
+        np.savez(file, **found, **({_PASSES: np.array(passes)} if passes else {}))
         files.write_atomically(path, file.getvalue())
 
     artefacts.settle(
@@ -478,6 +537,18 @@ def _final_masks(run, stair, model, log_alpha, final, share) -> Masks:
     )
     with np.load(path) as file:
         return {kind: jnp.asarray(file[kind]) for kind in log_alpha}
+
+
+def passes(run: Run, stair: Stair) -> list[Pass]:
+    """The passes of the search for a speedup: the one that was chosen, then all.
+
+    There are none where the model before was fast enough by the table.
+    """
+    path = run.workdir / f"masks{stair.suffix}.npz"
+    if not path.exists():
+        return []
+    with np.load(path) as file:
+        return [Pass(*each) for each in file.get(_PASSES, np.zeros((0, 4))).tolist()]
 
 
 def finetune(
