@@ -336,7 +336,8 @@ def validate(config: Config) -> None:
 def _check_targets(prune: Prune) -> None:
     speeds, usual = prune.target_speedup, Prune().targets
     if not (speeds or prune.targets):
-        raise reject("prune.targets", (), "must be there without prune.target_speedup")
+        legal = "must be one or more where there is no prune.target_speedup"
+        raise reject("prune.targets", prune.targets, legal)
     if not speeds:
         if prune.latency_table:
             legal = "is read with prune.target_speedup only"

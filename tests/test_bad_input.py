@@ -336,6 +336,57 @@ COMMANDS = {
             ("1e999", "[0, 1)"),
         )
     },
+    **{
+        f"speedup {value}": (
+            "config",
+            ["prune.targets=()", f"prune.target_speedup={value}"],
+            ["prune.target_speedup=", legal],
+        )
+        for value, legal in (
+            ("1", "above 1"),
+            ("0.5", "above 1"),
+            ("4,2", "rising"),
+            ("2,2.01", "1 % or more apart"),
+            ("inf", "float"),
+            ("1e999", "above 1"),
+        )
+    },
+    "both targets": (
+        "config",
+        ["prune.target_speedup=8"],
+        ["prune.target_speedup=(8,)", "without prune.targets, which are (0.5,)"],
+    ),
+    "speedup of hidden dimensions": (
+        "config",
+        ["prune.targets=()", "prune.target_speedup=8"],
+        [f"prune.kinds={KINDS}", "without 'hidden'"],
+    ),
+    "speedup of a structure by hand": (
+        "config",
+        [
+            *("prune.targets=()", "prune.target_speedup=8", "prune.kinds=head,ffn"),
+            *("prune.structure.layers=:1", "prune.epochs=1", "prune.warmup_epochs=0"),
+        ],
+        ["prune.target_speedup=(8,)", "without a prune.structure"],
+    ),
+    "table that is not read": (
+        "config",
+        ["prune.latency_table=x.json"],
+        ["prune.latency_table='x.json'", "with prune.target_speedup only"],
+    ),
+    "table that is not there": (
+        "config",
+        [
+            *("prune.targets=()", "prune.target_speedup=8", "prune.kinds=head,ffn"),
+            "prune.latency_table=x.json",
+        ],
+        ["prune.latency_table='x.json'", "No such file"],
+    ),
+    "unknown runtime": (
+        "config",
+        ["benchmark.runtime=torch"],
+        ["benchmark.runtime='torch'", "onnx-int8"],
+    ),
     "unreachable target": (
         "config",
         ["prune.targets=0.99", "prune.kinds=('head',)"],

@@ -262,12 +262,25 @@ def test_fast_splits_its_budget(argument, targets, epochs):
         ("sst2,half", ["target='half'", "budget=4"]),
         ("sst2,budget=3", ["budget='3'", "even"]),
         ("sst2,0.6,budget=-2", ["budget='-2'", "at least 2"]),
+        ("sst2,0.6,8x", ["targets='0.6,8x'", "all speedups"]),
+        ("sst2,eightx", ["target='eightx'"]),
     ],
 )
 def test_fast_refuses(argument, words):
     with pytest.raises(UserError) as error:
         get_config("fast", argument)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    "argument, speedups", [("sst2,4x", [2, 4]), ("stsb,3x,12x", [2, 3, 4, 8, 12])]
+)
+def test_fast_takes_speedups(argument, speedups):
+    config = get_config("fast", argument)
+    validate(config)
+    flat = flatten(config)
+    assert flat["prune.target_speedup"] == speedups and flat["prune.targets"] == []
+    assert get_config("fast", "sst2").prune.target_speedup == ()
 
 
 def test_sst2_95_is_a_point_of_the_grid():

@@ -7,13 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cofi_jax.config import Distill
 from cofi_jax.evaluation import timing
+from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import cost, latency, masks, speedup, transforms
 from cofi_jax.pruning.latency import Curve, Table
+from cofi_jax.training import objectives
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -311,3 +315,52 @@ def test_the_standard_error_of_a_speedup():
         found.append(timing.speedup(*pair)[0])
         errors.append(timing.speedup_error(*pair))
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.1)
+
+
+# In the objective
+
+
+def test_the_time_falls_geometrically_and_the_gap_is_that_of_its_logarithm():
+    """The table is an argument: another one needs no new compilation."""
+    config = dataclasses.replace(
+        CONFIG, hidden_size=12, heads=(12,), intermediate=(96,)
+    )
+    student = Encoder(config)
+    batch = {
+        "input_ids": np.zeros((1, 2), np.int32),
+        "attention_mask": np.ones((1, 2), np.int32),
+        "token_type_ids": np.zeros((1, 2), np.int32),
+        "weight": np.ones(1, np.float32),
+        "labels": np.zeros(1, np.int32),
+    }
+    log_alpha = {
+        kind: np.full(size, 50.0, np.float32)  # surely open
+        for kind, size in masks.mask_shapes(config, KINDS).items()
+    }
+    multipliers = {"linear": jnp.float32(2), "quadratic": jnp.float32(3)}
+    trainable = {"params": random_params(config, 0), "log_alpha": log_alpha}
+    objective = objectives.PruningObjective(student, Distill(logits=0.0, layers=0.0))
+    loss_of = jax.jit(objective)
+    asked, share, key = 8.0, 0.5, jax.random.key(0)
+    for table in (TABLE, TABLE._replace(overhead=50.0)):
+        for step, expected in ((0, 2.0), (5, 4.0), (10, 8.0), (12, 8.0)):
+            context = {
+                "step": np.int32(step),
+                "warmup_steps": np.int32(10),
+                "target_sparsity": np.float32(1 - 1 / asked),
+                "share": np.float32(share),
+                "table": jax.tree.map(np.float32, table),
+            }
+            players = trainable | {"multipliers": multipliers}
+            _, metrics = loss_of(players, {}, context, batch, key)
+            target = 1 / (1 - metrics["target_sparsity"])
+            assert float(target) == pytest.approx(expected, rel=1e-5)
+            assert float(metrics["expected_sparsity"]) == pytest.approx(0.5, abs=1e-6)
+            gap = (np.log(2) - np.log(expected)) / np.log(asked)
+            penalty = 2 * gap + 3 * gap**2
+            assert float(metrics["loss_lagrangian"]) == pytest.approx(penalty, abs=1e-5)
+    assert loss_of._cache_size() == 1
+    context["table"] = jax.tree.map(np.float32, TABLE)
+    _, metrics = jax.jit(objective)(trainable, {}, context, batch, key)
+    found = metrics["expected_sparsity"], metrics["target_sparsity"]
+    np.testing.assert_allclose(*found, atol=1e-5)

@@ -482,3 +482,66 @@ def test_layer_without_a_block_to_begin_with_can_be_drawn(tmp_path):
     content["dense"]["heads"][1] = 0
     figure = figures.plot_structure(content, tmp_path / "structure.png")
     assert figure.axes[0].texts[1].get_text() == "absent"
+
+
+def timed_report():
+    """The report of a model that was to be 12 times as fast."""
+    report = make_report()
+    del report["target_sparsity"]
+    first = {"aim": 12.12, "predicted": 12.13, "measured": 12.9, "error": 0.002}
+    second = {"aim": 11.4, "predicted": 11.41, "measured": 12.11, "error": 0.003}
+    attention = {"counts": [1, 2, 4], "ms": [0.5, 0.7, 1.25], "spread": [0.01] * 3}
+    ffn = {"counts": [16, 256], "ms": [0.25, 4.5], "spread": [0.01] * 2}
+    report["target_speedup"] = {
+        "asked": 12,
+        "predicted": 11.41,
+        "chosen": second,
+        "passes": [first, second],
+        "table": {
+            "overhead_ms": 1.5,
+            "dense_ms": 41.0,
+            "additivity": 0.97,
+            "blocks": {"attention": attention, "ffn": ffn},
+        },
+    }
+    return report
+
+
+def test_a_report_says_what_speedup_was_asked_predicted_and_measured(tmp_path):
+    report = timed_report()
+    row = tables_lib.comparison(report).rows[-1]
+    assert row[2:] == [
+        "12.30x",
+        "target 12x; 11.41x by the table, 12.11x when it was sliced",
+    ]
+    assert "12.3x as fast, where 12x was asked for, with" in tables_lib.headline(report)
+    assert tables_lib.passes(report).rows == [
+        ("1", "12.12x", "12.13x", "12.90x", "0.20 %"),
+        ("2, chosen", "11.40x", "11.41x", "12.11x", "0.30 %"),
+    ]
+    text = pages.markdown(report, make_metrics(), "{}")
+    assert "speedup, 12x asked for, " in text and "(latency.png)" in text
+    assert "What cannot be pruned takes 1.5 ms of the 41 ms" in text
+    heads, widths = figures.times(report)
+    assert "1: 0.5 ms; 2: 0.7 ms; 4: 1.25 ms" in heads.alt
+    assert "16: 0.25 ms; 256: 4.5 ms" in widths.alt
+    (axes,) = figures.draw([widths]).axes
+    np.testing.assert_array_equal(
+        axes.lines[0].get_xydata(), [[0, 0], [16, 0.25], [256, 4.5]]
+    )
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    assert tables_lib.read_report(path, "RUN") == report
+    assert "latency.png" not in pages.markdown(make_report(), make_metrics(), "{}")
+
+
+def test_stages_of_speedups_have_their_names():
+    steps = [
+        {"stage": f"{kind}-{n}x"} for n in (12, 2.5) for kind in ("finetune", "prune")
+    ]
+    assert tables_lib.stages_of(steps) == {
+        "prune-2.5x": "pruning, 2.5x",
+        "finetune-2.5x": "fine-tuning, 2.5x",
+        "prune-12x": "pruning, 12x",
+        "finetune-12x": "fine-tuning, 12x",
+    }

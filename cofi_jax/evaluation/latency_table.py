@@ -172,9 +172,12 @@ def read(path: pathlib.Path, field: str) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         if content["schema_version"] != _VERSION:
             raise ValueError(f"its version is not {_VERSION}")
-        for counts, ms in table(content).curves.values():
-            if not ((np.diff(counts, prepend=0) > 0).all() and np.isfinite(ms).all()):
+        for block in content["blocks"].values():
+            counts, ms = (np.asarray(block[name], float) for name in ("counts", "ms"))
+            if not (np.diff(counts, prepend=0) > 0).all():
                 raise ValueError("its knots do not rise")
+            if counts.shape != ms.shape or not np.isfinite(ms).all():
+                raise ValueError("it has not one time for each knot")
         if not (dict(content["key"]) and content["overhead_ms"] > 0):
             raise ValueError("it has no key, or no time beside the blocks")
     except OSError as error:

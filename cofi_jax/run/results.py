@@ -1,6 +1,5 @@
 """The report of a run: the content of `report.json`, and all that is drawn from it."""
 
-import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence

@@ -409,6 +409,10 @@ def learn_masks(
         # The order is all that counts; far below 0, probabilities would be 0 and equal.
         return keep({k: 1 / (1 + v.max() - v) for k, v in log_alpha.items()})
 
+    @jax.jit  # This compiles the bisection once, not at each evaluation.
+    def at_target(log_alpha):
+        return constraint.at_target(log_alpha, model.config, target, run.cost)
+
     def evaluate(trainable, frozen):
         log_alpha = distributed.local(trainable["log_alpha"])
         if settings.by_hand:
@@ -416,7 +420,7 @@ def learn_masks(
         elif settings.constraint == "lagrangian":
             masks = masks_lib.evaluation_masks(log_alpha)
         else:  # Any state can be cut to the target, also while that still rises.
-            log_alpha = constraint.at_target(log_alpha, model.config, target, run.cost)
+            log_alpha = at_target(log_alpha)
             aim = target, stair.tolerance, run.cost
             masks = settle(constraint.target_masks(log_alpha, model.config, *aim))
         removed = exact_sparsity(masks, model.config, run.cost)
@@ -429,7 +433,7 @@ def learn_masks(
         if settings.by_hand:
             return masks_by_hand(log_alpha), []
         if settings.constraint == "exact":
-            log_alpha = constraint.at_target(log_alpha, model.config, target, run.cost)
+            log_alpha = at_target(log_alpha)
         if run.table:
             sizes, asked = (run.dense, model.config), stair.speedup
             found = speed.search(
