@@ -17,7 +17,7 @@ import numpy as np
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import INNER
 from cofi_jax.pruning import constraint, hard_concrete, latency, transforms
-from cofi_jax.pruning.cost import Cost, exact_sparsity
+from cofi_jax.pruning.cost import Cost
 from cofi_jax.pruning.masks import LogAlpha, Masks, mask_shapes, real_positions
 from cofi_jax.pruning.transforms import MaskTransform
 
@@ -117,8 +117,10 @@ def masks_at(
     soft = {kind: np.asarray(mask) for kind, mask in soft.items()}
     multiple = multiple if fine == "intermediate" else 1
 
+    whole = cost.exact({}, config)
+
     def excess(masks):
-        return exact_sparsity(masks, config, cost) - target
+        return 1 - cost.exact(masks, config) / whole - target
 
     def filled(masks):
         """With as many fine masks as fit, those first that are open; None if none does.

@@ -165,7 +165,7 @@ def comparison(report: Report) -> Table:
     before = report["pruned"]["score_before_finetune"]
     rows[0][3] += f"; {before:.4f} before fine-tuning"
     note = ""
-    if "target_sparsity" in report:
+    if "target_speedup" not in report:
         note = f"target {target_text(target(report), '.1f')}"
     rows.append(["sparsity", "-", percent(report["sparsity"]), note])
     parts = report["params"]
