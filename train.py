@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
 def _run(config, workdir):
     result = run(config, workdir)
     stairs = stages.stairs(config.prune.targets, config.prune.target_speedup)
-    models = [f"{stages.saved_as(workdir, stair).name}/" for stair in stairs]
+    made = stairs[: len(result.get("family", stairs[:1]))]
+    models = [f"{stages.saved_as(workdir, stair).name}/" for stair in made]
     names = ", ".join(["report.html", *models])
     print(f"\n{tables.table(result)}\n\nWritten to {printable(workdir)}: {names}")
     return 0

@@ -5,10 +5,15 @@ import os
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from cofi_jax import files
+from cofi_jax.config import Config, to_json
+from cofi_jax.export import certificate
 from cofi_jax.report import figures, pages
 from cofi_jax.report import tables as tables_lib
+from cofi_jax.run import results
+from cofi_jax.run import run as run_lib
 from cofi_jax.training import log as log_lib
 
 
@@ -545,3 +550,72 @@ def test_stages_of_speedups_have_their_names():
         "prune-12x": "pruning, 12x",
         "finetune-12x": "fine-tuning, 12x",
     }
+
+
+def dropped(fall, target, *, error=0.004, allowed=0.01):
+    beyond = fall - allowed - 1.645 * error
+    drop = {"allowed": allowed, "fall": fall, "error": error, "beyond": beyond}
+    drop["kept"] = beyond <= 0
+    return make_report() | {"target_sparsity": target, "drop": drop}
+
+
+def test_the_report_is_that_of_the_smallest_model_that_keeps_the_score():
+    family = [dropped(0.001, 0.6), dropped(0.015, 0.8), dropped(0.05, 0.9)]
+    whole = results.of_run(family)
+    assert whole == family[1] | {"family": family}
+    text = tables_lib.drops(whole)
+    assert "may fall by 0.01; that of the model of 80 % falls by 0.0150" in text
+    assert (
+        "counts as kept. The first to fail is the next one: that of the model of 90 %"
+        in text
+    )
+    assert "0.0334 beyond" in text  # 0.05 - 0.01 - 1.645 * 0.004
+    page = pages.markdown(whole, make_metrics(), "{}")
+    assert text in page and "the smallest one that keeps the score." in page
+    assert text in tables_lib.table(whole)
+    every = tables_lib.drops(results.of_run(family[:2]))
+    assert "All models of the run keep it." in every
+    none = results.of_run(family[2:])
+    assert none == family[2] and "which is too far" in tables_lib.drops(none)
+    assert results.of_run([make_report()] * 2)["target_sparsity"] == 0.95
+    assert tables_lib.drops(make_report()) == ""
+
+
+@pytest.mark.parametrize("flips, kept", [(30, True), (60, False)])
+def test_a_score_is_kept_by_a_one_sided_test(flips, kept):
+    """Of 400 rows, all of which the dense model gets right."""
+    right = np.ones(400)
+    wrong = np.where(np.arange(400) < flips, 0.0, 1.0)
+    before, after = (
+        certificate.Result(
+            np.zeros((400, 2)), {"accuracy": v.mean()}, {"accuracy": v}, {}, [], {}
+        )
+        for v in (right, wrong)
+    )
+    found = results.drop("accuracy", before, after, 0.06)
+    share = flips / 400
+    error = np.sqrt(share * (1 - share) / 399)
+    assert found["fall"] == pytest.approx(share)
+    assert found["error"] == pytest.approx(error)
+    z = (share - 0.06) / error
+    assert found["kept"] == kept == (stats.norm.sf(z) > 0.05)
+    assert found["beyond"] == pytest.approx(
+        share - 0.06 - stats.norm.ppf(0.95) * error, abs=1e-5
+    )
+
+
+def test_a_run_is_finished_with_the_first_model_that_fails(tmp_path, monkeypatch):
+    config = Config()
+    config.prune.targets, config.prune.max_drop = (0.6, 0.8, 0.9), 0.01
+    saved = {"pruned-60": dropped(0.001, 0.6), "pruned-80": dropped(0.05, 0.8)}
+
+    def read_about(path):
+        return None, None, {"report": saved[path.name]}
+
+    monkeypatch.setattr(run_lib.saved_model, "read_about", read_about)
+    whole = json.loads(json.dumps(results.of_run([*saved.values()])))
+    (tmp_path / "config.json").write_text(to_json(config))
+    (tmp_path / "report.json").write_text(json.dumps(whole))
+    assert run_lib._finished(config, tmp_path) == whole
+    saved["pruned-80"] = dropped(0.001, 0.8)  # Then the third one is missing.
+    assert run_lib._finished(config, tmp_path) is None

@@ -47,6 +47,7 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         f"{sum(map(bool, report['kept'][key]))} of {len(report['kept'][key])}"
         for key in ("heads", "intermediate")
     )
+    said = tables.headline, tables.drops, tables.agreement
     speedup = "target_speedup" in report
     target = tables.target_text(tables.target(report), ".1f")
     code = f"```json\n{config.strip()}\n```"
@@ -54,9 +55,7 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         report=report,
         task=escape(report["task"]),
         metric=escape(report["metric"]),
-        headline=" ".join(
-            filter(None, [tables.headline(report), tables.agreement(report)])
-        ),
+        headline=" ".join(filter(None, (sentence(report) for sentence in said))),
         scores=f"{dense:.3f} → {pruned:.3f}",
         change=f"{pruned - dense:+.4f}",
         sparsity=tables.percent(report["sparsity"]),
@@ -83,9 +82,10 @@ def _family(report):
     """What is said of all models of a run that made several, with a line after it."""
     if not (points := _members(report)):
         return ""
+    which = " that keeps the score" if report.get("drop", {}).get("kept") else ""
     return (
         "## All models of this run\n\n"
-        "This page is about the smallest one.\n\n"
+        f"This page is about the smallest one{which}.\n\n"
         f"![Score against speed and against size]({_FAMILY})\n\n"
         f"{compare.table(points)}\n\n"
     )

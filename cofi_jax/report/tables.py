@@ -248,10 +248,36 @@ def layers(report: Report) -> Table:
     return Table(">>>", ("layer", "heads kept", "FFN width kept"), rows)
 
 
+def drops(report: Report) -> str:
+    """The sentences about the score that was to be kept; "" where none was."""
+    if "drop" not in report:
+        return ""
+
+    def said(member):
+        found, name = member["drop"], target_text(target(member))
+        return (
+            f"that of the model of {name} falls by {found['fall']:.4f} with a standard "
+            f"error of {found['error']:.4f}"
+        )
+
+    allowed, metric = report["drop"]["allowed"], escape(report["metric"])
+    text = f"The {metric} may fall by {allowed:g}; {said(report)}"
+    text += " and counts as kept." if report["drop"]["kept"] else ", which is too far."
+    members = report.get("family", [report])
+    failed = [each for each in members if not each["drop"]["kept"]]
+    if failed and report["drop"]["kept"]:
+        beyond = failed[0]["drop"]["beyond"]
+        text += f" The first to fail is the next one: {said(failed[0])}, "
+        text += f"{beyond:.4f} beyond what the test allows."
+    elif not failed and report["drop"]["kept"]:
+        text += " All models of the run keep it."
+    return text
+
+
 def table(report: Report) -> str:
     """What `train.py` prints: both models side by side, and every layer."""
     timed = f"Latency on {escape(where(report))}."
-    notes = " ".join(filter(None, [agreement(report), timed]))
+    notes = " ".join(filter(None, [drops(report), agreement(report), timed]))
     return f"{comparison(report)}\n\n{notes}\n\n{layers(report)}"
 
 

@@ -12,7 +12,7 @@ from cofi_jax import config as config_lib
 from cofi_jax import distributed, files
 from cofi_jax.data.metrics import main_score
 from cofi_jax.evaluation import latency
-from cofi_jax.export import runtimes
+from cofi_jax.export import certificate, runtimes
 from cofi_jax.models.bert import Encoder
 from cofi_jax.pruning import cost
 from cofi_jax.pruning import latency as latency_lib
@@ -21,6 +21,7 @@ from cofi_jax.run import stages
 from cofi_jax.run.stages import Run, Stair
 from cofi_jax.training.log import read_metrics
 
+_ONE_SIDED = 1.645  # standard errors: 5 % of a normal distribution lie beyond
 _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
@@ -116,12 +117,45 @@ def _asked(run, stair, sizes):
     }
 
 
+def drop(
+    metric: str, before: certificate.Result, after: certificate.Result, allowed: float
+) -> dict[str, Any]:
+    """Whether a model keeps the score of the dense one, by a one-sided test.
+
+    Both answered the same rows, so the error is that of the differences row by row. The
+    score counts as kept unless it falls by more than what is allowed at a level of 5 %.
+
+    Args:
+      metric: the one that decides.
+      before: what the dense model answers.
+      after: what the smaller model answers.
+      allowed: how far the score may fall.
+
+    Returns:
+      `allowed`; `fall`, of the score; `error`, its standard error; `beyond`, by how
+      much the fall exceeds what is allowed and the error explains, at most 0 where the
+      score is kept; and `kept`.
+    """
+    fall = before.scores[metric] - after.scores[metric]
+    error = certificate.standard_error(metric, before, after)
+    beyond = fall - allowed - _ONE_SIDED * error
+    found = {"allowed": allowed, "fall": fall, "error": error, "beyond": beyond}
+    return found | {"kept": bool(beyond <= 1e-9)}  # Scores are rounded.
+
+
+def kept(report: Mapping[str, Any]) -> bool:
+    """Whether a model keeps the score, as far as its run asked for that."""
+    return report.get("drop", {}).get("kept", True)
+
+
 def of_run(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The report of a run that made these models: that of the smallest one.
 
-    Where there are several, `family` has the reports of all, the largest model first.
+    It is the smallest that keeps the score, where that was asked for and one does. If
+    there are several models, `family` has the reports of all, the largest first.
     """
-    return reports[-1] | ({"family": list(reports)} if len(reports) > 1 else {})
+    found = [report for report in reports if kept(report)] or reports[:1]
+    return found[-1] | ({"family": list(reports)} if len(reports) > 1 else {})
 
 
 def write(run: Run, report: dict[str, Any]) -> None:

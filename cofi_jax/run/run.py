@@ -135,10 +135,14 @@ def _finished(config, workdir) -> dict[str, Any] | None:
     """The report of a run that is complete: those of the models beside it."""
     check_workdir(config, workdir)
     stairs = stages.stairs(config.prune.targets, config.prune.target_speedup)
-    paths = [stages.saved_as(workdir, stair) for stair in stairs]
+    saved = []
     try:
         report = read_report(workdir / "report.json", "workdir")
-        saved = [saved_model.read_about(path)[2]["report"] for path in paths]
+        for stair in stairs:
+            path = stages.saved_as(workdir, stair)
+            saved.append(saved_model.read_about(path)[2]["report"])
+            if not results.kept(saved[-1]):  # It was the last one.
+                break
     except (OSError, ValueError, KeyError):  # not there, or damaged
         return None
     return report if report == results.of_run(saved) else None
@@ -194,6 +198,8 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
         reports.append(
             _save_pruned(run, stair, inputs, models, spec, reached, figures, seconds)
         )
+        if not results.kept(reports[-1]):
+            break
     report = results.of_run(reports)
     distributed.on_process_zero(lambda: results.write(run, report))
     return report
@@ -207,6 +213,9 @@ def _save_pruned(run, stair, inputs, models, spec, reached, figures, seconds):
     def save():
         both = {"dense": reached, "pruned": run.reached(model, params)}
         report = results.collect(run, stair, models, both, figures, seconds)
+        if allowed := run.config.prune.max_drop:
+            before, after = (run.answers(*each) for each in models.values())
+            report["drop"] = results.drop(report["metric"], before, after, allowed)
         about = {
             "dense": dataclasses.asdict(dense.config),
             "sparsity": report["sparsity"],

@@ -28,6 +28,7 @@ from cofi_jax.data import batches, tasks
 from cofi_jax.data.metrics import main_score
 from cofi_jax.errors import warn
 from cofi_jax.evaluation import latency_table, predict
+from cofi_jax.export import certificate
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
@@ -169,6 +170,13 @@ class Run:
             by_class = by_class or task.problem.by_class(logits, rows, task.labels)
         more = {"by_class": by_class, "settings": dict(task.problem.settings)}
         return {"scores": scores} | {name: part for name, part in more.items() if part}
+
+    def answers(self, model: Encoder, params: dict) -> certificate.Result:
+        """What a model answers on the split that decides, to compare it with others."""
+        task = self._fitted(model, params, None, self.train)
+        rows = next(iter(self.validation.values()))
+        logits = self._logits(model, params, None, rows)
+        return certificate.result(task, rows, logits)
 
     def score(self, model: Encoder, params: dict, masks: Masks | None = None) -> float:
         """The metric that decides, on the split that decides.
