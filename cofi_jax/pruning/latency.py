@@ -28,7 +28,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.scipy.stats import norm
-from scipy.optimize import isotonic_regression
 
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import blocks
@@ -86,6 +85,8 @@ def rising(counts: np.ndarray, ms: np.ndarray) -> Curve:
       counts: rising numbers of units, (K,).
       ms: the times, with noise, (K,).
     """
+    from scipy.optimize import isotonic_regression  # slow to import
+
     counts, ms = np.asarray(counts, float), np.asarray(ms, float)
     found = isotonic_regression(np.maximum(ms, 1e-3 * np.abs(ms).max())).x
     steps = np.diff(counts)
