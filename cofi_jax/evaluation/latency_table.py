@@ -92,7 +92,7 @@ def key_of(
         "heads": max(config.heads),
         "intermediate": max(config.intermediate),
         "activation": config.activation,
-        "reads_every_token": config.reads_every_token,
+        "head": config.pooling or ("every" if config.reads_every_token else "first"),
         "vocab_size": config.vocab_size,
         "code": code.hexdigest()[:16],
     }
