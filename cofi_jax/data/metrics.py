@@ -13,6 +13,11 @@ import numpy as np
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
+def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The share of right classes; most runs need no more, and start sooner so."""
+    return float(np.mean(np.argmax(logits, axis=-1) == labels))
+
+
 def _of_classes(name: str, **options) -> Metric:
     """A metric of scikit-learn, which is only imported where it is used."""
 
@@ -57,7 +62,7 @@ def _of_values(name: str) -> Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": _of_classes("accuracy_score"),  # in [0, 1]
+    "accuracy": _accuracy,  # in [0, 1]
     # Of class 1 of two, in [0, 1]; 0 where no row has or is given class 1.
     "f1": _of_classes("f1_score", zero_division=0),
     "micro_f1": _of_labels("micro"),  # of all labels together, in [0, 1]
