@@ -275,6 +275,30 @@ def test_some_texts_are_held_out(tmp_path):
             sources.load(tasks.find(own(path)), ("train",))
 
 
+@pytest.mark.parametrize("name", ["{}.txt", "{}.csv", "data/{}-00000-of-00001.csv"])
+def test_splits_are_known_by_the_names_of_files(name, tmp_path):
+    """In the places and formats of rows with labels, and as lines of text."""
+    (tmp_path / "data").mkdir()
+    wanted = {"train": ["w1", "w2"], "validation": ["w3", "w4"]}
+    for split, some in {**wanted, "test": ["w5"]}.items():
+        head = [] if name.endswith("txt") else ["text"]
+        (tmp_path / name.format(split)).write_text("\n".join(head + some) + "\n")
+    _, found = sources.load(tasks.find(own(tmp_path)), ("train", "validation"))
+    assert {split: columns["text"] for split, columns in found.items()} == wanted
+
+
+@pytest.mark.parametrize(
+    ("split", "lines", "least"), [("train", " \n\n", 1), ("validation", "w1\n", 2)]
+)
+def test_splits_of_too_few_texts(split, lines, least, tmp_path):
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.txt").write_text("w1\nw2\n")
+    (tmp_path / f"{split}.txt").write_text(lines)
+    said = f"{split}.txt must hold {least} or more texts that are not blank"
+    with pytest.raises(UserError, match=f"^data.path=.*: {said}"):
+        sources.load(tasks.find(own(tmp_path)), (split,))
+
+
 def write_retrieval(folder, **changes):
     """A set in the layout of BEIR, as jsonl and tsv."""
     files = {

@@ -22,6 +22,8 @@ Columns = dict[str, Any]  # a list of texts by column, and the labels as an arra
 # Of texts without labels, one of so many is held out, and so many at most.
 _HELD_OUT, _MOST_HELD_OUT = 10, 1000
 
+_OF_TEXTS = *FORMATS, "txt"  # the formats of texts that need no labels
+
 
 def load(task: Task, splits: Sequence[str]) -> tuple[Task, dict[str, Columns]]:
     """Reads splits of the task, and checks every row.
@@ -94,34 +96,42 @@ def _groups(task):
     return [task.group_column] if task.group_column else []
 
 
-def _find_files(task: Task, split: str) -> list[pathlib.Path]:
+def _find_files(
+    task: Task, split: str, suffixes: Sequence[str] = FORMATS
+) -> list[pathlib.Path]:
     """The file of a split, or all of those that it is spread over."""
     top = pathlib.Path(task.path).expanduser()
-    below = [file for file in top.iterdir() if file.is_dir() and file.name[0] != "."]
-    named = [folder for folder in below if folder.name in (task.name, "data")]
-    files = [file for folder in (top, *named) for file in sorted(folder.iterdir())]
-    found = _of_split(files, split)
-    if not found and not named and len(below) == 1:
-        found = _of_split(sorted(below[0].iterdir()), split)
+    found, files = _of_split(task, split, suffixes)
     numbers = [int(match["number"] or 0) for match in found.values()]
     kinds = {(f.parent, f.suffix, int(m["count"] or 1)) for f, m in found.items()}
     if len(kinds) == 1 and numbers == [*range(max(kinds)[2])]:
         return [*found]
     here = ", ".join(str(file.relative_to(top)) for file in ([*found] or files)[:20])
-    names = [f"{split}.{suffix}" for suffix in FORMATS]
+    names = [f"{split}.{suffix}" for suffix in suffixes]
     legal = f"must hold one of {names}, or all parts of {split}-00000-of-0000N, itself "
     legal += f"or in its folder {task.name} or data"
     legal += f"; {len(found)} found, among: {here or 'no files'}"
     raise errors.reject("data.path", task.path, legal)
 
 
-def _of_split(files, split):
-    """The files of a split, each with the match of its name."""
+def _of_split(task, split, suffixes):
+    """The files of a split, each with the match of its name; and those looked at."""
+    top = pathlib.Path(task.path).expanduser()
     name = re.compile(
         rf"{re.escape(split)}(-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]+)?)?"
-        rf"\.({'|'.join(FORMATS)})"
+        rf"\.({'|'.join(suffixes)})"
     )
-    return {file: match for file in files if (match := name.fullmatch(file.name))}
+
+    def matched(files):
+        return {file: match for file in files if (match := name.fullmatch(file.name))}
+
+    below = [file for file in top.iterdir() if file.is_dir() and file.name[0] != "."]
+    named = [folder for folder in below if folder.name in (task.name, "data")]
+    files = [file for folder in (top, *named) for file in sorted(folder.iterdir())]
+    found = matched(files)
+    if not found and not named and len(below) == 1:
+        found = matched(sorted(below[0].iterdir()))
+    return found, files
 
 
 def _read_file(field: tuple[str, str], task: Task, file: pathlib.Path) -> _Part:
@@ -158,7 +168,7 @@ def texts(path: str, task: Task, *, field: str) -> list[str]:
         the columns, a cell is no text, or no text is left.
     """
     named, top = (field, path), pathlib.Path(path).expanduser()
-    suffixes = {".txt", *(f".{suffix}" for suffix in FORMATS)}
+    suffixes = {f".{suffix}" for suffix in _OF_TEXTS}
     legal = f"must be a file or a folder of texts in {', '.join(sorted(suffixes))}"
     files = [top] if top.is_file() else sorted(f for f in top.rglob("*") if f.is_file())
     if not (files := [file for file in files if file.suffix in suffixes]):
@@ -198,12 +208,20 @@ def _texts_of_split(task: Task, split: str) -> list[str]:
     field, top = ("data.path", task.path), pathlib.Path(task.path).expanduser()
     if not task.path:  # It would be the folder of the process.
         raise errors.reject(*field, "must be a file or a folder of texts")
-    files = sorted(top.iterdir()) if top.is_dir() else []
-    named = [name for name in ("train", "validation") if _of_split(files, name)]
+    named = [
+        x
+        for x in ("train", "validation")
+        if top.is_dir() and _of_split(task, x, _OF_TEXTS)[0]
+    ]
     if named:  # A missing train.* is an error, a missing validation.* is not.
-        files = _find_files(task, split if split in named else "train")
+        wanted = split if split in named else "train"
+        files = _find_files(task, wanted, _OF_TEXTS)
         found = dict.fromkeys(text for f in files for text in _texts_of(field, task, f))
         rows = [text for text in found if text.strip()]
+        least = {"train": 1, "validation": 2}[wanted]  # One has no neighbours.
+        if len(rows) < least:
+            legal = f"must hold {least} or more texts that are not blank"
+            raise errors.reject(*field, f"{files[0].name} {legal}")
     else:
         rows = texts(task.path, task, field=field[0])
     if "validation" in named:
