@@ -60,6 +60,7 @@ def test_probabilities_are_taken_as_they_are_and_logits_are_not(tmp_path):
         ([[1, 0, 0], None], {}, ["row 1 ", "label=None"]),
         ([[1, 0, None]], {}, ["row 0 ", "a list of 3 finite numbers"]),
         ([[1, 0, float("inf")]], {}, ["row 0 ", "a list of 3 finite numbers"]),
+        ([[1, 0, 10**400]], {}, ["row 0 ", "a list of 3 finite numbers"]),
         ([["a", "b", "c"]], {}, ["row 0 ", "a list of 3 finite numbers"]),
         (
             [[1, 0, 0], [0, 0, 0.5]],

@@ -344,6 +344,8 @@ def test_pairs_and_a_retrieval_set(tmp_path, capsys):
         ),
         ("sentence1,sentence2,label\na,,1\n", "row 0 .*sentence2='None', must be text"),
         ("sentence1,sentence2,label\na,b,nan\n", "label='nan', must be a finite"),
+        ("sentence1,sentence2,label\na,b,1e39\n", "label='1e39', must be a finite"),
+        ("sentence1,sentence2,label,label\na,b,1,2\n", "has several columns 'label'"),
         ("sentence1,sentence2,label\n", "has no rows"),
     ],
 )
@@ -370,6 +372,14 @@ def test_pairs_that_are_none(tmp_path, content, said):
         ({"queries.jsonl": [{"_id": "q", "text": "a"}] * 2}, "has the _id 'q' twice"),
         ({"queries.jsonl": [{"_id": "q", "text": 3}]}, "text='3', must be text"),
         ({"corpus.jsonl": [{"id": "q"}]}, "needs a column '_id'"),
+        (
+            {
+                "qrels_test.jsonl": [
+                    {"query-id": "q1", "corpus-id": "d1", "score": 10**400}
+                ]
+            },
+            "row 0 .*score='1000.*, must be a finite",
+        ),
     ],
 )
 def test_retrieval_sets_that_are_none(tmp_path, change, said):

@@ -12,7 +12,6 @@ The last one may be called `qrels_test.*`, or be `qrels/test.tsv`. Each may be i
 """
 
 import collections
-import math
 import pathlib
 from typing import Any
 
@@ -108,6 +107,9 @@ def _read(field, file, wanted, number="", maybe=()) -> dict[str, list[Any]]:
     """Columns of a file, of which one may be a number and the others are texts."""
     with formats.readable(field, file):
         table = formats.read(file, (*wanted, *maybe))
+    for name in (*wanted, *maybe):
+        if table.names.count(name) > 1:
+            raise errors.reject(*field, f"{file} has several columns {name!r}")
     for name in wanted:
         if name not in table.cells:
             legal = f"{file} needs a column {name!r}; it has {', '.join(table.names)}"
@@ -133,6 +135,7 @@ def _read(field, file, wanted, number="", maybe=()) -> dict[str, list[Any]]:
 def _number(cell):
     try:
         value = float(cell)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return None
-    return value if math.isfinite(value) and not isinstance(cell, bool) else None
+    most = float(np.finfo(np.float32).max)
+    return value if abs(value) <= most and not isinstance(cell, bool) else None

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import sys
 
 import jax
 import numpy as np
@@ -143,7 +144,9 @@ def _probabilities(cells, count) -> np.ndarray:
 
 
 def _is_finite(number) -> bool:
-    return isinstance(number, int | float) and math.isfinite(number)
+    """Whether it is a number that float64 holds; JSON has integers that it does not."""
+    most = sys.float_info.max
+    return isinstance(number, int | float) and abs(number) <= most  # false for nan
 
 
 def _with_classes(examples) -> Examples:
