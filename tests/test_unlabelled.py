@@ -240,6 +240,10 @@ def test_the_classes_are_those_of_the_teacher(tops, tokenizer, tmp_path):
     config.teacher.path = str(top / "teacher")
     message = complaint(setup.find_task, config)
     assert message.startswith("data.labels=('great', 'poor', 'fair')")
+    config = config_of(kind, top)
+    config.teacher.path = str(tops["ranking"] / "teacher")
+    message = complaint(setup.load_inputs, config)
+    assert message.startswith("teacher.path=") and "names no classes" in message
     # A folder without names needs them.
     fields = json.loads((top / "hub" / "config.json").read_text())
     del fields["id2label"], fields["label2id"]
@@ -327,3 +331,11 @@ def test_a_digest_does_not_hold_answers(tops):
     part = inputs.examples["train"]
     part.labels[:] += 1
     assert setup.digest(config, inputs) == before
+
+
+def test_a_digest_holds_which_rows_are_of_one_query(tops):
+    config = config_of("ranking", tops["ranking"])
+    inputs = setup.load_inputs(config)
+    before = setup.digest(config, inputs)
+    inputs.examples["train"].uncut.of_row[-1] += 1
+    assert setup.digest(config, inputs) != before

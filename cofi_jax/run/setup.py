@@ -105,6 +105,9 @@ def find_task(config: Config) -> Task:
         return task
     if saved_model.is_model(path):  # Its settings are those of its classes in order.
         labels = tuple(saved_model.read_about(path)[2].get("labels", ()))
+        if not labels:
+            legal = f"names no classes, which data.problem={config.data.problem} needs"
+            raise reject("teacher.path", path, legal)
         if task.labels not in ((), labels):
             legal = f"must be those of {path} in its order, {labels}, or none"
             raise reject("data.labels", task.labels, legal)
@@ -136,15 +139,20 @@ def digest(config: Config, inputs: Inputs) -> int:
         drawn = ("pooler", "classifier")
         params = {name: part for name, part in params.items() if name not in drawn}
     rows = [
-        (
-            np.concatenate(part.input_ids),
-            part.lengths,
-            part.labels if inputs.task.label_column else (),
-        )
+        (np.concatenate(part.input_ids), part.lengths, _given(part, inputs.task))
         for part in inputs.examples.values()
     ]
     settings = {k: v for k, v in flatten(config).items() if k not in HOW_NOT_WHAT}
     return zlib.crc32(f"{settings} {distributed.digest((params, rows))}".encode())
+
+
+def _given(part, task):
+    """What rows come with besides their tokens, as arrays; no answers of a teacher."""
+    if task.label_column:
+        return part.labels
+    if part.uncut is None:
+        return ()
+    return part.uncut.of_row, getattr(part.uncut, "judgements", ())
 
 
 def load_teacher(config: Config, task: Task) -> tuple[Encoder, dict, Any]:
