@@ -247,6 +247,19 @@ def test_retrieval_is_scored_as_by_scikit_learn():
     assert scores(logits, examples_of(np.zeros(count), uncut)) == pytest.approx(mean)
 
 
+def test_a_query_does_not_find_itself(tmp_path):
+    """A text of the corpus with its `_id`, as in BEIR; but one that is relevant."""
+    same = {
+        "corpus.jsonl": [{"_id": name, "text": "w1"} for name in ("q1", "d1", "q2")],
+        "qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\tq2\t1\n",
+    }
+    path = write_retrieval(tmp_path / "set", **same)
+    _, found = sources.load(tasks.find(own(retrieval=path)), ("retrieval",))
+    vectors = np.array([[1, 0], [0, 1], [1, 0], [0.9, 0.1], [0, 1]])
+    values = found["retrieval"]["uncut"].values(vectors)
+    np.testing.assert_array_equal(values["ndcg_at_10"], [1, 1])
+
+
 # Rows
 
 
@@ -702,6 +715,18 @@ def test_a_teacher_alone_says_what_is_learned(workdir, field, value, said):
     field = {"teacher.path": "data.label_column"}.get(field, field)
     with pytest.raises(UserError, match=f"^{field}={value!r}: {said}"):
         setup.load_inputs(config)
+
+
+def test_a_digest_holds_what_vectors_are_scored_by(workdir):
+    config = settings(workdir)
+    config.data.pairs = str(workdir / "pairs.csv")
+    config.data.retrieval = str(workdir / "set")
+    inputs = setup.load_inputs(config)
+    before, examples = setup.digest(config, inputs), inputs.examples
+    examples["validation"].uncut.similarities[0] += 1
+    after = setup.digest(config, inputs)
+    examples["retrieval"].uncut.relevant[0][1] += 1
+    assert len({before, after, setup.digest(config, inputs)}) == 3
 
 
 def test_hidden_dimensions_that_are_not_pruned_need_no_layer(workdir):

@@ -7,8 +7,9 @@ rises with similarity. A retrieval set is a folder in the layout of BEIR:
     queries.*            `_id`, `text`
     qrels.*              `query-id`, `corpus-id`, `score`; those above 0 are relevant
 
-The last one may be called `qrels_test.*`, or be `qrels/test.tsv`. Each may be in any of
-`formats.FORMATS`.
+A query that is in the corpus, too, has the same `_id` there. It is left out of what is
+found for it, unless it is judged relevant. The last file may be called `qrels_test.*`,
+or be `qrels/test.tsv`. Each may be in any of `formats.FORMATS`.
 """
 
 import collections
@@ -48,6 +49,8 @@ def pairs(path: str) -> Pairs:
 def retrieval(path: str) -> Retrieval:
     """Reads a retrieval set; queries without a relevant document are left out.
 
+    A document with the id of a query is taken for the query itself, as BEIR does.
+
     Raises:
       UserError: where a file is missing or holds something else, where an id comes
         twice or is not there, and where no query is left.
@@ -75,9 +78,10 @@ def retrieval(path: str) -> Retrieval:
     asked = dict.fromkeys(map(str, cells["query-id"]))
     if lost := len(asked) - len(found):
         errors.warn(f"{file}: {lost} queries have no relevant text; they are left out")
+    own = [numbers.get(name, -1) for name in found]
     texts = [*(queries[name] for name in found), *corpus.values()]
     rows = np.arange(len(texts), dtype=np.int32)
-    return Retrieval(texts, rows, [*found.values()])
+    return Retrieval(texts, rows, [*found.values()], own)
 
 
 def _find(field, top, *names):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+TOP = 10  # the ranks, or the nearest texts, that metrics of rankings look at
+
 Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
@@ -72,6 +74,16 @@ METRICS: dict[str, Metric] = {
     "pearson": _of_values("pearsonr"),  # in [-1, 1], as the next
     "spearman": _of_values("spearmanr"),
 }
+
+
+def gains(relevance: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """(N,) what texts of some relevance add to the discounted gain at their ranks.
+
+    It is the relevance over log2(rank + 2), as trec_eval has it, and 0 from the rank
+    `TOP` on; the ranks begin with 0. NDCG is the sum of all gains over the largest sum
+    that any order gives.
+    """
+    return np.where(ranks < TOP, relevance / np.log2(ranks + 2), 0)
 
 
 def rates(

@@ -18,11 +18,11 @@ import optax
 from scipy.special import expit
 
 from cofi_jax import errors
+from cofi_jax.data.metrics import TOP, gains
 from cofi_jax.data.problems import names as names_lib
 from cofi_jax.data.problems.base import Problem, WrongLabel
 from cofi_jax.models.bert import Batch
 
-_TOP = 10  # the ranks that the metrics look at
 _MOST_QUERIES = 2**24  # numbers that float32 still tells apart
 _SIGMOID = "torch.nn.modules.activation.Sigmoid"
 
@@ -229,7 +229,7 @@ def _metrics(
         return np.bincount(groups, values, len(best))[best > 0]
 
     def gain(rank):  # (Q,)
-        return sums(np.where(rank < _TOP, relevance / np.log2(rank + 2), 0))
+        return sums(gains(relevance, rank))
 
     given, ideal = ranks(relevance, -np.float64(logits)), ranks(-relevance)
     relevant = (relevance > 0) & (relevance >= best[groups] / 2)
@@ -238,6 +238,6 @@ def _metrics(
     first = first[best > 0]
     return {
         "ndcg_at_10": gain(given) / gain(ideal),
-        "mrr_at_10": np.where(first < _TOP, 1 / (first + 1), 0),
-        "recall_at_10": sums(relevant & (given < _TOP)) / sums(relevant),
+        "mrr_at_10": np.where(first < TOP, 1 / (first + 1), 0),
+        "recall_at_10": sums(relevant & (given < TOP)) / sums(relevant),
     }

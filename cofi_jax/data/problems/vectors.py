@@ -1,6 +1,7 @@
 """A vector for each text, which is learned from a teacher's vectors, without labels."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,10 +10,9 @@ import numpy as np
 
 from cofi_jax import errors
 from cofi_jax.data.batches import Examples
-from cofi_jax.data.metrics import METRICS
+from cofi_jax.data.metrics import METRICS, TOP, gains
 from cofi_jax.data.problems.base import Problem
 
-_NEAREST = 10  # texts or documents that are looked at in scores
 _TINY = 1e-12
 
 # The terms of the loss are of the same size with it: similarities are hardly wrong
@@ -38,6 +38,11 @@ class Pairs(NamedTuple):
 
     metrics = ("spearman", "pearson")
 
+    @property
+    def judgements(self) -> np.ndarray:
+        """What the texts are scored by."""
+        return self.similarities
+
     def values(self, logits: np.ndarray) -> np.ndarray:
         """The cosines (N,) of the vectors of each pair."""
         ends = _directions(logits).reshape(len(self.similarities), 2, -1)
@@ -52,29 +57,43 @@ class Retrieval(NamedTuple):
       of_row: (Q + M,) int32, the text of each row, which is that of its number.
       relevant: of each query a dict from numbers of documents to their relevance,
         which is above 0.
+      own: of each query the number of the document that is the query itself, or -1;
+        it is not found unless it is relevant. () for none at all.
     """
 
     contexts: list[str]
     of_row: np.ndarray
     relevant: list[dict[int, float]]
+    own: Sequence[int] = ()
 
     metrics = ("ndcg_at_10", "recall_at_10")
 
-    def values(self, logits: np.ndarray) -> dict[str, np.ndarray]:
-        """Each metric of each query, (Q,), as trec_eval defines them.
+    @property
+    def judgements(self) -> np.ndarray:
+        """What the texts are scored by: rows of a query, a document, its relevance."""
+        return np.array(
+            [
+                (query, document, relevance)
+                for query, documents in enumerate(self.relevant)
+                for document, relevance in documents.items()
+            ]
+        )
 
-        The gain of a document at rank r is its relevance over log2(r + 1).
-        """
+    def values(self, logits: np.ndarray) -> dict[str, np.ndarray]:
+        """Each metric of each query, (Q,), as trec_eval defines them."""
         directions, count = _directions(logits), len(self.relevant)
+        own = self.own or [-1] * count
         found: dict[str, list[float]] = {name: [] for name in self.metrics}
-        discounts = 1 / np.log2(np.arange(2, _NEAREST + 2))
-        for query, relevant in zip(directions[:count], self.relevant, strict=True):
-            first = _nearest(directions[count:] @ query)
-            gains = np.array([relevant.get(int(number), 0.0) for number in first])
-            best = np.sort([*relevant.values()])[::-1][:_NEAREST]
-            ideal = best @ discounts[: len(best)]
-            found["ndcg_at_10"].append(gains @ discounts[: len(gains)] / ideal)
-            found["recall_at_10"].append((gains > 0).sum() / len(relevant))
+        for row, relevant in enumerate(self.relevant):
+            similarities = directions[count:] @ directions[row]
+            if own[row] >= 0 and own[row] not in relevant:
+                similarities[own[row]] = -np.inf
+            first = _nearest(similarities)
+            gained = np.array([relevant.get(int(number), 0.0) for number in first])
+            best = np.sort([*relevant.values()])[::-1]
+            given, ideal = (gains(x, np.arange(len(x))).sum() for x in (gained, best))
+            found["ndcg_at_10"].append(given / ideal)
+            found["recall_at_10"].append((gained > 0).sum() / len(relevant))
         return {name: np.array(values) for name, values in found.items()}
 
 
@@ -226,7 +245,7 @@ def _directions(vectors):
 
 
 def _count(texts):
-    return min(_NEAREST, texts - 1)
+    return min(TOP, texts - 1)
 
 
 def _nearest(similarities, but=None):
@@ -236,5 +255,5 @@ def _nearest(similarities, but=None):
     """
     if but is not None:
         similarities[but] = -np.inf
-    count = _NEAREST if but is None else _count(len(similarities))
+    count = TOP if but is None else _count(len(similarities))
     return np.argsort(-similarities, kind="stable")[:count]
