@@ -503,6 +503,14 @@ def edit(path, **fields):
             "outside of the folder",
         ),
         (
+            lambda f: (f / "1_Pooling" / "config.json").unlink(),
+            "1_Pooling/config.json cannot be read .No such file",
+        ),
+        (
+            lambda f: (f / "2_Dense" / "config.json").write_text("["),
+            "2_Dense/config.json cannot be read",
+        ),
+        (
             lambda f: edit(
                 f / "1_Pooling" / "config.json",
                 pooling_mode_max_tokens=False,
@@ -538,6 +546,19 @@ def test_folders_that_are_not_known(spoil, said, tmp_path):
     with pytest.raises(UserError, match=said) as caught:
         read(tmp_path / "st")
     assert str(caught.value).startswith("model=") and str(caught.value).isprintable()
+
+
+def test_prompts_and_other_similarities_are_said(tmp_path, capsys):
+    make_folder(tmp_path / "st")
+    path = tmp_path / "st" / "config_sentence_transformers.json"
+    edit(path, prompts={"query": "", "document": ""}, similarity_fn_name=None)
+    read(tmp_path / "st")
+    assert capsys.readouterr().err == ""
+    edit(path, prompts={"query": "query: ", "none": ""}, similarity_fn_name="dot")
+    read(tmp_path / "st")
+    said = capsys.readouterr().err
+    assert "its prompts, 'query', are neither put in front of texts nor kept" in said
+    assert "similarity_fn_name is 'dot'; similarities are cosines" in said
 
 
 def test_newer_fields_of_pooling(tmp_path):

@@ -125,14 +125,14 @@ def read(folder: Path) -> Head:
     bert = encoder / "sentence_bert_config.json"
     if bert.is_file() and foreign.read_json(bert).get("do_lower_case"):
         warn(f"{bert}: do_lower_case is not read; the tokenizer alone decides")
-    prompts = folder / "config_sentence_transformers.json"
-    if prompts.is_file() and foreign.read_json(prompts).get("default_prompt_name"):
-        warn(f"{prompts}: the default prompt is not put in front of texts")
+    how = folder / "config_sentence_transformers.json"
+    if how.is_file():
+        _warn_of_use(how)
     fields: dict[str, Any] = {"head": _pooling(modules["Pooling"])}
     fields["normalize"] = "Normalize" in modules
     if "Dense" not in modules:
         return Head(encoder, fields, {})
-    about = foreign.read_json(modules["Dense"] / "config.json")
+    about = _config(modules["Dense"])
     said = about.get("activation_function", _ACTIVATIONS["tanh"])
     known = {theirs: ours for ours, theirs in _ACTIVATIONS.items()}
     if said not in known:
@@ -183,8 +183,30 @@ def _modules(folder: Path) -> dict[str, Path]:
     return found
 
 
+def _warn_of_use(path: Path) -> None:
+    """Says what a folder's users do with texts and vectors that is not done here."""
+    about = foreign.read_json(path)
+    prompts = about.get("prompts") or {}
+    if isinstance(prompts, dict) and (named := [k for k, v in prompts.items() if v]):
+        warn(
+            f"{path}: its prompts, {', '.join(map(ascii, named[:5]))}, are neither put "
+            "in front of texts nor kept; texts that need one must begin with it"
+        )
+    if (said := about.get("similarity_fn_name") or "cosine") != "cosine":
+        legal = "similarities are cosines here, and in what is exported"
+        warn(f"{path}: similarity_fn_name is {reprlib.repr(said)}; {legal}")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The config.json of a module."""
+    try:
+        return foreign.read_json(folder / "config.json")
+    except UnsupportedCheckpoint as error:
+        raise UnsupportedCheckpoint(f"{folder.name}/{error}") from error
+
+
 def _pooling(folder: Path) -> str:
-    about = foreign.read_json(folder / "config.json")
+    about = _config(folder)
     said = about.get("pooling_mode")
     if said is None:  # before version 5.3
         fields = _POOLING | {name: f"pooling_mode_{name}" for name in _OTHER_POOLING}
