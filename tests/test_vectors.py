@@ -26,6 +26,7 @@ from cofi_jax.evaluation import evaluate
 from cofi_jax.export import export, to_onnx, to_stock_bert, to_transformers
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import slicing
+from cofi_jax.report import model_card, tables
 from cofi_jax.run import run as run_lib
 from cofi_jax.run import setup
 from cofi_jax.training.importance import importance
@@ -633,6 +634,17 @@ def test_sentence_transformers_gives_the_same(config, runtime, tmp_path, code_ca
     np.testing.assert_allclose(found, ours(sizes, small), atol=1e-4)
 
 
+def test_the_card_says_how_vectors_are_made_and_scored():
+    scores = {"validation": {"agreement": 1.0, "cosine": 1.0}}
+    card = model_card.text(DENSE, {"scores": scores, "data": vars(own())}, {})
+    assert "Classes" not in card and " has 5 dimensions: it is the largest" in card
+    assert "tokens, mapped by a linear layer and tanh." in card
+    assert "also among the ten nearest by the model's own" in card
+    card = model_card.text(SIZES, {"data": vars(own())}, {})
+    said = "has 16 dimensions: it is the mean of the last hidden states of its tokens, "
+    assert f"{said}divided by its length." in card and "nearest" not in card
+
+
 # A whole run
 
 
@@ -700,6 +712,7 @@ def test_models_are_scored_by_the_first_where_there_are_no_pairs(workdir):
     )
     teacher, pruned, folder = found["models"]
     assert found["metric"] == "agreement" and teacher["score"] == folder["score"] == 1
+    assert "by the vectors of teacher, that are also" in tables.evaluation(found)
     cosines = [each["scores"]["validation"]["cosine"] for each in found["models"]]
     assert cosines == pytest.approx([1, cosines[1], 1]) and 0 < cosines[1] < 0.9999
     pairs = str(workdir / "pairs.csv")

@@ -97,6 +97,8 @@ def text(
         if not about.get("data", {}).get("label_column", "label"):
             name = "the answers of the model that it was made from"
             found.append(tables.AGREEMENT.format(name=name))
+        elif "agreement" in dict(tables.score_rows(scores)):
+            found.append(tables.OF_VECTORS.format(name="this model"))
     found.append(_structure(config, about))
     if "vocabulary" in about:
         found.append(_vocabulary(about["vocabulary"]))
@@ -142,17 +144,38 @@ def _metadata(config, about, task):
 
 
 def _structure(config, about):
-    labels = escape(", ".join(map(json.dumps, about.get("labels", ()))) or "none")
     words = (
         f"Hidden width {config.hidden_size}; heads of {config.head_size} per layer: "
         f"{' '.join(map(str, config.heads))}; feed-forward widths: "
         f"{' '.join(map(str, config.intermediate))}; 0 is an absent block. At most "
         f"{config.longest} tokens."
     )
-    words = f"{words} Classes in the order of the logits: {labels}."
+    if config.pooling:
+        words = f"{words} {_vector(config)}"
+    else:
+        labels = escape(", ".join(map(json.dumps, about.get("labels", ()))) or "none")
+        words = f"{words} Classes in the order of the logits: {labels}."
     names = about.get("labels", ())
     problem = PROBLEMS[config.problem].with_settings(about.get("settings", {}), names)
     return " ".join(filter(None, [words, escape(problem.describe(names))]))
+
+
+_POOLED = {
+    "mean": "the mean of the last hidden states of its tokens",
+    "max": "the largest values among the last hidden states of its tokens",
+    "cls": "the last hidden state of its first token",
+}
+
+
+def _vector(config):
+    """How a model that pools makes a vector."""
+    words = f"The vector of a text has {config.num_labels} dimensions: it is "
+    words += _POOLED[config.pooling]
+    if config.output_activation:
+        words += ", mapped by a linear layer"
+    if config.output_activation not in ("", "identity"):
+        words += f" and {config.output_activation}"
+    return f"{words}, divided by its length." if config.normalize else f"{words}."
 
 
 def _vocabulary(found):

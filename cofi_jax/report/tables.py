@@ -10,7 +10,7 @@ import json
 import pathlib
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cofi_jax.errors import printable, reject
@@ -149,9 +149,22 @@ def headline(report: Report) -> str:
 AGREEMENT = "Scores are agreement with {name}, and not with labels."
 
 
-def agreement(report: Report) -> str:
-    """The sentence that says what scores are, where rows have no labels; or ""."""
-    return AGREEMENT.format(name="the dense model") if report.get("agreement") else ""
+OF_VECTORS = (
+    "The agreement is the mean share of the ten other texts nearest to a text, by "
+    "the vectors of {name}, that are also among the ten nearest by the model's own."
+)
+
+
+def agreement(result: Mapping[str, Any], name: str = "the dense model") -> str:
+    """The sentence that says what scores are, where rows have no labels; or "".
+
+    Args:
+      result: the content of a `report.json`, or what `evaluate` returns.
+      name: what the model is called that scores agree with.
+    """
+    if result.get("agreement"):
+        return AGREEMENT.format(name=name)
+    return OF_VECTORS.format(name=name) if result["metric"] == "agreement" else ""
 
 
 def comparison(report: Report) -> Table:
@@ -341,8 +354,8 @@ def evaluation(result: dict[str, Any]) -> str:
         "95th percentile"
     )
     judged = "."
-    if result.get("agreement"):
-        judged += f"\n{AGREEMENT.format(name=escape(first))}"
+    if said := agreement(result, escape(first)):
+        judged += f"\n{said}"
     text = f"""\
 {Table("<" + ">" * len(models), head, rows).fitted()}
 
