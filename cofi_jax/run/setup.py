@@ -97,6 +97,9 @@ def find_task(config: Config) -> Task:
     task, path = tasks.find(config.data), config.teacher.path
     if task.label_column:
         return task
+    if not path and task.problem.pools:
+        legal = "must be a folder of sentence-transformers, whose vectors are imitated"
+        raise reject("teacher.path", "", legal)
     if not path:
         legal = "rows without labels need a teacher.path, the model whose answers take "
         raise reject("data.label_column", "", f"{legal}their place")
