@@ -203,6 +203,18 @@ def test_agreement_by_brute_force():
     np.testing.assert_allclose(values["agreement"], shares)
 
 
+@pytest.mark.parametrize("count", [3, 4, 11, 21])
+def test_few_texts_do_not_agree_by_themselves(count):
+    """Vectors that texts have exchanged agree less than the same ones."""
+    angles = np.linspace(0, np.pi, count)
+    theirs = np.stack([np.cos(angles), np.sin(angles)], -1)
+    swap = np.arange(count) * (count // 2 + 1) % count
+    same = VECTORS.per_example(theirs, examples_of(theirs), ())["agreement"]
+    assert same.mean() == 1
+    other = VECTORS.per_example(theirs[swap], examples_of(theirs), ())["agreement"]
+    assert other.mean() < 1
+
+
 def test_rows_without_similarities_are_scored_by_answers():
     vectors = np.eye(3)
     examples = examples_of(VECTORS.answers(vectors, examples_of(np.zeros(3))))
@@ -276,13 +288,13 @@ def test_some_texts_are_held_out(tmp_path):
     ]
     _, again = sources.load(tasks.find(own(tmp_path / "a.txt")), ("train",))
     assert again["train"]["text"] == train
-    table = pyarrow.table({"text": ["a", "b", " "], "label": [None] * 3})
+    table = pyarrow.table({"text": ["a", "b", " ", "c"], "label": [None] * 4})
     for split in ("train", "validation"):
         parquet.write_table(table, tmp_path / f"{split}.parquet")
     _, found = sources.load(task, ("train", "validation"))
-    assert found["train"]["text"] == found["validation"]["text"] == ["a", "b"]
+    assert found["train"]["text"] == found["validation"]["text"] == list("abc")
     (tmp_path / "validation.parquet").unlink()
-    with pytest.raises(UserError, match="must hold 11 texts or more"):
+    with pytest.raises(UserError, match="must hold 21 texts or more"):
         sources.load(task, ("validation",))
     for path in ("", str(tmp_path / "none")):
         with pytest.raises(UserError, match="^data.path=.*must be a file or a folder"):
@@ -293,7 +305,7 @@ def test_some_texts_are_held_out(tmp_path):
 def test_splits_are_known_by_the_names_of_files(name, tmp_path):
     """In the places and formats of rows with labels, and as lines of text."""
     (tmp_path / "data").mkdir()
-    wanted = {"train": ["w1", "w2"], "validation": ["w3", "w4"]}
+    wanted = {"train": ["w1", "w2"], "validation": ["w3", "w4", "w6"]}
     for split, some in {**wanted, "test": ["w5"]}.items():
         head = [] if name.endswith("txt") else ["text"]
         (tmp_path / name.format(split)).write_text("\n".join(head + some) + "\n")
@@ -302,7 +314,7 @@ def test_splits_are_known_by_the_names_of_files(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "lines", "least"), [("train", " \n\n", 1), ("validation", "w1\n", 2)]
+    ("split", "lines", "least"), [("train", " \n\n", 1), ("validation", "w1\nw2\n", 3)]
 )
 def test_splits_of_too_few_texts(split, lines, least, tmp_path):
     for name in ("train", "validation"):

@@ -21,6 +21,7 @@ Columns = dict[str, Any]  # a list of texts by column, and the labels as an arra
 
 # Of texts without labels, one of so many is held out, and so many at most.
 _HELD_OUT, _MOST_HELD_OUT = 10, 1000
+_LEAST_HELD_OUT = 3  # of two, each has the other as its nearest by any vectors
 
 _OF_TEXTS = *FORMATS, "txt"  # the formats of texts that need no labels
 
@@ -218,7 +219,7 @@ def _texts_of_split(task: Task, split: str) -> list[str]:
         files = _find_files(task, wanted, _OF_TEXTS)
         found = dict.fromkeys(text for f in files for text in _texts_of(field, task, f))
         rows = [text for text in found if text.strip()]
-        least = {"train": 1, "validation": 2}[wanted]  # One has no neighbours.
+        least = {"train": 1, "validation": _LEAST_HELD_OUT}[wanted]
         if len(rows) < least:
             legal = f"must hold {least} or more texts that are not blank"
             raise errors.reject(*field, f"{files[0].name} {legal}")
@@ -229,8 +230,9 @@ def _texts_of_split(task: Task, split: str) -> list[str]:
     if split == "train" and task.pairs:
         return rows
     held_out = rows[::_HELD_OUT][:_MOST_HELD_OUT]
-    if len(held_out) < 2:
-        legal = f"must hold {_HELD_OUT + 1} texts or more, of which some are held out"
+    if len(held_out) < _LEAST_HELD_OUT:
+        least = _HELD_OUT * (_LEAST_HELD_OUT - 1) + 1
+        legal = f"must hold {least} texts or more, of which some are held out"
         raise errors.reject(*field, legal)
     if split == "validation":
         return held_out

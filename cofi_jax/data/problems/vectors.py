@@ -106,7 +106,8 @@ class Vectors(Problem):
 
     Metrics:
       agreement: of the ten other texts that are nearest to a text by the teacher's
-        vectors, the share that is also among the ten nearest by the model's.
+        vectors, the share that is also among the ten nearest by the model's. Where
+        there are fewer than 20 others, half of them take the place of the ten.
       cosine: that of the model's and the teacher's vector of a text.
       spearman, pearson: the correlations of the cosines of pairs with similarities.
       ndcg_at_10, recall_at_10: of the ten documents that are nearest to a query.
@@ -209,7 +210,7 @@ class Vectors(Problem):
         shares = []
         for row, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             near = (_nearest(each, but=row) for each in (ours @ a, theirs @ b))
-            shares.append(np.intersect1d(*near).size / max(_count(len(ours)), 1))
+            shares.append(np.intersect1d(*near).size / _count(len(ours)))
         return {"agreement": np.array(shares), "cosine": (ours * theirs).sum(-1)}
 
     def scorer(self, logits, examples, metrics):
@@ -245,13 +246,14 @@ def _directions(vectors):
 
 
 def _count(texts):
-    return min(TOP, texts - 1)
+    """How many of the other texts are near; all of them would always agree."""
+    return max(min(TOP, (texts - 1) // 2), 1)
 
 
 def _nearest(similarities, but=None):
     """The numbers of the ten largest of (N,), of equal ones the first, in that order.
 
-    With `but`, the number of one of them, it is those of the others.
+    With `but`, the number of one of them, it is `_count(N)` of the others.
     """
     if but is not None:
         similarities[but] = -np.inf
