@@ -106,7 +106,7 @@ def config_of(kind, top, teacher="teacher", **more):
     found.teacher.path = str(top / teacher) if teacher else ""
     found.model.dropout = 0.0
     found.eval_batch_size = 32  # as that of pipelines, whose programs are the same
-    found.benchmark = config_lib.Benchmark(1, 24, 1)
+    found.benchmark = config_lib.Benchmark(batch_size=1, seq_length=24, repeats=1)
     found.prune.mask_learning_rate = 10.0
     return found
 
