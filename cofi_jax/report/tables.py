@@ -282,7 +282,7 @@ def drops(report: Report) -> str:
         beyond = failed[0]["drop"]["beyond"]
         text += f" The first to fail is the next one: {said(failed[0])}, "
         text += f"{beyond:.4f} beyond what the test allows."
-    elif not failed and report["drop"]["kept"]:
+    elif "family" in report and not failed:
         text += " All models of the run keep it."
     return text
 
