@@ -267,6 +267,33 @@ def test_a_stage_is_cut_to_the_speedup_that_the_clock_shows(
         assert asked["asked"] == stair.speedup and asked["chosen"] in asked["passes"]
         assert asked["predicted"] == pytest.approx(chosen.predicted)
         student, model = stages.Student(params, jnp.eye(8)), Encoder(small)
+    _another_table_makes_the_masks_anew(run, both[0])
+    _masks_that_are_not_needed_any_more_have_no_passes(run, model, student)
+
+
+def _another_table_makes_the_masks_anew(run, stair):
+    """What was learned and chosen by a table is not mixed with what another one says."""
+    start = stages.Student(jax.device_put(random_params(SIZES, 0)), jnp.eye(8))
+    path = run.workdir / f"masks{stair.suffix}.npz"
+    before = path.read_bytes()
+    stages.learn_masks(run, stair, Encoder(SIZES), start, None)
+    assert path.read_bytes() == before
+    other = run.times | {"overhead_ms": 1.5 * run.times["overhead_ms"]}
+    run = dataclasses.replace(run, times=other)
+    stages.learn_masks(run, stair, Encoder(SIZES), start, None)
+    time = latency_cost.cost(run.table)
+    chosen = stages.passes(run, stair)[0]
+    with np.load(path) as file:
+        gates = {kind: file[kind] for kind in run.config.prune.kinds}
+    found = time.exact({}, SIZES) / time.exact(gates, SIZES)
+    assert chosen.predicted == pytest.approx(found)
+
+
+def _masks_that_are_not_needed_any_more_have_no_passes(run, model, student):
+    first, _ = stages.stairs((), (1.2, 9.0))  # The model is faster already.
+    np.savez(run.workdir / "masks-1.2x.npz", passes=np.ones((2, 4)))
+    same, _, _ = stages.learn_masks(run, first, model, student, None)
+    assert same is student and stages.passes(run, first) == []
 
 
 def test_the_least_speedup_that_counts_is_a_fraction_of_it():

@@ -159,7 +159,7 @@ def table(content: Mapping[str, Any]) -> Table:
         name: rising(np.asarray(curve["counts"]), np.asarray(curve["ms"]))
         for name, curve in content["blocks"].items()
     }
-    return Table(content["overhead_ms"], curves)
+    return Table(np.float64(content["overhead_ms"]), curves)
 
 
 def read(path: pathlib.Path, field: str) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def _save_pruned(run, stair, inputs, models, spec, reached, figures, seconds):
             about["settings"] = settings
         _save(run, path.name, params, model.config, spec, inputs.tokenizer, about)
 
-    made_from = run.made_from(models["dense"][1], params)
+    made_from = run.made_from(models["dense"][1], params, run.table)
     artefacts.settle(path, made_from, save)
     return saved_model.read_about(path)[2]["report"]
 

@@ -274,13 +274,15 @@ class Run:
         )
         # A teacher's start follows from the run's inputs. Its parameters are not
         # compared: those drawn at random differ between kinds of devices.
-        made_from = self.made_from(*(() if stage == "teacher" else (params,)))
+        context = context or {}
+        start = () if stage == "teacher" else (params, context.get("table"))
+        made_from = self.made_from(*start)
         folder = self.workdir / "checkpoints" / stage
         with state_lib.Checkpoints(folder, made_from) as saved:
             stage_loop = loop.Loop(
                 stage=stage,
                 step=step.make_step(objective, settings.micro_batches),
-                context=distributed.replicate(context or {}),
+                context=distributed.replicate(context),
                 batches=functools.partial(
                     batches.stream,
                     rows,
@@ -398,6 +400,7 @@ def learn_masks(
     dense_cost = run.cost.exact({}, run.dense)
     share = float(run.cost.exact({}, model.config) / dense_cost)
     if share < 1 and 1 - share >= stair.target:
+        distributed.on_process_zero(lambda: files.remove(_masks_path(run, stair)))
         return student, {"hidden": jnp.ones(model.config.hidden_size)}, 0.0
     rates = {"masks": (settings.mask_learning_rate, settings.mask_schedule)}
     trainable: dict[str, Any] = {}
@@ -531,7 +534,7 @@ def _final_masks(run, stair, model, log_alpha, final, share) -> Masks:
     They are always read from the file: the widths that they are rounded to depend on
     the kind of device, and a run may go on on another kind.
     """
-    path = run.workdir / f"masks{stair.suffix}.npz"
+    path = _masks_path(run, stair)
 
     def make():
         found, passes = final(log_alpha)
@@ -545,10 +548,16 @@ def _final_masks(run, stair, model, log_alpha, final, share) -> Masks:
         files.write_atomically(path, file.getvalue())
 
     artefacts.settle(
-        path, run.made_from(log_alpha), lambda: distributed.on_process_zero(make)
+        path,
+        run.made_from(log_alpha, run.table),
+        lambda: distributed.on_process_zero(make),
     )
     with np.load(path) as file:
         return {kind: jnp.asarray(file[kind]) for kind in log_alpha}
+
+
+def _masks_path(run, stair):
+    return run.workdir / f"masks{stair.suffix}.npz"
 
 
 def passes(run: Run, stair: Stair) -> list[Pass]:
@@ -556,7 +565,7 @@ def passes(run: Run, stair: Stair) -> list[Pass]:
 
     There are none where the model before was fast enough by the table.
     """
-    path = run.workdir / f"masks{stair.suffix}.npz"
+    path = _masks_path(run, stair)
     if not path.exists():
         return []
     with np.load(path) as file:
