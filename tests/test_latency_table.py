@@ -201,6 +201,24 @@ def test_a_speedup_out_of_reach_is_refused_with_the_largest(device, tmp_path):
         speed.check(config, SIZES)
 
 
+def test_a_table_belongs_to_the_process_that_measures(device, tmp_path, monkeypatch):
+    """The machine of another process may have another key, or no such file."""
+    config, content = run_config(2.0), measured(repeats=3)
+    config.prune.latency_table = str(tmp_path / "not there")
+    monkeypatch.setattr(speed.distributed, "is_first", lambda: False)
+    monkeypatch.setattr(speed.distributed, "on_process_zero", lambda _: content)
+    speed.check(config, SIZES)
+    assert speed.table_of(config, SIZES, tmp_path) is content
+
+
+def test_a_runs_own_table_of_another_key_is_refused_with_what_to_do(device, tmp_path):
+    content = measured(repeats=3)
+    content["key"]["device"] = "NVIDIA H200"
+    latency_table.write(tmp_path / "latency.json", content)
+    with pytest.raises(UserError, match="without it, .* measured anew"):
+        speed.table_of(run_config(2.0), SIZES, tmp_path)
+
+
 def test_a_table_is_made_once_and_speedups_are_measured(tmp_path, capsys):
     """With the real clock, of which nothing is asserted."""
     sizes = dataclasses.replace(SIZES, heads=(1, 1), intermediate=(1, 1))

@@ -197,7 +197,7 @@ def check_key(
     for name in dict.fromkeys([*key, *of]):
         if of.get(name) != key.get(name):
             legal = f"is of {name}={of.get(name)!r}, not {key.get(name)!r}; "
-            legal += "python -m cofi_jax.benchmarks latency makes one that fits"
+            legal += "without it, the times are measured anew"
             raise reject(field, str(path), legal)
 
 

@@ -36,7 +36,8 @@ def check(config: Config, sizes: EncoderConfig) -> None:
         is of another key, and for a speedup that is out of reach by this table.
     """
     runtimes.timed(config.benchmark.runtime, "benchmark.runtime")
-    if config.prune.target_speedup and config.prune.latency_table:
+    needed = config.prune.target_speedup and config.prune.latency_table
+    if needed and distributed.is_first():  # which is the one that measures
         _read(config, sizes, pathlib.Path(config.prune.latency_table), _TABLE)
 
 
@@ -59,9 +60,13 @@ def table_of(
         return None
     path = pathlib.Path(config.prune.latency_table or workdir / "latency.json")
 
+    def made_or_read():
+        if not path.exists():
+            make()
+        field = _TABLE if config.prune.latency_table else "workdir"
+        return _read(config, sizes, path, field)
+
     def make():
-        if path.exists():
-            return
         runtime = config.benchmark.runtime
         opener = runtimes.timed(runtime, "benchmark.runtime")
         content = latency_table.measure(
@@ -75,9 +80,8 @@ def table_of(
             flush=True,
         )
 
-    distributed.on_process_zero(make)
-    field = _TABLE if config.prune.latency_table else "workdir"
-    return _read(config, sizes, path, field)
+    # The other processes may run on machines with another key.
+    return distributed.on_process_zero(made_or_read)
 
 
 def _key(config, sizes):
