@@ -152,7 +152,14 @@ def test_a_table_of_another_key_is_refused(field, other, device, tmp_path):
         lambda content: content["blocks"]["ffn"].update(counts=[16, 16, 40]),
         lambda content: content["blocks"]["ffn"]["ms"].pop(),
         lambda content: content.update(overhead_ms=float("nan")),
+        lambda content: content.update(overhead_ms=float("inf")),
         lambda content: content.update(key={}),
+        lambda content: content["blocks"].pop("attention"),
+        lambda content: content["blocks"]["ffn"].update(counts=[], ms=[]),
+        lambda content: content["blocks"]["ffn"].pop("spread"),
+        lambda content: content.pop("additivity"),
+        lambda content: content.update(dense_ms="1.0"),
+        lambda content: content.update(seconds=None),
     ],
 )
 def test_what_is_no_table_is_refused(change, device, tmp_path):
@@ -290,7 +297,7 @@ def test_a_stage_is_cut_to_the_speedup_that_the_clock_shows(
 
 
 def _another_table_makes_the_masks_anew(run, stair):
-    """What was learned and chosen by a table is not mixed with what another one says."""
+    """What was learned by one table is not mixed with what another one says."""
     start = stages.Student(jax.device_put(random_params(SIZES, 0)), jnp.eye(8))
     path = run.workdir / f"masks{stair.suffix}.npz"
     before = path.read_bytes()

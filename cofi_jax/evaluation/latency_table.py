@@ -14,6 +14,7 @@ compute what comes behind the last one for the first token alone.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import platform
@@ -32,7 +33,7 @@ from cofi_jax.evaluation import latency, timing
 from cofi_jax.evaluation.latency import Opener
 from cofi_jax.models.bert import Batch, Encoder, abstract_params
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import blocks
+from cofi_jax.models.spec import BERT, blocks
 from cofi_jax.pruning.latency import FEW, Table, cost, rising
 
 REPEATS = 20
@@ -172,14 +173,22 @@ def read(path: pathlib.Path, field: str) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
         if content["schema_version"] != _VERSION:
             raise ValueError(f"its version is not {_VERSION}")
-        for block in content["blocks"].values():
-            counts, ms = (np.asarray(block[name], float) for name in ("counts", "ms"))
-            if not (np.diff(counts, prepend=0) > 0).all():
+        for name in (block.name for block in BERT.blocks):
+            columns = (
+                content["blocks"][name][key] for key in ("counts", "ms", "spread")
+            )
+            counts, *times = (np.asarray(column, float) for column in columns)
+            if not (counts.size and (np.diff(counts, prepend=0) > 0).all()):
                 raise ValueError("its knots do not rise")
-            if counts.shape != ms.shape or not np.isfinite(ms).all():
+            if any(counts.shape != each.shape for each in times):
                 raise ValueError("it has not one time for each knot")
-        if not (dict(content["key"]) and content["overhead_ms"] > 0):
-            raise ValueError("it has no key, or no time beside the blocks")
+            if not np.isfinite(times).all():
+                raise ValueError("a time is not finite")
+        if not dict(content["key"]):
+            raise ValueError("it has no key")
+        for name in ("overhead_ms", "dense_ms", "additivity", "seconds"):
+            if not 0 < content[name] < math.inf:
+                raise ValueError(f"{name} must be a number above 0")
     except OSError as error:
         legal = f"must be a table of times that can be read ({error.strerror})"
         raise reject(field, str(path), legal) from error
