@@ -575,6 +575,8 @@ def test_the_report_is_that_of_the_smallest_model_that_keeps_the_score():
     assert text in tables_lib.table(whole)
     every = tables_lib.drops(results.of_run(family[:2]))
     assert "All models of the run keep it." in every
+    better = tables_lib.drops(dropped(-0.002, 0.6))
+    assert "that of the model of 60 % rises by 0.0020 with a standard error" in better
     # A model's own card is written before the smaller ones are made.
     assert tables_lib.drops(family[0]).endswith("and counts as kept.")
     none = results.of_run(family[2:])

@@ -268,9 +268,10 @@ def drops(report: Report) -> str:
 
     def said(member):
         found, name = member["drop"], target_text(target(member))
+        way = "rises" if found["fall"] < 0 else "falls"
         return (
-            f"that of the model of {name} falls by {found['fall']:.4f} with a standard "
-            f"error of {found['error']:.4f}"
+            f"that of the model of {name} {way} by {abs(found['fall']):.4f} with a "
+            f"standard error of {found['error']:.4f}"
         )
 
     allowed, metric = report["drop"]["allowed"], escape(report["metric"])
