@@ -15,6 +15,7 @@ from cofi_jax.data.batches import Examples
 from cofi_jax.errors import UserError
 from cofi_jax.evaluation import latency, latency_table
 from cofi_jax.evaluation.timing import Timing
+from cofi_jax.export import runtimes
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import latency as latency_cost
@@ -326,3 +327,20 @@ def test_the_least_speedup_that_counts_is_a_fraction_of_it():
     assert only.suffix == "" and only.last and only.target == 1 - 1 / 8
     assert only.least(0.01) == pytest.approx(1 - 8**-0.99)
     assert only.tolerance == pytest.approx(1e-3 / 8)
+
+
+def test_the_report_names_the_precision_of_a_runtime():
+    """A graph of onnxruntime is in float32, whatever the model is trained in."""
+    pytest.importorskip("onnxruntime")
+    params, found = latency_table.random_params(SIZES), []
+    ids = np.arange(10, dtype=np.int32).reshape(2, 5)
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    batch["token_type_ids"] = np.zeros_like(ids)
+    for dtype in ("float32", "bfloat16"):
+        sizes = dataclasses.replace(SIZES, dtype=dtype)
+        call = runtimes.timed("onnx", "benchmark.runtime")(params, sizes)
+        found.append(np.asarray(call(batch)))
+        assert found[-1].dtype == runtimes.precision("onnx", dtype)
+    np.testing.assert_array_equal(*found)
+    assert runtimes.precision("onnx-int8", "float32") == "int8"
+    assert runtimes.precision("jax", "bfloat16") == "bfloat16"

@@ -77,6 +77,11 @@ def timed(name: str, field: str) -> latency.Opener:
     return opener
 
 
+def precision(name: str, dtype: str) -> str:
+    """Returns the precision that a runtime computes a model of this `dtype` in."""
+    return {"onnx": "float32", "onnx-int8": "int8"}.get(name, dtype)
+
+
 def rest_ms(name: str) -> float:
     """Returns the pause before each turn that timings in a runtime take."""
     return 0.0 if name == "jax" else evaluate.REST_MS

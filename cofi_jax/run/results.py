@@ -71,7 +71,8 @@ def collect(
             rest_ms=runtimes.rest_ms(runtime),
         )
     )
-    measured["benchmark"]["runtime"] = runtime
+    how = measured["benchmark"]
+    how |= {"runtime": runtime, "dtype": runtimes.precision(runtime, how["dtype"])}
     target: dict[str, Any] = {"target_sparsity": stair.target}
     if run.table:
         target = {"target_speedup": _asked(run, stair, sizes["pruned"])}
