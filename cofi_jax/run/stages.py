@@ -401,6 +401,11 @@ def learn_masks(
     share = float(run.cost.exact({}, model.config) / dense_cost)
     if share < 1 and 1 - share >= stair.target:
         distributed.on_process_zero(lambda: files.remove(_masks_path(run, stair)))
+        if stair.speedup:
+            warn(
+                f"{stage}: by the table of times, the model before is {1 / share:.4g}x "
+                "as fast already; nothing more is pruned, or timed to choose masks"
+            )
         return student, {"hidden": jnp.ones(model.config.hidden_size)}, 0.0
     rates = {"masks": (settings.mask_learning_rate, settings.mask_schedule)}
     trainable: dict[str, Any] = {}
@@ -479,8 +484,9 @@ def learn_masks(
     if not jnp.isfinite(state.best_score):
         best = state.trainable
         least = stair.least(settings.sparsity_epsilon)
+        kind = "removed time" if stair.speedup else "sparsity"
         warn(
-            f"{stage}: no evaluation found a sparsity of {least:.4g} or more; the last "
+            f"{stage}: no evaluation found a {kind} of {least:.4g} or more; the last "
             "masks are shifted to the target. More epochs would do, or higher rates of "
             "masks and multipliers where there are multipliers"
         )
