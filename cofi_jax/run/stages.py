@@ -397,15 +397,9 @@ def learn_masks(
     """
     settings, stage = run.config.prune, f"prune{stair.suffix}"
     steps = run.steps(stage)
-    dense_cost = run.cost.exact({}, run.dense)
-    share = float(run.cost.exact({}, model.config) / dense_cost)
+    share = float(run.cost.exact({}, model.config) / run.cost.exact({}, run.dense))
     if share < 1 and 1 - share >= stair.target:
-        distributed.on_process_zero(lambda: files.remove(_masks_path(run, stair)))
-        if stair.speedup:
-            warn(
-                f"{stage}: by the table of times, the model before is {1 / share:.4g}x "
-                "as fast already; nothing more is pruned, or timed to choose masks"
-            )
+        _leave(run, stair, share)
         return student, {"hidden": jnp.ones(model.config.hidden_size)}, 0.0
     rates = {"masks": (settings.mask_learning_rate, settings.mask_schedule)}
     trainable: dict[str, Any] = {}
@@ -415,53 +409,7 @@ def learn_masks(
             settings.multiplier_schedule,
         )
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
-
-    target = constraint.of_part(stair.target, share)
-    # Soft values are learned. Those of seeds would only shrink what stays.
-    settle = transforms.chain() if steps else transforms.harden()
-
-    def masks_by_hand(log_alpha):
-        keep = structure.transform(settings.structure, model.config)
-        # The order is all that counts; far below 0, probabilities would be 0 and equal.
-        return keep({k: 1 / (1 + v.max() - v) for k, v in log_alpha.items()})
-
-    @jax.jit  # This compiles the bisection once, not at each evaluation.
-    def at_target(log_alpha):
-        return constraint.at_target(log_alpha, model.config, target, run.cost)
-
-    def evaluate(trainable, frozen):
-        log_alpha = distributed.local(trainable["log_alpha"])
-        if settings.by_hand:
-            masks = masks_by_hand(log_alpha)
-        elif settings.constraint == "lagrangian":
-            masks = masks_lib.evaluation_masks(log_alpha)
-        else:  # Any state can be cut to the target, also while that still rises.
-            log_alpha = at_target(log_alpha)
-            aim = target, stair.tolerance, run.cost
-            masks = settle(constraint.target_masks(log_alpha, model.config, *aim))
-        removed = exact_sparsity(masks, model.config, run.cost)
-        removed = constraint.of_whole(removed, share)
-        met = removed >= stair.least(settings.sparsity_epsilon)
-        score = run.score(model, whole_params(trainable, frozen), masks)
-        return loop.Evaluation(score, met, {"sparsity": removed})
-
-    def final(log_alpha):
-        if settings.by_hand:
-            return masks_by_hand(log_alpha), []
-        if settings.constraint == "exact":
-            log_alpha = at_target(log_alpha)
-        if run.table:
-            sizes, asked = (run.dense, model.config), stair.speedup
-            found = speed.search(
-                run.config, *sizes, log_alpha, asked, run.table, settle
-            )
-            return found.masks, [found.chosen, *found.passes]
-        transform = settle
-        if settings.round_widths:
-            rounded = transforms.round_to_device(config=model.config)
-            transform = transforms.chain(settle, rounded)
-        return constraint.final_masks(log_alpha, model.config, target, transform), []
-
+    cut = _Cut(run, stair, model, share)
     state, seconds = run.fit(
         stage,
         model,
@@ -475,7 +423,7 @@ def learn_masks(
             "share": np.float32(share),
         }
         | ({"table": jax.tree.map(np.float32, run.table)} if run.table else {}),
-        evaluate=evaluate,
+        evaluate=cut.evaluate,
         distill_projection=student.projection,
         log_alpha=_first_log_alpha(run, stage, model, student.params),
         **trainable,
@@ -483,16 +431,116 @@ def learn_masks(
     best = state.best
     if not jnp.isfinite(state.best_score):
         best = state.trainable
-        least = stair.least(settings.sparsity_epsilon)
-        kind = "removed time" if stair.speedup else "sparsity"
-        warn(
-            f"{stage}: no evaluation found a {kind} of {least:.4g} or more; the last "
-            "masks are shifted to the target. More epochs would do, or higher rates of "
-            "masks and multipliers where there are multipliers"
-        )
-    masks = _final_masks(run, stair, model, best["log_alpha"], final, share)
+        _warn_of_last_masks(stair, settings.sparsity_epsilon)
+    masks = _final_masks(cut, best["log_alpha"])
     params = whole_params(best, state.frozen)
     return Student(params, best["distill_projection"]), masks, seconds
+
+
+def _leave(run, stair, share):
+    """Leaves a model as it is, since the target before removed enough."""
+    distributed.on_process_zero(lambda: files.remove(_masks_path(run, stair)))
+    if stair.speedup:
+        warn(
+            f"prune{stair.suffix}: by the table of times, the model before is "
+            f"{1 / share:.4g}x as fast already; nothing more is pruned, or timed to "
+            "choose masks"
+        )
+
+
+def _warn_of_last_masks(stair, epsilon):
+    kind = "removed time" if stair.speedup else "sparsity"
+    warn(
+        f"prune{stair.suffix}: no evaluation found a {kind} of "
+        f"{stair.least(epsilon):.4g} or more; the last masks are shifted to the "
+        "target. More epochs would do, or higher rates of masks and multipliers where "
+        "there are multipliers"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """How the log-alphas of a stage become masks that meet its target.
+
+    Attributes:
+      run: the run.
+      stair: the model that the stage makes.
+      model: the module that is pruned.
+      share: the fraction of the dense model's cost that it has.
+    """
+
+    run: Run
+    stair: Stair
+    model: Encoder
+    share: float
+
+    def evaluate(self, trainable: dict, frozen: dict) -> loop.Evaluation:
+        """Scores the model with the masks of a state, which may be on its way."""
+        log_alpha = distributed.local(trainable["log_alpha"])
+        masks, settings = self._masks(log_alpha), self.run.config.prune
+        removed = self.removed(masks)
+        met = removed >= self.stair.least(settings.sparsity_epsilon)
+        score = self.run.score(self.model, whole_params(trainable, frozen), masks)
+        return loop.Evaluation(score, met, {"sparsity": removed})
+
+    def removed(self, masks: Masks) -> float:
+        """Returns the fraction of the dense model's cost that masks remove."""
+        removed = exact_sparsity(masks, self.model.config, self.run.cost)
+        return constraint.of_whole(removed, self.share)
+
+    def final(self, log_alpha: LogAlpha) -> tuple[Masks, list[Pass]]:
+        """Returns the masks that slicing uses, and the passes that measured them."""
+        run, sizes, settings = self.run, self.model.config, self.run.config.prune
+        if settings.by_hand:
+            return self._by_hand(log_alpha), []
+        if settings.constraint == "exact":
+            log_alpha = self._at_target(log_alpha)
+        if run.table:
+            how = self.stair.speedup, run.table, self._settle
+            found = speed.search(run.config, run.dense, sizes, log_alpha, *how)
+            return found.masks, [found.chosen, *found.passes]
+        transform = self._settle
+        if settings.round_widths:
+            rounded = transforms.round_to_device(config=sizes)
+            transform = transforms.chain(transform, rounded)
+        return constraint.final_masks(log_alpha, sizes, self._target, transform), []
+
+    def _masks(self, log_alpha):
+        settings = self.run.config.prune
+        if settings.by_hand:
+            return self._by_hand(log_alpha)
+        if settings.constraint == "lagrangian":
+            return masks_lib.evaluation_masks(log_alpha)
+        # Any state can be cut to the target, also while that still rises.
+        log_alpha = self._at_target(log_alpha)
+        aim = self._target, self.stair.tolerance, self.run.cost
+        masks = constraint.target_masks(log_alpha, self.model.config, *aim)
+        return self._settle(masks)
+
+    def _by_hand(self, log_alpha):
+        keep = structure.transform(self.run.config.prune.structure, self.model.config)
+        # The order is all that counts; far below 0, probabilities would be 0 and equal.
+        return keep({k: 1 / (1 + v.max() - v) for k, v in log_alpha.items()})
+
+    @property
+    def _target(self):
+        """The fraction of the cost of the model that is pruned."""
+        return constraint.of_part(self.stair.target, self.share)
+
+    @functools.cached_property
+    def _at_target(self):
+        """Compiles the bisection once, not at each evaluation."""
+        return jax.jit(
+            lambda log_alpha: constraint.at_target(
+                log_alpha, self.model.config, self._target, self.run.cost
+            )
+        )
+
+    @functools.cached_property
+    def _settle(self):
+        """Soft values are learned. Those of seeds would only shrink what stays."""
+        learned = self.run.steps(f"prune{self.stair.suffix}")
+        return transforms.chain() if learned else transforms.harden()
 
 
 def _first_log_alpha(run, stage, model, params) -> LogAlpha:
@@ -534,18 +582,18 @@ def _importance(run, stage, model, params, kinds) -> Masks:
     )
 
 
-def _final_masks(run, stair, model, log_alpha, final, share) -> Masks:
+def _final_masks(cut: _Cut, log_alpha: LogAlpha) -> Masks:
     """The content of `masks.npz`.
 
     They are always read from the file: the widths that they are rounded to depend on
     the kind of device, and a run may go on on another kind.
     """
+    run, stair = cut.run, cut.stair
     path = _masks_path(run, stair)
 
     def make():
-        found, passes = final(log_alpha)
-        removed = exact_sparsity(found, model.config, run.cost)
-        removed = constraint.of_whole(removed, share)
+        found, passes = cut.final(log_alpha)
+        removed = cut.removed(found)
         if not (stair.speedup or removed >= stair.target - _TOLERANCE):
             text = f"masks of sparsity {removed:.4f} miss target {stair.target}"
             raise RuntimeError(text)
