@@ -67,6 +67,25 @@ def test_names_of_lines_lack_the_target(name, target, without):
     assert list(compare.series(group)) == [without, "other"]
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "without"),
+    [
+        ("fast-sst2-2x", 2, "fast-sst2"),
+        ("fast-sst2-2.5x-all", 2.5, "fast-sst2-all"),
+        ("fast-sst2-12x", 2, "fast-sst2-12x"),
+        ("bert-8-heads", 8, "bert-8-heads"),
+    ],
+)
+def test_names_of_lines_lack_the_speedup(name, target, without):
+    def timed():
+        report = run() | {"target_speedup": {"asked": target}}
+        del report["target_sparsity"]
+        return report
+
+    group = points((name, timed()), ("other", timed()))
+    assert list(compare.series(group)) == [without, "other"]
+
+
 def test_lines_connect_what_differs_by_the_target():
     names = ("all-0.60", "all-0.95", "bare-0.60", "bare-0.95")
     group = points(*((name, run(target=float(name[-4:]))) for name in names))

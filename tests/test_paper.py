@@ -71,6 +71,17 @@ def test_nothing_is_said_where_nothing_is_known(arguments):
     assert figures(**arguments) is None
 
 
+def test_nothing_is_said_of_a_model_that_may_not_be_the_last_one():
+    config = Config()
+    config.data.task, config.model.path = "sst2", "bert-base-uncased"
+    config.prune.targets = (0.6, 0.95)
+    assert paper.figures(config) == figures("sst2", 0.95)
+    config.prune.max_drop = 0.01
+    assert paper.figures(config) is None
+    config.prune.targets = (0.95,)
+    assert paper.figures(config) == figures("sst2", 0.95)
+
+
 def test_order_of_kinds_does_not_matter():
     assert figures("sst2", 0.6, kinds=KINDS[::-1]) == figures("sst2", 0.6)
 

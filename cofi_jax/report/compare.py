@@ -184,6 +184,8 @@ def series(points: Sequence[Point]) -> dict[str, list[Point]]:
 
 def _without_target(point):
     forms = {f"{point.target:g}", f"{point.target:.2f}", f"{100 * point.target:g}"}
+    if point.target > 1:
+        forms = {tables.target_text(point.target)}
     choices = "|".join(map(re.escape, sorted(forms, key=len, reverse=True)))
     name = re.sub(rf"[-_,]?(?<![\d.])({choices})(?![\d.])", "", point.name, count=1)
     return name.strip("-_,") or point.name

@@ -32,7 +32,10 @@ def figures(config: Config) -> dict[str, Any] | None:
     The result is None where the paper has nothing on the task, target, encoder or
     ablation of the config. The rest of the config may differ from the paper's recipe.
     """
-    if config.prune.target_speedup:
+    prune = config.prune
+    # It is not known which of several models the run ends with.
+    ends_early = prune.max_drop and len(prune.targets) > 1
+    if prune.target_speedup or ends_early:
         return None
     target = round(config.prune.targets[-1], 4)
     wanted = _variant(config), config.data.task, target
