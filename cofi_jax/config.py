@@ -210,7 +210,7 @@ class Prune(Stage):
     target_speedup: tuple[float, ...] = _speedups()
     # How far the score may fall below the dense model's; 0: as far as it does. No more
     # models are made after the first one whose score falls further.
-    max_drop: float = _weight(0.0)
+    max_drop: float = _fraction(0.0)
     latency_table: str = ""  # a file of such times; "": the run makes its own
     # What holds the expected sparsity at its target: the paper's multipliers, or a
     # common offset of all log-alphas, which meets it in every step.

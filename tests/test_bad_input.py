@@ -351,6 +351,11 @@ COMMANDS = {
             ("1e999", "above 1"),
         )
     },
+    "drop in per cent": (
+        "config",
+        ["prune.max_drop=5"],
+        ["prune.max_drop=5", "[0, 1)"],
+    ),
     "both targets": (
         "config",
         ["prune.target_speedup=8"],
