@@ -249,6 +249,16 @@ def test_a_table_is_made_once_and_speedups_are_measured(tmp_path, capsys):
     assert (tmp_path / "latency.json").read_bytes() == before
 
 
+def test_a_single_turn_does_not_pass_for_a_measurement(device, monkeypatch):
+    noise, seen = device
+    noise["all"] = 0.1
+    config = run_config(2.0)
+    config.benchmark.repeats = 1
+    monkeypatch.setattr(speed.runtimes, "timed", lambda *_: lambda _, sizes: sizes)
+    _, error = speed.Clock(config, SIZES).speedup(SIZES)
+    assert error > 0.01 and len(seen) == 5
+
+
 def test_a_stage_is_cut_to_the_speedup_that_the_clock_shows(
     device, tmp_path, monkeypatch, capsys
 ):

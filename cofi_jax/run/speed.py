@@ -21,6 +21,7 @@ from cofi_jax.pruning.transforms import MaskTransform
 
 _FIELD, _TABLE = "prune.target_speedup", "prune.latency_table"
 _PRECISE = 0.0025  # A speedup with a standard error below this is measured well enough.
+_LEAST_TURNS = 10  # Fewer say little of their own error; of a single one it would be 0.
 _ROUNDS = 5  # of `benchmark.repeats` turns at most
 
 
@@ -200,6 +201,6 @@ class Clock:
             turns = {name: (*turns[name], *timings[name].turns) for name in calls}
             pair = [timing.Timing(tuple(turns[name])) for name in calls]
             error = timing.speedup_error(*pair)
-            if error <= _PRECISE:
+            if error <= _PRECISE and len(turns["dense"]) >= _LEAST_TURNS:
                 break
         return timing.speedup(*pair)[0], error
