@@ -276,6 +276,7 @@ def evaluation(*models):
 
     return {
         "task": "mnli",
+        "metric": "accuracy",
         "data": "path/to/mnli",
         "examples": {"matched": 9815, "mismatched": 9832},
         "models": list(models),
