@@ -11,8 +11,9 @@
 The argument is that of fast.py without its task, and so is the recipe. The texts are
 files of which each row has a `text`, or .txt files with a text in each line.
 
-Expected: not measured yet; all-MiniLM-L6-v2 itself has a Spearman correlation of 0.867
-on the validation pairs of STS-B. Time: not measured yet.
+Expected: all-MiniLM-L6-v2, which has a Spearman correlation of 0.867 on the validation
+pairs of STS-B, keeps 0.837 at 60 % and 0.829 at 80 % (docs/results.md). Time: half an
+hour for these two with 4,000 sentences on one CPU core.
 """
 
 from cofi_jax.config import Config
