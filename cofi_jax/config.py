@@ -249,7 +249,6 @@ class Benchmark:
     """The dense and the pruned model, timed in turn on the run's device."""
 
     runtime: str = _choice("jax", "onnx", "onnx-int8")  # onnxruntime is for CPUs
-
     batch_size: int = _count(128)
     seq_length: int = _count(128)
     repeats: int = _count(30)

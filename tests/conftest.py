@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from cofi_jax.errors import UserError
 from cofi_jax.models.bert import abstract_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import figures
@@ -120,6 +121,15 @@ def without_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "_picture", lambda figure, **how: b"")
         yield
+
+
+def complaint(call, *arguments):
+    """The one line that a call is refused with."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
 
 
 def random_params(config, seed):

@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow
 import pytest
 import sklearn.metrics
-from conftest import random_params
+from conftest import complaint, random_params
 from pyarrow import parquet
 from scipy.special import expit
 
 import cofi_jax as cofi
-from cofi_jax import config, errors
+from cofi_jax import config
 from cofi_jax.checkpoints import load as load_lib
 from cofi_jax.checkpoints import tokenizers
 from cofi_jax.data import batches, sources, tasks, toy
@@ -52,14 +52,6 @@ def load(data, tokenizer, split="train"):
     """The labels of a split, as a batch holds them."""
     task, columns = sources.load(tasks.find(data), (split,))
     return task.tokenise(columns[split], tokenizer, training=split == "train").labels
-
-
-def complaint(call, *arguments):
-    with pytest.raises(errors.UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert message.isprintable()
-    return message
 
 
 # Rows

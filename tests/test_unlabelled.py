@@ -4,11 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import random_params
+from conftest import complaint, random_params
 
 import cofi_jax as cofi
 from cofi_jax import config as config_lib
-from cofi_jax import errors
 from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.data import toy
 from cofi_jax.evaluation import evaluate, predict
@@ -131,14 +130,6 @@ def tops(tmp_path_factory, tokenizer):
             (top / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         save_teacher(top / "teacher", kind, tokenizer)
     return found
-
-
-def complaint(call, *arguments):
-    with pytest.raises(errors.UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert message.isprintable()
-    return message
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,11 @@ Metric = Callable[[np.ndarray, np.ndarray], float]
 
 
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The share of right classes; most runs need no more, and start sooner so."""
+    """The share of right classes.
+
+    It is computed here because most runs need no other metric, and importing
+    scikit-learn takes about a second.
+    """
     return float(np.mean(np.argmax(logits, axis=-1) == labels))
 
 

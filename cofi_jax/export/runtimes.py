@@ -1,4 +1,4 @@
-"""The runtimes that `eval.py` measures models in, each by the format of its export."""
+"""The runtimes that models are measured in, each by the format of its export."""
 
 import pathlib
 import tempfile

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cofi_jax import errors
-from cofi_jax.data.batches import Examples
 from cofi_jax.data.metrics import METRICS, TOP, gains
 from cofi_jax.data.problems.base import Problem
 
@@ -142,28 +141,17 @@ class Vectors(Problem):
 
     def tokenise(self, columns, task, tokenizer, *, training):
         """Cuts texts at `task.max_length` tokens, and says how many are longer."""
-        texts, rows, longer = columns[task.columns[0]], [], []
-        options = {"return_token_type_ids": True, "return_attention_mask": False}
-        for first in range(0, len(texts), 1000):  # lists of all rows would be large
-            some = texts[first : first + 1000]
-            encoded = tokenizer(some, verbose=False, **options)
-            ids, types = encoded["input_ids"], encoded["token_type_ids"]
-            rows += zip(map(_int32, ids), map(_int32, types), strict=True)
-            sizes = enumerate(map(len, ids), first)
-            longer += [row for row, size in sizes if size > task.max_length]
-        if longer:
-            cut = {"truncation": True, "max_length": task.max_length} | options
-            encoded = tokenizer([texts[row] for row in longer], **cut)
-            pairs = zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
-            for row, (ids, types) in zip(longer, pairs, strict=True):
-                rows[row] = _int32(ids), _int32(types)
+        examples = super().tokenise(columns, task, tokenizer, training=training)
+        texts = columns[task.columns[0]]
+        full = np.flatnonzero(examples.lengths == task.max_length)
+        whole = [texts[row] for row in full]
+        ids = tokenizer(whole, verbose=False)["input_ids"] if whole else []
+        if longer := sum(len(row) > task.max_length for row in ids):
             errors.warn(
-                f"{len(longer):,} of {len(texts):,} texts are longer than "
+                f"{longer:,} of {len(texts):,} texts are longer than "
                 f"data.max_length={task.max_length} tokens; they are cut"
             )
-        labels, pad = columns[task.label_column], tokenizer.pad_token_id
-        ids, types = map(list, zip(*rows, strict=True))
-        return Examples(ids, types, labels, pad, columns.get("uncut"))
+        return dataclasses.replace(examples, uncut=columns.get("uncut"))
 
     def loss(self, logits, batch):
         raise NotImplementedError("there is no loss without a teacher")
@@ -226,10 +214,6 @@ class Vectors(Problem):
         return len(next(iter(values.values()))), lambda chosen: {
             name: float(np.mean(each[chosen])) for name, each in values.items()
         }
-
-
-def _int32(row):
-    return np.array(row, np.int32)
 
 
 def _unit(x):
