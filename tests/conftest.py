@@ -1,7 +1,10 @@
 """Tiny models that several test files share."""
 
 import gc
+import json
 import os
+import subprocess
+import sys
 import tempfile
 
 import jax
@@ -121,6 +124,16 @@ def without_pictures():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "_picture", lambda figure, **how: b"")
         yield
+
+
+def without_jax(program):
+    """What `program` prints as JSON, in a process that cannot import JAX or us."""
+    barred = ("cofi_jax", "flax", "jax", "jaxlib")
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in barred)]
+    command = [sys.executable, "-c", "\n".join([*lines, program])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def complaint(call, *arguments):

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pytest
 import sklearn.metrics
-from conftest import complaint, random_params
+from conftest import complaint, random_params, without_jax
 from pyarrow import parquet
 from scipy.special import expit
 
@@ -21,6 +21,7 @@ from cofi_jax.export import certificate, to_stock_bert, to_transformers, verify
 from cofi_jax.models.config import EncoderConfig
 
 METRICS = ("ndcg_at_10", "mrr_at_10", "recall_at_10")
+PAIRS = [("the film was", "a dull plot"), ("the plot", "was great but long")]
 
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -389,13 +390,8 @@ def test_the_answer_is_a_score():
     assert found == [{"score": 0.5}, {"score": pytest.approx(expit(-2.0))}]
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize("form", ["dense", "transformers", "stock"])
-def test_a_cross_encoder_of_sentence_transformers(
-    form, tmp_path, tokenizer, code_cache
-):
-    """It gives the sigmoid of our logits, for all that we write."""
-    library = pytest.importorskip("sentence_transformers")
+def ranker(folder, form, tokenizer):
+    """A cross-encoder in the folder, and the logits that it gives to `PAIRS`."""
     dense = form == "dense"
     model = EncoderConfig(
         hidden_size=16 if dense else 14,
@@ -410,32 +406,59 @@ def test_a_cross_encoder_of_sentence_transformers(
     )
     params = random_params(model, 0)
     params["classifier"]["kernel"] *= 30
-    pairs = [("the film was", "a dull plot"), ("the plot", "was great but long")]
     if dense:
-        cofi.save_hugging_face(tmp_path / form, params, model, tokenizer=tokenizer)
+        cofi.save_hugging_face(folder, params, model, tokenizer=tokenizer)
     else:
-        (tmp_path / form).mkdir()
+        folder.mkdir()
         runtime = {"transformers": to_transformers, "stock": to_stock_bert}[form]
-        runtime.write(tmp_path / form, params, model, ())
-        tokenizers.write(tokenizer, tmp_path / form, model)
-    fields = json.loads((tmp_path / form / "config.json").read_text())
-    assert fields["sentence_transformers"]["activation_fn"].endswith(".Sigmoid")
-    encoder = library.CrossEncoder(
-        str(tmp_path / form),
-        trust_remote_code=True,
-        local_files_only=True,
-        device="cpu",
-    )
-    assert encoder.num_labels == 1
-    rows = tokenizer(*map(list, zip(*pairs, strict=True)), padding=True)
+        runtime.write(folder, params, model, ())
+        tokenizers.write(tokenizer, folder, model)
+    rows = tokenizer(*map(list, zip(*PAIRS, strict=True)), padding=True)
     batch = {name: np.array(rows[name], np.int32) for name in rows}
     logits = cofi.Encoder(model).apply({"params": params}, batch).logits
     assert np.std(logits) > 0.01
-    np.testing.assert_allclose(encoder.predict(pairs), expit(logits)[:, 0], atol=1e-5)
-    if dense:  # Such a folder may be a teacher.
+    return params, logits[:, 0]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("form", ["dense", "transformers", "stock"])
+def test_a_cross_encoder_of_sentence_transformers(
+    form, tmp_path, tokenizer, code_cache
+):
+    """It gives the sigmoid of our logits, for all that we write."""
+    library = pytest.importorskip("sentence_transformers")
+    folder = tmp_path / form
+    params, logits = ranker(folder, form, tokenizer)
+    fields = json.loads((folder / "config.json").read_text())
+    assert fields["sentence_transformers"]["activation_fn"].endswith(".Sigmoid")
+    encoder = library.CrossEncoder(
+        str(folder), trust_remote_code=True, local_files_only=True, device="cpu"
+    )
+    assert encoder.num_labels == 1
+    np.testing.assert_allclose(encoder.predict(PAIRS), expit(logits), atol=1e-5)
+    if form == "dense":  # Such a folder may be a teacher.
         found = load_lib.load_hugging_face(
-            str(tmp_path / form), tasks.find(own()), model=config.Model()
+            str(folder), tasks.find(own()), model=config.Model()
         )
         jax.tree.map(np.testing.assert_array_equal, found.params, params)
-    ranked = encoder.rank(pairs[0][0], [pair[1] for pair in pairs])
+    ranked = encoder.rank(PAIRS[0][0], [pair[1] for pair in PAIRS])
     assert {each["corpus_id"] for each in ranked} == {0, 1}
+
+
+@pytest.mark.torch
+def test_a_cross_encoder_needs_no_jax(tmp_path, tokenizer, code_cache):
+    pytest.importorskip("sentence_transformers")
+    forms = ("transformers", "stock")
+    expected = [expit(ranker(tmp_path / form, form, tokenizer)[1]) for form in forms]
+    program = f"""
+import json
+from sentence_transformers import CrossEncoder
+found = []
+for form in {forms}:
+    folder = {str(tmp_path)!r} + "/" + form
+    remote = form == "transformers"
+    model = CrossEncoder(folder, trust_remote_code=remote, device="cpu")
+    found.append(model.predict({PAIRS}).tolist())
+print(json.dumps(found))
+"""
+    np.testing.assert_allclose(without_jax(program), expected, atol=1e-5)

@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 import scipy.stats
 import sklearn.metrics
-from conftest import random_params
+from conftest import random_params, without_jax
 from pyarrow import parquet
 
 import cofi_jax as cofi
@@ -644,6 +644,34 @@ def test_sentence_transformers_gives_the_same(config, runtime, tmp_path, code_ca
     found = theirs.encode(some)
     assert found.shape == (5, config.num_labels)
     np.testing.assert_allclose(found, ours(sizes, small), atol=1e-4)
+
+
+@pytest.mark.torch
+def test_sentence_transformers_needs_no_jax(tmp_path, code_cache):
+    pytest.importorskip("sentence_transformers")
+    params = make_folder(tmp_path / "dense")
+    tokenizer = tokenizers.load_tokenizer(tmp_path / "dense", "model")
+    for runtime, name in ((to_transformers, "transformers"), (to_stock_bert, "stock")):
+        folder = tmp_path / name
+        folder.mkdir()
+        runtime.write(folder, params, SIZES, ())
+        tokenizers.write(tokenizer, folder, SIZES, max_length=12)
+    program = f"""
+import json
+from sentence_transformers import SentenceTransformer
+found = []
+for name in ("transformers", "stock"):
+    folder = {str(tmp_path)!r} + "/" + name
+    remote = name == "transformers"
+    model = SentenceTransformer(folder, trust_remote_code=remote, device="cpu")
+    found.append(model.encode({texts(5)}).tolist())
+print(json.dumps(found))
+"""
+    rows = tokenizer(texts(5), padding=True, truncation=True, max_length=12)
+    batch = {name: np.array(rows[name], np.int32) for name in rows}
+    expected = apply(SIZES, params, batch).logits
+    for found in without_jax(program):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_card_says_how_vectors_are_made_and_scored():
