@@ -648,7 +648,7 @@ COMMANDS = {
                     "problem=multilabel",
                     "label_column=stars,verdict",
                 ],
-                ["train.csv, row 0 ", "stars,verdict={{'stars': 5", "must be 0 or 1"],
+                ["train.csv, row 0 ", "stars,verdict={{'stars': 5", "each must be 0"],
             ),
             (
                 "texts for lists of words",

@@ -2,6 +2,8 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow
 import pytest
@@ -125,13 +127,36 @@ def test_labels_that_are_none(tmp_path, cells, more, said):
     assert all(part in message for part in said) and len(message) < 500
 
 
-@pytest.mark.parametrize("value", ["2", "", "-1", "yes", "0.5", "[1]", "{[1]}"])
-def test_a_column_holds_0_or_1(tmp_path, value):
+@pytest.mark.parametrize("value", ["2", "", "-1", "yes", "nan", "[1]", "{[1]}"])
+def test_a_column_holds_0_or_1_or_a_probability(tmp_path, value):
     rows = f"text,rude,kind\na,0,1\nb,1,{value}\n"
     (tmp_path / "train.csv").write_text(rows)
     message = complaint(own(tmp_path, label_column="rude,kind"))
     assert "train.csv, row 1 (the first is 0) has rude,kind={'rude': 1" in message
-    assert message.endswith("each must be 0 or 1")
+    assert message.endswith("each must be 0 or 1, or a probability between them")
+
+
+def test_a_larger_model_s_probabilities_are_what_is_learnt(tmp_path):
+    """The loss is least at them, and metrics and thresholds take those above a half."""
+    rows = "text,rude,kind\na,0.9,0.25\nb,0.125,0.5\nc,0.75,1\n"
+    (tmp_path / "train.csv").write_text(rows)
+    chances = load(own(tmp_path, label_column="rude,kind"))[1]
+    expected = np.float32([[0.9, 0.25], [0.125, 0.5], [0.75, 1]])
+    np.testing.assert_array_equal(chances, expected)
+    problem, batch = PROBLEMS["multilabel"], {"labels": chances, "weight": np.ones(3)}
+    least = logit(np.clip(chances, 1e-6, 1 - 1e-6))
+    slope = jax.grad(problem.loss)(jnp.asarray(least), batch)
+    np.testing.assert_allclose(slope, 0, atol=1e-6)
+    hard, examples = chances > 0.5, examples_of(chances)
+    logits = np.random.default_rng(0).standard_normal(hard.shape)
+    metrics = ["micro_f1", "macro_f1"]
+    for kind in (problem, problem.fit(logits, examples, metrics)):
+        _, score = kind.scorer(logits, examples, metrics)
+        _, again = kind.scorer(logits, examples_of(hard), metrics)
+        assert score(np.arange(3)) == again(np.arange(3))
+        given = kind.by_class(logits, examples, ("rude", "kind"))
+        assert given == kind.by_class(logits, examples_of(hard), ("rude", "kind"))
+    assert problem.fit(logits, examples_of(hard), metrics).settings == kind.settings
 
 
 def test_columns_that_are_not_there_or_named_twice(tmp_path):

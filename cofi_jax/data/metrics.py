@@ -45,7 +45,7 @@ def _of_labels(average: str) -> Metric:
         import sklearn.metrics
 
         options = {"average": average, "zero_division": 0}
-        return float(sklearn.metrics.f1_score(labels > 0, logits > 0, **options))
+        return float(sklearn.metrics.f1_score(labels > 0.5, logits > 0, **options))
 
     return metric
 

@@ -22,8 +22,9 @@ class MultiLabel(Problem):
     training rows, by `fit`; before that they are a half.
 
     The labels of a row are the list in its cell, which may be empty. Or each label has
-    a column of its own, which holds 0 or 1: then `data.label_column` is the names of
-    these columns with commas between them.
+    a column of its own, which holds 0 or 1, or another model's probability: then
+    `data.label_column` is the names of these columns with commas between them. The
+    probabilities are what is learnt; for metrics, a row has the labels above a half.
     """
 
     name = "multilabel"
@@ -70,7 +71,9 @@ class MultiLabel(Problem):
         return tuple(names)
 
     def encode(self, cells, labels, *, numbered):
-        """(N, C) float32, 1 where a row has a label and else 0."""
+        """(N, C) float32, 1 where a row has a label and else 0, or probabilities."""
+        if isinstance(cells[0], dict):
+            return np.array([*map(_probabilities, range(len(cells)), cells)])
         rows = [_names(row, cell) for row, cell in enumerate(cells)]
         texts = {name for names in rows for name in names}
         numbers, legal = names_lib.numbering(texts, labels, numbered=numbered)
@@ -111,7 +114,7 @@ class MultiLabel(Problem):
         larger ratio than F, until F is the largest of all. Of several thresholds that
         are as good, the one nearest to a half is chosen.
         """
-        chances, gold = expit(np.float64(logits)), examples.labels > 0
+        chances, gold = expit(np.float64(logits)), examples.labels > 0.5
         tried = sorted(np.arange(1, 100) / 100, key=lambda x: abs(x - 0.5))
         given = np.array([(chances > x).sum(0) for x in tried])  # (99, C)
         right = np.array([((chances > x) & gold).sum(0) for x in tried])
@@ -157,7 +160,7 @@ class MultiLabel(Problem):
         return {}
 
     def by_class(self, logits, examples, labels):
-        given, gold = self._margins(logits) > 0, examples.labels > 0
+        given, gold = self._margins(logits) > 0, examples.labels > 0.5
         counts = (each.sum(0) for each in (given & gold, given, gold))
         return rates(labels, *counts)
 
@@ -169,12 +172,14 @@ class MultiLabel(Problem):
         return np.float64(logits) - logit(self.settings.get("thresholds", 0.5))
 
 
+def _probabilities(row, cell):
+    """(C,) what the columns of the labels hold."""
+    if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in cell.values()):
+        raise WrongLabel(row, "each must be 0 or 1, or a probability between them")
+    return np.array([*cell.values()], np.float32)
+
+
 def _names(row, cell):
-    """The labels of a row, which are a list or columns of 0 and 1."""
-    if isinstance(cell, dict):
-        if not all(value in (0, 1) for value in cell.values()):
-            raise WrongLabel(row, "each must be 0 or 1")
-        return [name for name, value in cell.items() if value]
     if not isinstance(cell, list):
         raise WrongLabel(row, "must be a list of labels, [] for none")
     return [*map(_text, cell)]
