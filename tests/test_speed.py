@@ -98,14 +98,14 @@ def test_a_steps_operations_are_those_of_its_products(subject, kind):
     batch, by_the_teacher = taught(subject, random_batch(3, 5))
     step, state, context = step_lib.prepared(subject, kind)
     student = subject.sliced if kind == "finetune" else subject.dense
-    how = {"masked": kind in ("masked", "exact")}
+    how = {"masked": kind in ("masked", "exact", "speedup")}
     counted = roofline.step_flops(student, subject.dense, [5] * 3, **how)
     alone = roofline.step_flops(student, subject.dense, [5] * 3, **how, taught=True)
     assert counted - alone == by_the_teacher
     if how["masked"]:  # what the sparsity itself is summed up with
 
         def removed(log_alpha):
-            if kind == "exact":
+            if kind in ("exact", "speedup"):
                 log_alpha = constraint.at_target(log_alpha, subject.dense, 0.95)
             return constraint.expected_sparsity(log_alpha, subject.dense)
 
@@ -348,7 +348,7 @@ def test_step_writes_all_its_figures(turns, tmp_path, capsys):
     assert result["device"] in text and "dtype: float32" in text
     assert result["batches_by_length"] == {"4": 2} and result["examples"] == 6
     assert result["sliced"]["hidden"] == 12 and result["dense"]["sparsity"] == 0
-    names = ["masked", "plain", "finetune", "exact"]
+    names = ["masked", "plain", "finetune", "exact", "speedup"]
     names += ["masked, kept teacher outputs", "finetune, kept teacher outputs"]
     if not baselines.missing("torch"):
         names += ["pytorch, random batches", "pytorch, our batches"]

@@ -21,13 +21,16 @@ from cofi_jax.data import batches as batches_lib
 from cofi_jax.data import sources, tasks
 from cofi_jax.data.batches import Examples
 from cofi_jax.errors import reject
-from cofi_jax.evaluation import timing
+from cofi_jax.evaluation import latency_table, timing
 from cofi_jax.models.bert import Encoder
+from cofi_jax.models.spec import blocks
 from cofi_jax.pruning import masks
+from cofi_jax.pruning.latency import Curve, Table
 from cofi_jax.training import objectives, teacher
 from cofi_jax.training import step as step_lib
 
-KINDS = ("masked", "plain", "finetune", "exact")
+KINDS = ("masked", "plain", "finetune", "exact", "speedup")
+_MASKED = ("masked", "exact", "speedup")
 _KEPT_KINDS = ("masked", "finetune")  # These are timed with kept outputs, too.
 
 
@@ -197,7 +200,7 @@ def ours(subject: Subject, work: Work) -> dict[str, Timed]:
             student,
             subject.dense,
             work.examples.lengths,
-            masked=kind in ("masked", "exact"),
+            masked=kind in _MASKED,
             taught=cache != "none",
         )
         return Timed(turn, work, flops)
@@ -243,8 +246,8 @@ def prepared(
     Args:
       subject: the dense model is the teacher and, but for `finetune`, the student.
       kind: `masked` is with masks and the paper's Lagrangian, `exact` with masks and
-        the exact constraint, and `plain` without masks; `finetune` trains the sliced
-        model.
+        the exact constraint, `speedup` with this constraint of the time by a table, and
+        `plain` without masks; `finetune` trains the sliced model.
     """
     sizes, params = subject.dense, subject.dense_params
     if kind == "finetune":
@@ -252,7 +255,7 @@ def prepared(
     projection = jnp.eye(sizes.hidden_size, subject.dense.hidden_size)
     trainable: dict[str, Any] = {"distill_projection": projection}
     imitate, context = objectives.DistillationObjective, {}
-    if kind in ("masked", "exact"):
+    if kind in _MASKED:
         imitate = objectives.PruningObjective
         key = jax.random.key(2)
         trainable["log_alpha"] = masks.init_log_alpha(subject.dense, key)
@@ -261,6 +264,8 @@ def prepared(
         context["target_sparsity"] = jnp.float32(0.95)
         context["warmup_steps"] = jnp.int32(100)
         context["share"] = jnp.float32(1)
+    if kind == "speedup":
+        context["table"] = jax.tree.map(np.float32, _table(sizes))
     rate = step_lib.learning_rate(1e-5, "constant", 1)
     state = step_lib.create_state(
         params,
@@ -271,3 +276,15 @@ def prepared(
         **trainable,
     )
     return step_lib.make_step(imitate(Encoder(sizes), Distill())), state, context
+
+
+def _table(config) -> Table:
+    """A table of times that are proportional to the units, with the knots of a run's.
+
+    A step takes as long by it as by a measured one.
+    """
+    curves = {}
+    for block in blocks(config):
+        counts = np.array(latency_table.knots(max(block.sizes(config))))
+        curves[block.name] = Curve(counts, counts / counts[-1])
+    return Table(0.1, curves)
