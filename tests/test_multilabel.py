@@ -143,6 +143,8 @@ def test_a_larger_model_s_probabilities_are_what_is_learnt(tmp_path):
     chances = load(own(tmp_path, label_column="rude,kind"))[1]
     expected = np.float32([[0.9, 0.25], [0.125, 0.5], [0.75, 1]])
     np.testing.assert_array_equal(chances, expected)
+    data = own(tmp_path, label_column="rude,kind", labels=("kind", "rude"))
+    np.testing.assert_array_equal(load(data)[1], expected[:, ::-1])
     problem, batch = PROBLEMS["multilabel"], {"labels": chances, "weight": np.ones(3)}
     least = logit(np.clip(chances, 1e-6, 1 - 1e-6))
     slope = jax.grad(problem.loss)(jnp.asarray(least), batch)

@@ -295,6 +295,29 @@ def test_saved_models_are_compared_with_the_first_one(finished):
     assert alone["score"] == pytest.approx(1)
 
 
+def test_saved_models_are_scored_by_labels_where_there_are_some(finished, tmp_path):
+    """The passage that the teacher ranks last of six is the relevant one."""
+    workdir, _, _ = finished
+    cells = KINDS["ranking"].cells("validation")
+    pairs = [*zip(cells["query"], cells["passage"], strict=True)]
+    scores = [x["score"] for x in cofi.pipeline(workdir / "teacher")(pairs)]
+    last = np.argmin(np.reshape(scores, (4, 6)), axis=1) + np.arange(0, 24, 6)
+    with (tmp_path / "validation.jsonl").open("w") as file:
+        for row, (query, passage) in enumerate(pairs):
+            cells = {"query": query, "passage": passage, "good": int(row in last)}
+            print(json.dumps(cells), file=file)
+    paths = [workdir / "teacher", workdir / "pruned"]
+    sizes = {"data_path": str(tmp_path), "batch_sizes": [1], "repeats": 1}
+    found = evaluate.evaluate(paths, data={"label_column": "good"}, **sizes)
+    assert "agreement" not in found
+    assert found["models"][0]["score"] == pytest.approx(1 / 6)
+    assert found["models"][1]["score"] > 1 / 6
+    how = {"data": {"label_column": "other"}, **sizes}
+    assert "needs a column 'other'" in complaint(
+        lambda: evaluate.evaluate(paths, **how)
+    )
+
+
 def test_exports_are_scored_by_the_teacher_beside_them(finished, tmp_path):
     workdir, report, _ = finished
     sizes = {"batch_size": 1, "seq_length": 24, "repeats": 1}

@@ -198,8 +198,9 @@ def evaluate(
       data_path: hub name or folder; empty for the one that the first saved model was
         made with.
       data: other fields of `config.Data`. `quoting` says how the files of `data_path`
-        are read, `pairs` and `retrieval` what vectors are scored by; the rest describes
-        the task of the Hugging Face models.
+        are read, `pairs` and `retrieval` what vectors are scored by, and without `task`
+        `label_column` where the labels stand, if not where they did in training; the
+        rest describes the task of the Hugging Face models.
       batch_sizes: of the timed passes; () for the paper's 128 on a GPU, and on a CPU
         32, or 8 for SQuAD.
       seq_lengths: of the timed passes; () for the paper's 128 on a GPU, 64 on a CPU, or
@@ -223,7 +224,8 @@ def evaluate(
       UserError: for a path, data set or length that does not fit.
     """
     paths = [str(path) for path in paths]
-    how = {name: data[name] for name in _OF_ROWS if name in data}
+    of_rows = _OF_ROWS if task else (*_OF_ROWS, "label_column")
+    how = {name: data[name] for name in of_rows if name in data}
     described = {name: value for name, value in data.items() if name not in how}
     if runtimes != JAX:  # A model beside another runtime's is to compute the same.
         dtype = dtype or "float32"

@@ -72,17 +72,15 @@ class MultiLabel(Problem):
 
     def encode(self, cells, labels, *, numbered):
         """(N, C) float32, 1 where a row has a label and else 0, or probabilities."""
-        if isinstance(cells[0], dict):
-            return np.array([*map(_probabilities, range(len(cells)), cells)])
-        rows = [_names(row, cell) for row, cell in enumerate(cells)]
+        rows = [_chances(row, cell) for row, cell in enumerate(cells)]
         texts = {name for names in rows for name in names}
         numbers, legal = names_lib.numbering(texts, labels, numbered=numbered)
         found = np.zeros((len(cells), len(labels)), np.float32)
         for row, names in enumerate(rows):
-            for name in names:
+            for name, chance in names.items():
                 if name not in numbers:
                     raise WrongLabel(row, f"each label {legal}")
-                found[row, numbers[name]] = 1
+                found[row, numbers[name]] = chance
         return found
 
     def answers(self, logits, examples):
@@ -172,17 +170,15 @@ class MultiLabel(Problem):
         return np.float64(logits) - logit(self.settings.get("thresholds", 0.5))
 
 
-def _probabilities(row, cell):
-    """(C,) what the columns of the labels hold."""
-    if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in cell.values()):
-        raise WrongLabel(row, "each must be 0 or 1, or a probability between them")
-    return np.array([*cell.values()], np.float32)
-
-
-def _names(row, cell):
+def _chances(row, cell):
+    """The probability of each label of a row, by name: 1 for all that a list has."""
+    if isinstance(cell, dict):
+        if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in cell.values()):
+            raise WrongLabel(row, "each must be 0 or 1, or a probability between them")
+        return cell
     if not isinstance(cell, list):
         raise WrongLabel(row, "must be a list of labels, [] for none")
-    return [*map(_text, cell)]
+    return dict.fromkeys(map(_text, cell), 1)
 
 
 def _text(name):
