@@ -2,7 +2,7 @@
 
     python train.py --config configs/entities.py \
         --config.model.path=path/to/encoder --config.data.path=path/to/wikigold
-    python train.py --config configs/entities.py:0.6,0.8,budget=4 \
+    python train.py --config configs/entities.py:0.6,0.8,budget=20 \
         --config.model.path=path/to/encoder --config.data.path=path/to/conll
 
 The argument is that of fast.py without its task, and so is the recipe. As they stand,
@@ -10,7 +10,12 @@ the columns are `tokens`, lists of words, and `ner_tags`, as long lists of label
 as B-PER. Columns in files called train.conll and validation.conll have these names,
 too. Labels that are integers need --config.data.labels=O,B-PER,I-PER,...
 
-Expected: not measured yet. Time: not measured yet; wikigold has 1,122 training rows.
+The teacher learns for 10 epochs, since 3 are too few for so small a set as wikigold,
+which has 1,122 training rows.
+
+Expected: with an encoder of 6 layers, an entity F1 of 0.705 on wikigold, of which 0.645
+are left at 60 %, 0.639 at 80 % and 0.490 at 95 % (docs/results.md). Time: three quarters
+of an hour on one CPU core.
 """
 
 from cofi_jax.config import Config
@@ -18,7 +23,7 @@ from cofi_jax.data.tasks import OWN
 from configs import fast
 
 
-def get_config(argument: str = "0.6,0.8,0.95,budget=20") -> Config:
+def get_config(argument: str = "0.6,0.8,0.95,budget=8") -> Config:
     """The recipe for `[target...][,budget=epochs]`.
 
     Raises:
@@ -30,4 +35,5 @@ def get_config(argument: str = "0.6,0.8,0.95,budget=20") -> Config:
     config.data.problem = "entities"
     config.data.metrics = ("f1", "precision", "recall")
     config.data.max_length = 128
+    config.teacher.epochs = 10
     return config
