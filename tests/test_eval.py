@@ -679,6 +679,10 @@ BAD = {
         ["--model={own}", "--config.data.columns=a"],
         ["--config.data.columns=('a',)", "a saved model knows its own"],
     ),
+    "labels elsewhere for a task of the table": (
+        ["--model={dense}", "--config.data.label_column=gold"],
+        ["data.label_column='gold'", "only the task own takes it, not sst2"],
+    ),
     "own with a wrong length": (
         ["--model={hf}", "--task=mnli", "--config.data.max_length=2"],
         ["data.max_length=2", "at least 3"],

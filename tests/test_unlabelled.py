@@ -296,7 +296,10 @@ def test_saved_models_are_compared_with_the_first_one(finished):
 
 
 def test_saved_models_are_scored_by_labels_where_there_are_some(finished, tmp_path):
-    """The passage that the teacher ranks last of six is the relevant one."""
+    """The passage that the teacher ranks last of six is the relevant one.
+
+    The teacher itself was trained with labels, which were in another column.
+    """
     workdir, _, _ = finished
     cells = KINDS["ranking"].cells("validation")
     pairs = [*zip(cells["query"], cells["passage"], strict=True)]
@@ -306,16 +309,18 @@ def test_saved_models_are_scored_by_labels_where_there_are_some(finished, tmp_pa
         for row, (query, passage) in enumerate(pairs):
             cells = {"query": query, "passage": passage, "good": int(row in last)}
             print(json.dumps(cells), file=file)
-    paths = [workdir / "teacher", workdir / "pruned"]
+    paths = [workdir.parent / "teacher", workdir / "pruned"]
     sizes = {"data_path": str(tmp_path), "batch_sizes": [1], "repeats": 1}
     found = evaluate.evaluate(paths, data={"label_column": "good"}, **sizes)
     assert "agreement" not in found
     assert found["models"][0]["score"] == pytest.approx(1 / 6)
     assert found["models"][1]["score"] > 1 / 6
-    how = {"data": {"label_column": "other"}, **sizes}
-    assert "needs a column 'other'" in complaint(
-        lambda: evaluate.evaluate(paths, **how)
-    )
+    for column, said in (
+        ("other", "needs a column 'other'"),
+        ("query", "data.columns=('query', 'passage'): names one twice, data.label_col"),
+    ):
+        how = {"data": {"label_column": column}, **sizes}
+        assert said in complaint(lambda how=how: evaluate.evaluate(paths, **how))
 
 
 def test_exports_are_scored_by_the_teacher_beside_them(finished, tmp_path):

@@ -755,6 +755,8 @@ def test_models_are_scored_by_the_first_where_there_are_no_pairs(workdir):
     assert "by the vectors of teacher, that are also" in tables.evaluation(found)
     cosines = [each["scores"]["validation"]["cosine"] for each in found["models"]]
     assert cosines == pytest.approx([1, cosines[1], 1]) and 0 < cosines[1] < 0.9999
+    with pytest.raises(UserError, match="^data.label_column='gold': is not for vec"):
+        evaluate.evaluate(models[:1], data={"label_column": "gold"})
     pairs = str(workdir / "pairs.csv")
     found = evaluate.evaluate(models[:1], data_path=pairs, repeats=1, seq_lengths=[12])
     assert found["metric"] == "spearman" and found["data"] == pairs

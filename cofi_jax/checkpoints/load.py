@@ -53,6 +53,7 @@ def load(
     labels: Sequence[str] = (),
     dtype: str = "",
     described: Mapping[str, Any] = types.MappingProxyType({}),
+    label_column: str | None = None,
 ) -> list[Loaded]:
     """Saved models, and Hugging Face folders or names, all of one task.
 
@@ -62,6 +63,8 @@ def load(
       labels: their classes in their order; () for the task's.
       dtype: of parameters and matrix work, float32 or bfloat16; as saved if not given.
       described: of the Hugging Face models, fields of `config.Data` beside the task.
+      label_column: where the labels are that saved models are scored by; None where
+        they were in training.
 
     Raises:
       UserError: for what is neither, and for tasks that do not fit.
@@ -71,6 +74,8 @@ def load(
     known = [
         saved_model.saved_task(p) if saved_model.is_model(p) else None for p in paths
     ]
+    if label_column is not None:
+        known = [own and own.with_label_column(label_column) for own in known]
     legal = "is for Hugging Face models; a saved model knows its own"
     for flag, value in (("task", task), ("labels", tuple(labels))):
         if value and all(known):

@@ -76,6 +76,23 @@ class Task:
         """The task with the rows that models are scored on at another path."""
         return dataclasses.replace(self, **{"pairs" if self.pairs else "path": path})
 
+    def with_label_column(self, column: str) -> "Task":
+        """The task with its labels elsewhere in the rows; "" for rows without any.
+
+        Raises:
+          UserError: for a task of the table and for one without labels, and where the
+            rows have something else in that column.
+        """
+        field = "data.label_column", column
+        if self.name != OWN:
+            legal = f"only the task {OWN} takes it, not {self.name}"
+            raise errors.reject(*field, legal)
+        if self.problem.pools:
+            legal = f"is not for {self.problem.name}, which are scored without labels"
+            raise errors.reject(*field, legal)
+        _check_names(self.columns, self.group_column, self.problem, column)
+        return dataclasses.replace(self, label_column=column)
+
     def with_settings(self, settings: Mapping[str, Any]) -> "Task":
         """The task as the problem was fitted to a model, see `Problem.fit`.
 
@@ -183,12 +200,7 @@ def _own(data):
     if data.group_column and not problem.grouped:
         legal = f"must be empty for data.problem={data.problem}"
         raise errors.reject("data.group_column", data.group_column, legal)
-    read = [*data.columns, *filter(None, [data.group_column])]
-    if data.label_column:
-        read += problem.label_columns(data.label_column)
-    if len(set(read)) < len(read):
-        legal = f"names one twice, data.label_column={data.label_column!r} included"
-        raise errors.reject("data.columns", data.columns, legal)
+    _check_names(data.columns, data.group_column, problem, data.label_column)
     if len(set(data.labels)) != len(data.labels):
         raise errors.reject("data.labels", data.labels, "names a class twice")
     if len(data.labels) == 1 or (data.labels and not problem.names_classes):
@@ -208,3 +220,13 @@ def _own(data):
         group_column=data.group_column,
         hub="",
     )
+
+
+def _check_names(columns, group_column, problem, label_column):
+    """Raises UserError where a column of the rows is to be read as two things."""
+    read = [*columns, *filter(None, [group_column])]
+    if label_column:
+        read += problem.label_columns(label_column)
+    if len(set(read)) < len(read):
+        legal = f"names one twice, data.label_column={label_column!r} included"
+        raise errors.reject("data.columns", columns, legal)

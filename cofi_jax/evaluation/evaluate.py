@@ -199,8 +199,8 @@ def evaluate(
         made with.
       data: other fields of `config.Data`. `quoting` says how the files of `data_path`
         are read, `pairs` and `retrieval` what vectors are scored by, and without `task`
-        `label_column` where the labels stand, if not where they did in training; the
-        rest describes the task of the Hugging Face models.
+        `label_column` where the labels of a task `own` stand, if not where they did in
+        training; the rest describes the task of the Hugging Face models.
       batch_sizes: of the timed passes; () for the paper's 128 on a GPU, and on a CPU
         32, or 8 for SQuAD.
       seq_lengths: of the timed passes; () for the paper's 128 on a GPU, 64 on a CPU, or
@@ -224,13 +224,18 @@ def evaluate(
       UserError: for a path, data set or length that does not fit.
     """
     paths = [str(path) for path in paths]
-    of_rows = _OF_ROWS if task else (*_OF_ROWS, "label_column")
-    how = {name: data[name] for name in of_rows if name in data}
+    how = {name: data[name] for name in _OF_ROWS if name in data}
     described = {name: value for name, value in data.items() if name not in how}
+    label_column = None if task else described.pop("label_column", None)
     if runtimes != JAX:  # A model beside another runtime's is to compute the same.
         dtype = dtype or "float32"
     loaded = load.load(
-        paths, task=task, labels=labels, dtype=dtype, described=described
+        paths,
+        task=task,
+        labels=labels,
+        dtype=dtype,
+        described=described,
+        label_column=label_column,
     )
     loaded = [one._replace(task=_rows_of(one.task, data_path, how)) for one in loaded]
     rows_of = loaded[0].task
