@@ -170,6 +170,28 @@ def test_columns_that_are_not_there_or_named_twice(tmp_path):
         assert message.startswith("data.columns=('text',)") and names in message
 
 
+@pytest.mark.parametrize(
+    ("rows", "column", "labels", "row", "lacking"),
+    [
+        ([{"rude": 1, "kind": 0}], "rude,kind", ("kind", "sad", "rude"), 0, "sad"),
+        ([{"label": {"a": 1, "b": 0}}, {"label": {"a": 1}}], "label", (), 1, "b"),
+        ([{"label": {}}], "label", ("rude", "kind"), 0, "rude, kind"),
+    ],
+)
+def test_no_label_is_without_a_value(tmp_path, rows, column, labels, row, lacking):
+    """It would be one that no row has. An object in a cell is as good as columns."""
+    lines = (json.dumps({"text": "a", **cells}) for cells in rows)
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    message = complaint(own(tmp_path, label_column=column, labels=labels))
+    assert f"train.jsonl, row {row} (the first is 0) has {column}={{" in message
+    assert message.endswith(f"each label needs a value, there is none for {lacking}")
+
+
+def test_objects_of_a_single_label(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": {"rude": 1}}')
+    assert "1 different labels" in complaint(own(tmp_path))
+
+
 def test_half_a_letter_in_a_label(tmp_path):
     line = '{"text": "a", "label": ["x", "\\ud800"]}'
     (tmp_path / "train.jsonl").write_text(line)

@@ -59,9 +59,10 @@ class MultiLabel(Problem):
     def class_names(self, cells, column):
         """The columns of the labels, or what stands in the lists, in sorted order."""
         if isinstance(cells[0], dict):
-            return tuple(cells[0])
-        found = [name for cell in cells for name in map(_text, self.named(cell))]
-        names = names_lib.in_order(name for name in found if name is not None)
+            names = [*map(names_lib.text, cells[0])]
+        else:
+            found = [name for cell in cells for name in map(_text, self.named(cell))]
+            names = names_lib.in_order(name for name in found if name is not None)
         if not 2 <= len(names) <= names_lib.MOST:
             some = ", ".join(names[:5])
             legal = f"has {len(names)} different labels in its lists ({some}); must "
@@ -81,6 +82,11 @@ class MultiLabel(Problem):
                 if name not in numbers:
                     raise WrongLabel(row, f"each label {legal}")
                 found[row, numbers[name]] = chance
+            if isinstance(cells[row], dict) and len(names) < len(labels):
+                there = {numbers[name] for name in names}
+                lacking = [x for k, x in enumerate(labels) if k not in there]
+                legal = f"there is none for {', '.join(lacking[:5])}"
+                raise WrongLabel(row, f"each label needs a value, {legal}")
         return found
 
     def answers(self, logits, examples):
@@ -175,7 +181,7 @@ def _chances(row, cell):
     if isinstance(cell, dict):
         if not all(isinstance(x, int | float) and 0 <= x <= 1 for x in cell.values()):
             raise WrongLabel(row, "each must be 0 or 1, or a probability between them")
-        return cell
+        return {names_lib.text(name): chance for name, chance in cell.items()}
     if not isinstance(cell, list):
         raise WrongLabel(row, "must be a list of labels, [] for none")
     return dict.fromkeys(map(_text, cell), 1)
