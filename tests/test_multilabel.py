@@ -64,10 +64,11 @@ def test_lists_of_labels(tmp_path):
 
 
 def test_all_formats_give_the_same_labels(tmp_path):
-    rows = [{"text": "a", "label": ["x", "it's"]}, {"text": "b", "label": []}]
+    some = ["x", "it's", "\N{GRINNING FACE}"]
+    rows = [{"text": "a", "label": some}, {"text": "b", "label": []}]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task, first = load(own(tmp_path))
-    assert task.labels == ("it's", "x")
+    assert task.labels == ("it's", "x", "\N{GRINNING FACE}")
     (tmp_path / "train.jsonl").unlink()
     # A list as JSON and as Python writes it, which is how pandas does.
     for rule in (json.dumps, str):

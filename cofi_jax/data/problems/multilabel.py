@@ -1,6 +1,7 @@
 """Any number of several labels for each row."""
 
 import ast
+import json
 import warnings
 from collections.abc import Sequence
 
@@ -42,7 +43,11 @@ class MultiLabel(Problem):
         return tuple(column.split(","))
 
     def spelled(self, text):
-        """A list as Python or JSON writes it, or a number."""
+        """A list as JSON or Python writes it, or a number."""
+        try:  # Its escapes are others than Python's.
+            return json.loads(text)
+        except (RecursionError, ValueError):
+            pass
         with warnings.catch_warnings():  # of escapes that Python does not know
             warnings.simplefilter("ignore")
             try:
