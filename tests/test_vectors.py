@@ -360,6 +360,24 @@ def test_pairs_and_a_retrieval_set(tmp_path, capsys):
     )
 
 
+def test_quotes_of_pairs_and_of_a_retrieval_set(tmp_path):
+    """As in the files of texts: by `data.quoting` they are letters, as in STS-B's."""
+    path = tmp_path / "pairs.tsv"
+    path.write_text('label\tsentence1\tsentence2\n1\t"w1" w2\t"w3\n')
+    retrieval = write_retrieval(tmp_path / "set", **{"queries.jsonl": []})
+    (tmp_path / "set" / "queries.jsonl").unlink()
+    (tmp_path / "set" / "queries.tsv").write_text('_id\ttext\nq1\tw1\nq2\t"w2" w3\n')
+    sets = {"pairs": str(path), "retrieval": retrieval}
+    task = tasks.find(own(tmp_path, quoting=False, **sets))
+    _, found = sources.load(task, task.validation)
+    assert found["validation"]["text"] == ['"w1" w2', '"w3']
+    assert found["retrieval"]["text"][0] == '"w2" w3'
+    task = tasks.find(own(tmp_path, **sets))
+    for split, field in zip(task.validation, sets, strict=True):
+        with pytest.raises(UserError, match=f"^data.{field}=.*data.quoting=false"):
+            sources.load(task, (split,))
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

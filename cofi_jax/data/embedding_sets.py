@@ -26,11 +26,12 @@ _PAIR = ("sentence1", "sentence2", "label")
 _QRELS = ("qrels_test", "qrels/test", "qrels")
 
 
-def pairs(path: str) -> Pairs:
+def pairs(path: str, *, quoting: bool = True) -> Pairs:
     """Reads pairs of texts with similarities.
 
     Args:
       path: a file, or a folder whose file is called `validation.*`.
+      quoting: of the cells of csv and tsv, as in `config.Data`.
 
     Raises:
       UserError: where there is no such file, or it holds something else.
@@ -38,7 +39,7 @@ def pairs(path: str) -> Pairs:
     field = "data.pairs", path
     top = pathlib.Path(path).expanduser()
     file = top if top.is_file() else _find(field, top, "validation")
-    cells = _read(field, file, _PAIR, number="label")
+    cells = _read(field, file, _PAIR, quoting, number="label")
     texts = [
         text for pair in zip(*map(cells.get, _PAIR[:2]), strict=True) for text in pair
     ]
@@ -46,20 +47,24 @@ def pairs(path: str) -> Pairs:
     return Pairs(texts, np.arange(len(texts), dtype=np.int32), similarities)
 
 
-def retrieval(path: str) -> Retrieval:
+def retrieval(path: str, *, quoting: bool = True) -> Retrieval:
     """Reads a retrieval set; queries without a relevant document are left out.
 
     A document with the id of a query is taken for the query itself, as BEIR does.
+
+    Args:
+      path: the folder.
+      quoting: as in `pairs`.
 
     Raises:
       UserError: where a file is missing or holds something else, where an id comes
         twice or is not there, and where no query is left.
     """
     field, top = ("data.retrieval", path), pathlib.Path(path).expanduser()
-    corpus = _texts(field, _find(field, top, "corpus"))
-    queries = _texts(field, _find(field, top, "queries"))
-    file = _find(field, top, *_QRELS)
-    cells = _read(field, file, ("query-id", "corpus-id", "score"), number="score")
+    corpus = _texts(field, _find(field, top, "corpus"), quoting)
+    queries = _texts(field, _find(field, top, "queries"), quoting)
+    file, names = _find(field, top, *_QRELS), ("query-id", "corpus-id", "score")
+    cells = _read(field, file, names, quoting, number="score")
     numbers = {name: number for number, name in enumerate(corpus)}
     found: dict[str, dict[int, float]] = collections.defaultdict(dict)
     judged = zip(*(cells[name] for name in cells), strict=True)
@@ -96,9 +101,9 @@ def _find(field, top, *names):
     raise errors.reject(*field, f"{legal}of {', '.join(formats.FORMATS)}")
 
 
-def _texts(field, file) -> dict[str, str]:
+def _texts(field, file, quoting) -> dict[str, str]:
     """The texts of a corpus or of queries by their ids."""
-    cells, found = _read(field, file, ("_id", "text"), maybe=("title",)), {}
+    cells, found = _read(field, file, ("_id", "text"), quoting, maybe=("title",)), {}
     titles = cells.get("title") or [""] * len(cells["text"])
     for name, title, text in zip(cells["_id"], titles, cells["text"], strict=True):
         if str(name) in found:
@@ -107,10 +112,10 @@ def _texts(field, file) -> dict[str, str]:
     return found
 
 
-def _read(field, file, wanted, number="", maybe=()) -> dict[str, list[Any]]:
+def _read(field, file, wanted, quoting, number="", maybe=()) -> dict[str, list[Any]]:
     """Columns of a file, of which one may be a number and the others are texts."""
     with formats.readable(field, file):
-        table = formats.read(file, (*wanted, *maybe))
+        table = formats.read(file, (*wanted, *maybe), quoting=quoting)
     for name in (*wanted, *maybe):
         if table.names.count(name) > 1:
             raise errors.reject(*field, f"{file} has several columns {name!r}")

@@ -192,9 +192,9 @@ def _texts_alone(task: Task, splits: Sequence[str]) -> dict[str, Columns]:
     found: dict[str, Columns] = {}
     for split in splits:
         if split == "retrieval":
-            uncut = embedding_sets.retrieval(task.retrieval)
+            uncut = embedding_sets.retrieval(task.retrieval, quoting=task.quoting)
         elif split == "validation" and task.pairs:
-            uncut = embedding_sets.pairs(task.pairs)
+            uncut = embedding_sets.pairs(task.pairs, quoting=task.quoting)
         else:
             uncut = None
         rows = uncut.contexts if uncut else _texts_of_split(task, split)

@@ -197,7 +197,7 @@ def evaluate(
       labels: the classes of the Hugging Face models in their order; () for the task's.
       data_path: hub name or folder; empty for the one that the first saved model was
         made with.
-      data: other fields of `config.Data`. `quoting` says how the files of `data_path`
+      data: other fields of `config.Data`. `quoting` says how the files of rows
         are read, `pairs` and `retrieval` what vectors are scored by, and without `task`
         `label_column` where the labels of a task `own` stand, if not where they did in
         training; the rest describes the task of the Hugging Face models.
