@@ -95,6 +95,20 @@ def test_rows_are_cut(tokenizer, training):
         assert whole.lengths.max() > 5
 
 
+@pytest.mark.parametrize(
+    ("columns", "special", "what"),
+    [(("a",), 2, "a text"), (("a", "b"), 3, "a pair of texts")],
+)
+def test_lengths_without_room_for_a_text(tokenizer, columns, special, what):
+    """Tokenizers do not cut then, or leave nothing of a row but special tokens."""
+    one = {"a": SENTENCES, "b": SENTENCES[::-1], "label": np.zeros(3, np.int32)}
+    said = f"^data.max_length={special}: must be above {special}, .* tokens of {what}$"
+    with pytest.raises(errors.UserError, match=said):
+        own(*columns, max_length=special).tokenise(one, tokenizer)
+    found = own(*columns, max_length=special + 1).tokenise(one, tokenizer)
+    assert set(found.lengths) == {special + 1}
+
+
 # Questions
 
 CONTEXT = "the film was good but the plot was never really dull"

@@ -157,8 +157,13 @@ class Problem:
     def tokenise(
         self, columns: dict[str, Any], task: "Task", tokenizer: Any, *, training: bool
     ) -> Examples:
-        """Tokenises rows, each cut at `task.max_length` tokens, see `Task.tokenise`."""
+        """Tokenises rows, each cut at `task.max_length` tokens, see `Task.tokenise`.
+
+        Raises:
+          UserError: where special tokens alone are as many.
+        """
         del training
+        check_room(tokenizer, task.max_length, pair=len(task.columns) > 1)
         labels, ids, types = columns[task.label_column], [], []
         for first in range(0, len(labels), 1000):  # lists of all rows would be large
             encoded = tokenizer(
@@ -296,6 +301,15 @@ class Problem:
             name: METRICS[name](logits[chosen], examples.labels[chosen])
             for name in metrics
         }
+
+
+def check_room(tokenizer: Any, max_length: int, *, pair: bool) -> None:
+    """Raises UserError where no token of a text, or of a pair of them, would fit."""
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if max_length <= special:
+        what = "a pair of texts" if pair else "a text"
+        legal = f"must be above {special}, the special tokens of {what}"
+        raise reject("data.max_length", max_length, legal)
 
 
 def weighted_mean(

@@ -22,7 +22,7 @@ from cofi_jax.data import squad
 from cofi_jax.data.batches import Examples
 from cofi_jax.data.metrics import rates
 from cofi_jax.data.problems import names as names_lib
-from cofi_jax.data.problems.base import Problem, WrongLabel
+from cofi_jax.data.problems.base import Problem, WrongLabel, check_room
 
 _STRIDE = 128  # tokens that a window repeats, but at most half of it, as for questions
 _TAG = re.compile(r"O|[BILUES](-.+)?")
@@ -156,7 +156,8 @@ class Entities(Problem):
           of a word its class, and -1 elsewhere.
         """
         del training
-        _check_room(tokenizer, task.max_length)
+        _check_fast(tokenizer)
+        check_room(tokenizer, task.max_length, pair=False)
         cut = [_words(cell) for cell in columns[task.columns[0]]]
         contexts, places = [text for text, _ in cut], [words for _, words in cut]
         ids, types, of_row, seats = [], [], [], []
@@ -299,15 +300,11 @@ def _kind_of_letter(letter: str) -> str:
     return "d" if category[0] == "N" else "o"
 
 
-def _check_room(tokenizer: Any, max_length: int) -> None:
-    """Raises UserError where no word would fit, or where words cannot be found."""
+def _check_fast(tokenizer: Any) -> None:
+    """Raises UserError where words could not be found in the tokens."""
     if not getattr(tokenizer, "is_fast", False):
         legal = "must come with a fast tokenizer (tokenizer.json) for this task"
         raise errors.reject("model.path", tokenizer.name_or_path, legal)
-    special = tokenizer.num_special_tokens_to_add(pair=False)
-    if max_length <= special:
-        legal = f"must be above {special}, the special tokens of a text"
-        raise errors.reject("data.max_length", max_length, legal)
 
 
 def _tokenise(tokenizer: Any, contexts: Sequence[str]) -> Iterator[Any]:
