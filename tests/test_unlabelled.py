@@ -1,6 +1,7 @@
 """Rows without labels: a teacher's answers take their place, of every kind."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -190,6 +191,31 @@ def test_labels_need_a_teacher_or_a_column(tops, tmp_path):
     )
     config.data.metrics = ()
     assert "only the task own takes it" in complaint(setup.load_inputs, config)
+
+
+def forget(path, name):
+    """Saves a model anew without what its description says of something."""
+    described = json.loads((path / "model.json").read_text())
+    del described["about"][name]
+    (path / "model.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "said"),
+    [
+        ("multilabel", lambda x: (x / "model.json").write_text("[]"), "is damaged"),
+        ("regression", lambda x: forget(x, "data"), "saved without data"),
+        ("regression", lambda x: shutil.rmtree(x / "tokenizer"), "has no tokenizer"),
+    ],
+)
+def test_a_teacher_that_is_damaged(kind, spoil, said, tops, tmp_path):
+    """The message names the field that says where it is."""
+    config = config_of(kind, tops[kind])
+    config.teacher.path = str(tmp_path / "teacher")
+    shutil.copytree(tops[kind] / "teacher", tmp_path / "teacher")
+    spoil(tmp_path / "teacher")
+    message = complaint(setup.load_inputs, config)
+    assert message.startswith("teacher.path=") and said in message
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -185,32 +185,32 @@ def load_model(
     return Encoder(config), params, spec
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a saved model.
+def load_tokenizer(path: str | Path, *, field: str = "model") -> Any:
+    """The tokenizer of a saved model; `field` is what messages call the path.
 
     Raises:
       UserError: where it is missing or damaged.
     """
-    return tokenizers.load_tokenizer(Path(path).expanduser() / "tokenizer", "model")
+    return tokenizers.load_tokenizer(Path(path).expanduser() / "tokenizer", field)
 
 
-def saved_task(path: str) -> tasks.Task:
-    """The task that a saved model was made for.
+def saved_task(path: str, *, field: str = "model") -> tasks.Task:
+    """The task that a saved model was made for; `field` is what messages call the path.
 
     Raises:
       UserError: where its description says none.
     """
-    _, spec, about = read_about(path)
+    _, spec, about = read_about(path, field=field)
     wanted = {"data"} | ({"dense"} if spec else set())
     if missing := sorted(wanted - about.keys()):
         legal = f"saved without {', '.join(missing)} in `about`, needed here"
-        raise reject("model", path, legal)
-    data = config_lib.section(Data, about["data"], field="model", path=path)
+        raise reject(field, path, legal)
+    data = config_lib.section(Data, about["data"], field=field, path=path)
     task = tasks.find(data)
     if task.problem.names_classes and not task.labels:
-        raise reject("model", path, "saved without the names of its classes")
+        raise reject(field, path, "saved without the names of its classes")
     try:
         return task.with_settings(about.get("settings", {}))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         legal = f"model.json is damaged (settings: {foreign.reason(error)})"
-        raise reject("model", path, legal) from error
+        raise reject(field, path, legal) from error

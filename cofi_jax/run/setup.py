@@ -107,7 +107,8 @@ def find_task(config: Config) -> Task:
     if not task.problem.names_classes:
         return task
     if saved_model.is_model(path):  # Its settings are those of its classes in order.
-        labels = tuple(saved_model.read_about(path)[2].get("labels", ()))
+        about = saved_model.read_about(path, field="teacher.path")[2]
+        labels = tuple(about.get("labels", ()))
         if not labels:
             legal = f"names no classes, which data.problem={config.data.problem} needs"
             raise reject("teacher.path", path, legal)
@@ -127,7 +128,8 @@ def _as_the_teacher(config, task):
     path = config.teacher.path
     if task.label_column or not saved_model.is_model(path):
         return task
-    return task.with_settings(saved_model.saved_task(path).problem.settings)
+    own = saved_model.saved_task(path, field="teacher.path")
+    return task.with_settings(own.problem.settings)
 
 
 def digest(config: Config, inputs: Inputs) -> int:
@@ -223,7 +225,7 @@ def _load_trained(config, task):
         sizes = dataclasses.replace(
             model.config, dropout=config.model.dropout, dtype=config.model.dtype
         )
-        tokenizer = saved_model.load_tokenizer(path)
+        tokenizer = saved_model.load_tokenizer(path, field="teacher.path")
         params = _in_order(params, saved_model.read_about(path)[2], task, path)
     else:
         found = load_hugging_face(
