@@ -126,12 +126,17 @@ def without_pictures():
         yield
 
 
-def without_jax(program):
-    """What `program` prints as JSON, in a process that cannot import JAX or us."""
+def without_jax(program, code_cache):
+    """What `program` prints as JSON, in a process that cannot import JAX or us.
+
+    It copies a folder's code to the `code_cache`, too: in the home folder, several such
+    processes would write over each other's.
+    """
     barred = ("cofi_jax", "flax", "jax", "jaxlib")
     lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in barred)]
     command = [sys.executable, "-c", "\n".join([*lines, program])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = os.environ | {"HF_HOME": os.path.dirname(code_cache), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

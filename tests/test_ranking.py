@@ -461,4 +461,4 @@ for form in {forms}:
     found.append(model.predict({PAIRS}).tolist())
 print(json.dumps(found))
 """
-    np.testing.assert_allclose(without_jax(program), expected, atol=1e-5)
+    np.testing.assert_allclose(without_jax(program, code_cache), expected, atol=1e-5)

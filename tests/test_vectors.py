@@ -688,7 +688,7 @@ print(json.dumps(found))
     rows = tokenizer(texts(5), padding=True, truncation=True, max_length=12)
     batch = {name: np.array(rows[name], np.int32) for name in rows}
     expected = apply(SIZES, params, batch).logits
-    for found in without_jax(program):
+    for found in without_jax(program, code_cache):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
