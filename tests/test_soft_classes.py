@@ -47,6 +47,9 @@ def test_probabilities_are_taken_as_they_are_and_logits_are_not(tmp_path):
     # Of two digits, they may miss a sum of 1; each row then has it.
     found = load(own(write(tmp_path, [[0.33, 0.33, 0.33]])))
     np.testing.assert_allclose(found, [[1 / 3] * 3], rtol=1e-6)
+    # By the rounding of what made them, one may be just outside of [0, 1].
+    found = load(own(write(tmp_path, [[0.2, 0.5, 0.3], [1 + 1e-7, 0, -1e-7]])))
+    np.testing.assert_allclose(found, [[0.2, 0.5, 0.3], [1, 0, 0]], rtol=1e-6)
     for logits in ([[0.2, 0.5, 0.3], [0.3, 0.1, -1]], [[0.2, 0.5, 0.3], [3, 1, 0]]):
         found = load(own(write(tmp_path, logits)))
         np.testing.assert_allclose(found, softmax(logits, axis=-1), rtol=1e-5)

@@ -16,6 +16,9 @@ from cofi_jax.data.problems import names as names_lib
 from cofi_jax.data.problems.base import Problem, WrongLabel
 from cofi_jax.errors import reject
 
+# A probability may be so far outside of [0, 1] by the rounding of what computed it.
+_BEYOND = 1e-6
+
 _ROUNDING = 0.1  # that the sum of probabilities may be off, written with few digits
 
 
@@ -131,8 +134,9 @@ def _probabilities(cells, count) -> np.ndarray:
             legal = f"must be a list of {count} finite numbers, one for each class, as "
             raise WrongLabel(row, f"{legal}other labels are lists")
     found = np.array(cells, np.float64)
-    if (found < 0).any() or (found > 1).any():
+    if (abs(found - 0.5) > 0.5 + _BEYOND).any():
         return np.float32(softmax(found, -1))
+    found = found.clip(0, 1)
     sums = found.sum(-1)
     if (wrong := abs(sums - 1) > _ROUNDING).any():
         row = int(wrong.argmax())
