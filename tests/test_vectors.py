@@ -776,6 +776,8 @@ def test_models_are_scored_by_the_first_where_there_are_no_pairs(workdir):
     with pytest.raises(UserError, match="^data.label_column='gold': is not for vec"):
         evaluate.evaluate(models[:1], data={"label_column": "gold"})
     pairs = str(workdir / "pairs.csv")
+    with pytest.raises(UserError, match="^data='x': goes without --config.data.pairs"):
+        evaluate.evaluate(models[:1], data_path="x", data={"pairs": pairs})
     found = evaluate.evaluate(models[:1], data_path=pairs, repeats=1, seq_lengths=[12])
     assert found["metric"] == "spearman" and found["data"] == pairs
 

@@ -274,6 +274,9 @@ def evaluate(
 
 def _rows_of(task, path, fields):
     """The task with other rows, which may have metrics of their own."""
+    if path and fields.get("pairs"):
+        legal = "goes without --config.data.pairs, in whose place it would be read"
+        raise reject("data", path, legal)
     task = dataclasses.replace(task, **fields)
     task = task.at(path) if path else task
     return task.problem.described(task)
