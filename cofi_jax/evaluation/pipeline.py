@@ -31,9 +31,9 @@ def pipeline(
       SQuAD a question and its context). For each it gives a dict: the `label` and its
       probability, the `score`; or all `labels` above their thresholds, with their
       `scores`; or the `value` of a regression; or the `score` of a passage; or the
-      `answer`; or the `entities`, each with its `type`, `text`, `score` and, in
-      characters, `start` and `end`. It warns where the tokenizer knows little of the
-      first texts that it is given.
+      `vector` of a text; or the `answer`; or the `entities`, each with its `type`,
+      `text`, `score` and, in characters, `start` and `end`. It warns where the
+      tokenizer knows little of the first texts that it is given.
 
     Raises:
       UserError: where there is no such model; the function, for other inputs.
