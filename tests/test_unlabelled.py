@@ -16,7 +16,7 @@ from cofi_jax.export import export
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.report import tables
 from cofi_jax.run import run as run_lib
-from cofi_jax.run import setup
+from cofi_jax.run import setup, stages
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "without_pictures")
 
@@ -175,6 +175,25 @@ def test_labels_are_what_the_teacher_answers(kind, tops):
     task = setup._as_the_teacher(config_of(kind, top), inputs.task)
     logits = predict.logits(model, inputs.params, task, examples, batch_size=32)
     assert task.scores(logits, examples) == {task.metrics[0]: pytest.approx(1)}
+
+
+def test_a_teacher_keeps_the_thresholds_that_its_answers_went_by(tops, tmp_path):
+    """Others may answer the training rows alike, but not all that is asked later."""
+    config = config_of("multilabel", tops["multilabel"])
+    inputs = setup.load_inputs(config)
+    train, *validation = inputs.examples.values()
+    how = {"log": None, "validation": {"validation": validation[0]}, "train": train}
+    how |= {"task": inputs.task, "dense": inputs.model.config, "judge": inputs.judge}
+    run = stages.Run(config, tmp_path, **how)
+    reached = run_lib._save_teacher(run, inputs, inputs.params)
+    assert reached["settings"] == KINDS["multilabel"].settings
+    assert reached["scores"] == {"validation": {"macro_f1": pytest.approx(1)}}
+    answers = run.answers(inputs.model, inputs.params, by=run.judge).answers
+    texts = KINDS["multilabel"].cells("validation")["text"]
+    for path in (tops["multilabel"] / "teacher", tmp_path / "teacher"):
+        assert [x["labels"] for x in cofi.pipeline(path)(texts)] == answers
+    # A student has thresholds of its own.
+    assert run.reached(inputs.model, inputs.params)["settings"] != reached["settings"]
 
 
 def test_labels_need_a_teacher_or_a_column(tops, tmp_path):

@@ -74,6 +74,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             log,
             digest,
             speed.table_of(config, inputs.model.config, workdir),
+            inputs.judge,
         )
         return _stages(shared, inputs)
 
@@ -214,7 +215,8 @@ def _save_pruned(run, stair, inputs, models, spec, reached, figures, seconds):
         both = {"dense": reached, "pruned": run.reached(model, params)}
         report = results.collect(run, stair, models, both, figures, seconds)
         if allowed := run.config.prune.max_drop:
-            before, after = (run.answers(*each) for each in models.values())
+            before = run.answers(*models["dense"], by=run.judge)
+            after = run.answers(*models["pruned"])
             report["drop"] = results.drop(report["metric"], before, after, allowed)
         about = {
             "dense": dataclasses.asdict(dense.config),
@@ -235,7 +237,7 @@ def _save_teacher(run, inputs, params) -> dict[str, Any]:
     model, path = inputs.model, run.workdir / "teacher"
 
     def save():
-        about = run.reached(model, params)
+        about = run.reached(model, params, by=run.judge)
         _save(run, "teacher", params, model.config, None, inputs.tokenizer, about)
 
     artefacts.settle(path, run.made_from(params), save)

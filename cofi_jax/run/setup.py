@@ -37,6 +37,8 @@ class Inputs(NamedTuple):
       model: the dense module.
       params: its parameters; those of the teacher with `teacher.path`, else to train.
       tokenizer: the Hugging Face tokenizer.
+      judge: the task with the settings of the teacher, whose answers are the labels;
+        None where rows have labels.
     """
 
     task: Task
@@ -44,6 +46,7 @@ class Inputs(NamedTuple):
     model: Encoder
     params: dict
     tokenizer: Any
+    judge: Task | None = None
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -61,14 +64,14 @@ def load_inputs(config: Config) -> Inputs:
         params, sizes = slicing.keep_width(params, model.config)
         model = Encoder(sizes)
     _check_model(config, task, model.config, tokenizer)
-    examples = {}
+    examples, judge = {}, None if task.label_column else _as_the_teacher(config, task)
     for split in splits:
         texts = columns.pop(split)
         if split != "train" or not task.problem.pools:  # Vectors are not learned so.
             texts = predict.answered(
                 predict.make_predict(model),
                 params,
-                _as_the_teacher(config, task),
+                judge or task,
                 texts,
                 tokenizer,
                 batch_size=config.eval_batch_size,
@@ -79,7 +82,7 @@ def load_inputs(config: Config) -> Inputs:
             tokenizers.check_texts(tokenizer, examples[split], texts, task, **where)
     _check_rows(config, examples["train"])
     teacher_lib.check_teacher_cache(config, model.config, examples["train"])
-    return Inputs(task, examples, model, params, tokenizer)
+    return Inputs(task, examples, model, params, tokenizer, judge)
 
 
 def _prunes_hidden(prune):
@@ -126,7 +129,7 @@ def find_task(config: Config) -> Task:
 def _as_the_teacher(config, task):
     """The task with the settings that were chosen for the teacher."""
     path = config.teacher.path
-    if task.label_column or not saved_model.is_model(path):
+    if not saved_model.is_model(path):
         return task
     own = saved_model.saved_task(path, field="teacher.path")
     return task.with_settings(own.problem.settings)

@@ -122,6 +122,8 @@ class Run:
       inputs: a digest of the config, of the rows and of the model that was loaded.
       times: the content of the table of times, see `evaluation.latency_table`; None
         where parameters are the cost.
+      judge: the task with the settings of the teacher, whose answers are the labels;
+        None where rows have labels.
     """
 
     config: config_lib.Config
@@ -133,6 +135,7 @@ class Run:
     log: log_lib.MetricsLog | distributed.NullLog
     inputs: int = 0
     times: dict[str, Any] | None = None
+    judge: tasks.Task | None = None
 
     @functools.cached_property
     def table(self) -> latency.Table | None:
@@ -153,16 +156,23 @@ class Run:
         """A digest of the run's inputs and of arrays, see `artefacts`."""
         return zlib.crc32(f"{self.inputs} {distributed.digest(trees)}".encode())
 
-    def reached(self, model: Encoder, params: dict) -> dict[str, Any]:
+    def reached(
+        self, model: Encoder, params: dict, by: tasks.Task | None = None
+    ) -> dict[str, Any]:
         """What a model reaches on the validation rows, and by which settings.
+
+        Args:
+          model: the module.
+          params: its parameters.
+          by: the task as it was fitted to the model; None to fit it on training rows.
 
         Returns:
           `scores`    each of the task's metrics, by validation split
           `by_class`  what `metrics.rates` says, on the split that decides
-          `settings`  what `Problem.fit` chose on all training rows
+          `settings`  what `Problem.fit` chose for the model
           The last two are left out where the problem has none.
         """
-        task = self._fitted(model, params, None, self.train)
+        task = by or self._fitted(model, params, None, self.train)
         scores, by_class = {}, {}
         for split, rows in self.validation.items():
             logits = self._logits(model, params, None, rows)
@@ -171,9 +181,14 @@ class Run:
         more = {"by_class": by_class, "settings": dict(task.problem.settings)}
         return {"scores": scores} | {name: part for name, part in more.items() if part}
 
-    def answers(self, model: Encoder, params: dict) -> certificate.Result:
-        """What a model answers on the split that decides, to compare it with others."""
-        task = self._fitted(model, params, None, self.train)
+    def answers(
+        self, model: Encoder, params: dict, by: tasks.Task | None = None
+    ) -> certificate.Result:
+        """What a model answers on the split that decides, to compare it with others.
+
+        The arguments are those of `reached`.
+        """
+        task = by or self._fitted(model, params, None, self.train)
         rows = next(iter(self.validation.values()))
         logits = self._logits(model, params, None, rows)
         return certificate.result(task, rows, logits)
