@@ -374,6 +374,12 @@ def test_ends_of_lines(end, last, tmp_path):
     assert texts_of(tmp_path) == ["warm", "cold"]
 
 
+def test_lines_end_where_those_of_tables_do(tmp_path):
+    """Other letters that part lines or paragraphs in Unicode stand within texts."""
+    (tmp_path / "a.txt").write_bytes("a\u2028b\x85\nc\x0c d\r\ne\rf".encode())
+    assert formats.lines(tmp_path / "a.txt") == ["a\u2028b\x85", "c\x0c d", "e", "f"]
+
+
 @pytest.mark.parametrize(
     "text, said",
     [

@@ -68,7 +68,12 @@ def lines(file: pathlib.Path) -> list[str]:
     """
     if said := files.disguise(file):
         raise Unreadable(said)
-    return _of_text(file, str.splitlines, header=0)
+    return _of_text(file, _lines, header=0)
+
+
+def _lines(text: str) -> list[str]:
+    found = re.split(r"\r\n|\r|\n", text)
+    return found if found[-1] else found[:-1]
 
 
 @contextlib.contextmanager
