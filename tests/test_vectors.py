@@ -389,6 +389,7 @@ def test_quotes_of_pairs_and_of_a_retrieval_set(tmp_path):
         ("sentence1,sentence2,label\na,,1\n", "row 0 .*sentence2='None', must be text"),
         ("sentence1,sentence2,label\na,b,nan\n", "label='nan', must be a finite"),
         ("sentence1,sentence2,label\na,b,1e39\n", "label='1e39', must be a finite"),
+        ("sentence1,sentence2,label\na,b,1_0\n", "label='1_0', must be a finite"),
         ("sentence1,sentence2,label,label\na,b,1,2\n", "has several columns 'label'"),
         ("sentence1,sentence2,label\n", "has no rows"),
     ],

@@ -142,6 +142,8 @@ def _read(field, file, wanted, quoting, number="", maybe=()) -> dict[str, list[A
 
 
 def _number(cell):
+    if isinstance(cell, str) and "_" in cell:  # Python alone reads 1_2 as 12.
+        return None
     try:
         value = float(cell)
     except (OverflowError, TypeError, ValueError):
