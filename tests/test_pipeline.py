@@ -132,3 +132,9 @@ def test_what_is_no_text_is_said_in_one_line(saved, texts, said):
         cofi.pipeline(saved)(texts)
     message = str(caught.value)
     assert message.startswith("texts=") and said in message and message.isprintable()
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "8"])
+def test_what_is_no_size_of_a_batch(saved, size):
+    with pytest.raises(UserError, match=f"^batch_size={size!r}: must be a whole numb"):
+        cofi.pipeline(saved, batch_size=size)

@@ -1,5 +1,6 @@
 """A saved model as a function from texts to answers."""
 
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,12 @@ def pipeline(
       tokenizer knows little of the first texts that it is given.
 
     Raises:
-      UserError: where there is no such model; the function, for other inputs.
+      UserError: where there is no such model, or no text fits into a batch; the
+        function, for other inputs.
     """
+    if not isinstance(batch_size, numbers.Integral) or batch_size < 1:
+        legal = "must be a whole number above 0"
+        raise errors.reject("batch_size", batch_size, legal)
     task = saved_model.saved_task(str(path))
     model, params, _ = saved_model.load_model(path, dtype=dtype)
     tokenizer = saved_model.load_tokenizer(path)
