@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +264,23 @@ def test_masks_fill_the_time_to_a_few_units(asked, multiple):
         )
         widths = (gates["intermediate"] > 0).sum(-1)
         assert widths.any() and not (widths % multiple).any()
+
+
+def test_a_block_stays_up_to_the_largest_speedup():
+    """The most open block is a feed-forward one, which takes too long."""
+    ffn = KNOWN.curves["ffn"]
+    attention = Curve(np.arange(1, 13), 0.1 + 0.22 * np.arange(1, 13))
+    slow = Table(1.0, {"attention": attention, "ffn": ffn._replace(ms=ffn.ms + 0.5)})
+    largest = speedup.largest(DEEP, KINDS, slow)
+    whole, time = seconds(WHOLE, DEEP, slow), latency.cost(slow)
+    assert largest == pytest.approx(whole / (1.0 + 0.1 + 0.22))
+    for seed, share in itertools.product(range(2), (0.7, 0.9, 1)):
+        allowed = whole / (share * largest)
+        target = latency.sparsity_of(share * largest)
+        log_alpha = trained(seed) | {"ffn": trained(seed)["ffn"] + 9}
+        gates = speedup.masks_at(log_alpha, DEEP, target, time, transforms.chain())
+        left = seconds(gates, DEEP, slow)
+        assert left > 1.0 and 0 <= allowed * (1 + 1e-9) - left < 0.22  # of a head
 
 
 def device(gates):

@@ -148,15 +148,17 @@ def masks_at(
             number = too_many
         return opened(full, most)
 
-    best = masks
-    for larger in _larger(masks, log_alpha, soft, fine, config):
-        found = filled(larger)
-        if found is None:
-            break
+    best, larger, found = masks, masks, filled(masks)
+    while found is not None:
         if excess(best) < 0 or excess(found) < excess(best):
             best = found
         if excess(best) <= close:
             break
+        found = None
+        for each in _larger(larger, log_alpha, soft, fine, config):
+            if (found := filled(each)) is not None:
+                larger = each
+                break
     return best
 
 
@@ -195,8 +197,11 @@ def _opening_order(masks, log_alpha, fine, config, multiple):
 
 
 def _larger(masks, log_alpha, soft, fine, config):
-    """Yields the masks, and larger ones: a head more each, then a block more each."""
-    yield masks
+    """Yields larger masks: with a head more, or, if there is none, with a block more.
+
+    The block is the most open one, and then the most open one of the other kind, which
+    may fit where the first one does not.
+    """
     real = real_positions(config)
 
     def most_open(kind, able):
@@ -210,24 +215,21 @@ def _larger(masks, log_alpha, soft, fine, config):
         mask[place] = soft[kind][place]
         return masks | {kind: mask}
 
-    while True:
-        kinds = [kind for kind in _FINE if kind in masks and kind != fine]
-        places = {
-            kind: most_open(kind, (masks[kind] <= 0) & _open_rows(masks, kind)[:, None])
-            for kind in kinds
-        }
-        if not any(places.values()):
-            places = {k: most_open(k, masks[k] <= 0) for k in INNER if k in masks}
-        places = {kind: place for kind, place in places.items() if place is not None}
-        if not places:
-            return
-        kind = max(places, key=lambda kind: log_alpha[kind][places[kind]])
-        masks = opened(masks, kind, places[kind])
+    kinds = [kind for kind in _FINE if kind in masks and kind != fine]
+    places = {
+        kind: most_open(kind, (masks[kind] <= 0) & _open_rows(masks, kind)[:, None])
+        for kind in kinds
+    }
+    if not any(places.values()):
+        places = {k: most_open(k, masks[k] <= 0) for k in INNER if k in masks}
+    places = {kind: place for kind, place in places.items() if place is not None}
+    for kind in sorted(places, key=lambda kind: -log_alpha[kind][places[kind]]):
+        larger = opened(masks, kind, places[kind])
         if (inner := INNER.get(kind)) in masks:  # A block comes with one of its units.
             row = np.zeros(masks[inner].shape, bool)
             row[places[kind]] = True
-            masks = opened(masks, inner, most_open(inner, row))
-        yield masks
+            larger = opened(larger, inner, most_open(inner, row))
+        yield larger
 
 
 def reach(
