@@ -283,6 +283,23 @@ def test_a_block_stays_up_to_the_largest_speedup():
         assert left > 1.0 and 0 <= allowed * (1 + 1e-9) - left < 0.22  # of a head
 
 
+def test_the_largest_speedup_leaves_what_no_mask_can_make_smaller():
+    whole = seconds(WHOLE, DEEP, KNOWN)
+    least = {"attention": 0.49, "ffn": 0.3 + 2.4 * 16 / 384}
+    all_units = {"attention": 0.27 + 0.22 * 12, "ffn": 0.3 + 2.4}
+    for kinds, block in (
+        (KINDS, min(least.values())),
+        (("mha", "ffn"), min(all_units.values())),
+        (("mha", "ffn", "head"), least["attention"]),
+    ):
+        found = speedup.largest(DEEP, kinds, KNOWN)
+        assert found == pytest.approx(whole / (1 + block))
+    only = dataclasses.replace(DEEP, intermediate=(0,) * 12, heads=(0,) * 11 + (3,))
+    found = speedup.largest(only, ("mha", "head"), KNOWN)
+    assert found == pytest.approx((1 + 0.27 + 0.22 * 3) / (1 + least["attention"]))
+    assert speedup.largest(only, ("mha",), KNOWN) == pytest.approx(1)
+
+
 def device(gates):
     """Blocks of a layer that are both there slow each other down, by 8 % in all."""
     both = (gates["mha"] > 0) & (gates["ffn"] > 0)

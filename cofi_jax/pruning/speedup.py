@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import INNER
+from cofi_jax.models.spec import INNER, blocks
 from cofi_jax.pruning import constraint, hard_concrete, latency, transforms
 from cofi_jax.pruning.cost import Cost
 from cofi_jax.pruning.masks import LogAlpha, Masks, mask_shapes, real_positions
@@ -75,8 +75,16 @@ def largest(config: EncoderConfig, kinds: Sequence[str], table: latency.Table) -
     closed = {k: np.zeros(shape) for k, shape in mask_shapes(config, kinds).items()}
     least, whole = time.exact(closed, config), time.exact({}, config)
     if least <= table.overhead:
-        least = least + min(curve.ms[0] for curve in table.curves.values())
+        there = [block for block in blocks(config) if any(block.sizes(config))]
+        times = (_least_time(block, config, kinds, table) for block in there)
+        least = least + min(times, default=0)
     return float(whole / least)
+
+
+def _least_time(block, config, kinds, table):
+    """The time of the fastest block of its name that is not absent."""
+    units, curve = min(filter(None, block.sizes(config))), table.curves[block.name]
+    return np.interp(1 if block.inner in kinds else units, *curve)
 
 
 def masks_at(
