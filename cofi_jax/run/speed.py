@@ -105,6 +105,8 @@ def _read(config, sizes, path, field):
     if removed < 1:
         highest = min(highest, latency.speedup_of(removed))
     if prune.target_speedup[-1] > highest:
+        unit = 10.0 ** (math.floor(math.log10(highest)) - 3)  # four digits
+        highest = math.floor(highest / unit) * unit  # What is named is not refused.
         legal = f"masks of {tuple(prune.kinds)} reach at most {highest:.4g} by the "
         raise reject(_FIELD, prune.target_speedup, f"{legal}table of times")
     return content
@@ -132,7 +134,8 @@ def search(
     """
     time = latency.cost(table)
     share = float(time.exact({}, sizes) / time.exact({}, dense))
-    highest = speedup.largest(sizes, [*log_alpha], table) / share
+    # Rounded upwards, it would be out of reach.
+    highest = (1 - 1e-9) * speedup.largest(sizes, [*log_alpha], table) / share
     multiple = 1
     if config.prune.round_widths:
         liked = transforms.WIDTHS.get(jax.default_backend(), {})
