@@ -29,6 +29,8 @@ Expected: with an encoder of 6 layers, STS-B keeps all of its Spearman correlati
 hour for four targets on two CPU cores, less for fewer.
 """
 
+import math
+
 from cofi_jax.config import Config
 from cofi_jax.data.tasks import OWN
 from cofi_jax.errors import reject
@@ -101,7 +103,14 @@ def _targets(words: list[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         raise reject("targets", ",".join(words), legal)
     asked = tuple(_target(word, word.removesuffix("x")) for word in words) or TARGETS
     usual = SPEEDUPS if speeds else TARGETS
-    on_the_way = [target for target in usual if target < max(asked)]
+    near = {"rel_tol": 0.01} if speeds else {"rel_tol": 0.0, "abs_tol": 1e-4}
+    on_the_way = [
+        target
+        for target in usual
+        if target < max(asked)
+        # Targets that are nearer to each other are refused.
+        and not any(math.isclose(target, each, **near) for each in asked)
+    ]
     targets = tuple(sorted({*asked, *on_the_way}))
     return ((), targets) if speeds else (targets, ())
 

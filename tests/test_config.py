@@ -273,7 +273,13 @@ def test_fast_refuses(argument, words):
 
 
 @pytest.mark.parametrize(
-    "argument, speedups", [("sst2,4x", [2, 4]), ("stsb,3x,12x", [2, 3, 4, 8, 12])]
+    "argument, speedups",
+    [
+        ("sst2,4x", [2, 4]),
+        ("stsb,3x,12x", [2, 3, 4, 8, 12]),
+        ("sst2,2.01x", [2.01]),  # 2x would be no other target.
+        ("sst2,3.97x,4.1x", [2, 3.97, 4.1]),
+    ],
 )
 def test_fast_takes_speedups(argument, speedups):
     config = get_config("fast", argument)
