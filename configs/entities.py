@@ -14,8 +14,8 @@ The teacher learns for 10 epochs, since 3 are too few for so small a set as wiki
 which has 1,122 training rows.
 
 Expected: with an encoder of 6 layers, an entity F1 of 0.705 on wikigold, of which 0.645
-are left at 60 %, 0.639 at 80 % and 0.490 at 95 % (docs/results.md). Time: three quarters
-of an hour on one CPU core.
+are left at 60 %, 0.639 at 80 % and 0.490 at 95 % (docs/results.md). Time: nearly an
+hour on one CPU core.
 """
 
 from cofi_jax.config import Config
