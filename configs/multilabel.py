@@ -11,8 +11,8 @@ the columns and the budget are those of GoEmotions, which has 43,410 rows of `te
 each with a list of `labels`.
 
 Expected: not measured yet with all rows. A teacher of 8,000 rows, in 750 steps, learned
-nothing but the most frequent label (docs/results.md), so do not give it fewer. Time:
-hours on two CPU cores; less with fewer rows for the student, which
+nothing but the most frequent label (docs/results.md), so give the teacher all of them.
+Time: hours on two CPU cores; less with fewer rows for the student, which
 --config.prune.train_rows and --config.finetune.train_rows set.
 """
 

@@ -126,14 +126,17 @@ def without_pictures():
         yield
 
 
-def without_jax(program, code_cache):
-    """What `program` prints as JSON, in a process that cannot import JAX or us.
+WITHOUT_US = ("cofi_jax", "flax", "jax", "jaxlib")
+
+
+def printed_without(packages, program, code_cache):
+    """What `program` prints as JSON, in a process that cannot import the packages.
 
     It copies a folder's code to the `code_cache`, too: in the home folder, several such
     processes would write over each other's.
     """
-    barred = ("cofi_jax", "flax", "jax", "jaxlib")
-    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in barred)]
+    # None in sys.modules is a package that is not there.
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in packages)]
     command = [sys.executable, "-c", "\n".join([*lines, program])]
     env = os.environ | {"HF_HOME": os.path.dirname(code_cache), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow
 import pytest
 import sklearn.metrics
-from conftest import complaint, random_params, without_jax
+from conftest import WITHOUT_US, complaint, printed_without, random_params
 from pyarrow import parquet
 from scipy.special import expit
 
@@ -461,4 +461,6 @@ for form in {forms}:
     found.append(model.predict({PAIRS}).tolist())
 print(json.dumps(found))
 """
-    np.testing.assert_allclose(without_jax(program, code_cache), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        printed_without(WITHOUT_US, program, code_cache), expected, atol=1e-5
+    )

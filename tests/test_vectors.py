@@ -10,7 +10,7 @@ import pyarrow
 import pytest
 import scipy.stats
 import sklearn.metrics
-from conftest import random_params, without_jax
+from conftest import WITHOUT_US, printed_without, random_params
 from pyarrow import parquet
 
 import cofi_jax as cofi
@@ -689,7 +689,7 @@ print(json.dumps(found))
     rows = tokenizer(texts(5), padding=True, truncation=True, max_length=12)
     batch = {name: np.array(rows[name], np.int32) for name in rows}
     expected = apply(SIZES, params, batch).logits
-    for found in without_jax(program, code_cache):
+    for found in printed_without(WITHOUT_US, program, code_cache):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
