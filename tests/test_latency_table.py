@@ -20,8 +20,8 @@ from cofi_jax.evaluation.timing import Timing
 from cofi_jax.export import runtimes
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
+from cofi_jax.pruning import constraint, cost, masks, speedup, transforms
 from cofi_jax.pruning import latency as latency_cost
-from cofi_jax.pruning import masks, speedup, transforms
 from cofi_jax.pruning.slicing import prune, spec_of
 from cofi_jax.run import results, speed, stages
 from cofi_jax.training import log as log_lib
@@ -324,6 +324,7 @@ def test_a_stage_is_cut_to_the_speedup_that_the_clock_shows(
         true = milliseconds(SIZES, 0.08) / milliseconds(small, 0.08)
         assert chosen.measured == pytest.approx(true)
         asked = results._asked(run, stair, small)
+        _beside_stands_what_parameters_would_keep(run, asked, model, student, small)
         assert asked["asked"] == stair.speedup and asked["chosen"] in asked["passes"]
         assert asked["predicted"] == pytest.approx(chosen.predicted)
         student, model = stages.Student(params, jnp.eye(8)), Encoder(small)
@@ -331,6 +332,24 @@ def test_a_stage_is_cut_to_the_speedup_that_the_clock_shows(
     _masks_that_are_not_needed_any_more_have_no_passes(run, model, student)
     said = capsys.readouterr().err
     assert "prune-1.2x: by the table of times, the model before is 1.9" in said
+
+
+def _beside_stands_what_parameters_would_keep(run, asked, model, student, small):
+    """As many parameters, of the same seeds, cut as a run for a sparsity cuts them."""
+    found, sizes = asked["for_parameters"], model.config
+    left, whole = (cost.num_params({}, each) for each in (small, sizes))
+    unit = 2 * 8 + 1
+    assert -1e-3 * whole <= left - found["encoder"] <= 1e-3 * whole + unit
+    seeds = stages._first_log_alpha(run, "prune", model, student.params)
+    target = 1 - left / whole
+    moved = constraint.at_target(seeds, sizes, target)
+    gates = constraint.target_masks(moved, sizes, target)
+    other = spec_of(gates, sizes).config(sizes)
+    assert found["heads"] == list(other.heads)
+    assert found["intermediate"] == list(other.intermediate)
+    time = latency_cost.cost(run.table).exact
+    faster = time({}, SIZES) / time(gates, sizes)
+    assert found["predicted"] == pytest.approx(faster)
 
 
 def _another_table_makes_the_masks_anew(run, stair):
@@ -356,6 +375,7 @@ def _masks_that_are_not_needed_any_more_have_no_passes(run, model, student):
     np.savez(run.workdir / "masks-1.2x.npz", passes=np.ones((2, 4)))
     same, _, _ = stages.learn_masks(run, first, model, student, None)
     assert same is student and stages.passes(run, first) == []
+    assert "for_parameters" not in results._asked(run, first, model.config)
 
 
 def test_the_least_speedup_that_counts_is_a_fraction_of_it():

@@ -541,6 +541,35 @@ def test_a_report_says_what_speedup_was_asked_predicted_and_measured(tmp_path):
     assert "latency.png" not in pages.markdown(make_report(), make_metrics(), "{}")
 
 
+def test_a_structure_for_parameters_stands_beside_that_for_time(tmp_path):
+    report = timed_report()
+    older = tables_lib.table(report)
+    report["target_speedup"]["for_parameters"] = {
+        "hidden": 64,
+        "heads": [1, 1, 0, 3],
+        "intermediate": [90, 0, 10, 0],
+        "encoder": 4_200_000,
+        "predicted": 9.876,
+    }
+    layers = tables_lib.layers(report)
+    assert layers.head[3:] == ("heads for parameters", "FFN width for parameters")
+    assert layers.rows[0] == ("1", "2 / 4", "30 / 256", "1 / 4", "90 / 256")
+    assert layers.rows[2] == ("3", "1 / 4", "absent", "absent", "10 / 256")
+    page = pages.markdown(report, make_metrics(), "{}")
+    said = "4.2 M of them where the model has 4.2 M, and by the table of times 9.88x "
+    for text in (page, tables_lib.table(report)):
+        assert str(layers) in text and f"{said}as fast where it is 11.41x." in text
+    html = pages.run_page(report, make_metrics(), "{}")
+    assert "FFN width for parameters" in html
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    assert tables_lib.read_report(path, "RUN") == report
+    # An older report has neither, like one without a speedup.
+    del report["target_speedup"]["for_parameters"]
+    assert tables_lib.table(report) == older and "for parameters" not in older
+    assert len(tables_lib.layers(report).head) == 3
+
+
 def test_stages_of_speedups_have_their_names():
     steps = [
         {"stage": f"{kind}-{n}x"} for n in (12, 2.5) for kind in ("finetune", "prune")

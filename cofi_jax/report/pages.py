@@ -68,7 +68,7 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         total=total,
         comparison=tables.comparison(report),
         blocks=" attention blocks and ".join(blocks),
-        layers=tables.folded("The same as a table", str(tables.layers(report))),
+        layers=_layers(report),
         stages=tables.stages(metrics),
         family=_family(report),
         classes=_classes(report),
@@ -76,6 +76,12 @@ def markdown(report: Report, metrics: Metrics, config: str) -> str:
         versions=escape(", ".join(versions)),
         config=tables.folded("The exact config of this run", code),
     )
+
+
+def _layers(report):
+    """The table of the layers, and what is said of two of its columns."""
+    table = tables.folded("The same as a table", str(tables.layers(report)))
+    return "\n\n".join(filter(None, [table, tables.for_parameters(report)]))
 
 
 def _family(report):

@@ -251,14 +251,40 @@ def by_class(report: Report) -> Table:
 
 
 def layers(report: Report) -> Table:
-    """The attention heads and the feed-forward width that each layer keeps."""
-    columns = []
-    for key in ("heads", "intermediate"):
-        pairs = zip(report["kept"][key], report["dense"][key], strict=True)
-        columns.append([f"{kept} / {of}" if kept else "absent" for kept, of in pairs])
-    numbers = map(str, range(1, len(columns[0]) + 1))
-    rows = list(zip(numbers, *columns, strict=True))
-    return Table(">>>", ("layer", "heads kept", "FFN width kept"), rows)
+    """The attention heads and the feed-forward width that each layer keeps.
+
+    Two more columns are what it would keep `for_parameters`, where the report has that.
+    """
+    structures = {"kept": report["kept"]}
+    if other := _for_parameters(report):
+        structures["for parameters"] = other
+    columns = {}
+    for name, widths in structures.items():
+        for title, key in (("heads", "heads"), ("FFN width", "intermediate")):
+            pairs = zip(widths[key], report["dense"][key], strict=True)
+            cells = [f"{kept} / {of}" if kept else "absent" for kept, of in pairs]
+            columns[f"{title} {name}"] = cells
+    numbers = map(str, range(1, len(report["dense"]["heads"]) + 1))
+    rows = list(zip(numbers, *columns.values(), strict=True))
+    return Table(">" * (1 + len(columns)), ("layer", *columns), rows)
+
+
+def _for_parameters(report):
+    """What runs that asked for a speedup say, and older ones do not."""
+    return report.get("target_speedup", {}).get("for_parameters")
+
+
+def for_parameters(report: Report) -> str:
+    """The sentence about the structure that no time was asked of; "" without one."""
+    if not (other := _for_parameters(report)):
+        return ""
+    left, own = report["params"]["encoder"]["pruned"], report["target_speedup"]
+    return (
+        "The columns for parameters are what the same log-alphas would keep if the "
+        f"parameters were the cost and not the time: {count(other['encoder'])} of them "
+        f"where the model has {count(left)}, and by the table of times "
+        f"{other['predicted']:.2f}x as fast where it is {own['predicted']:.2f}x."
+    )
 
 
 def drops(report: Report) -> str:
@@ -291,7 +317,8 @@ def drops(report: Report) -> str:
 def table(report: Report) -> str:
     """What `train.py` prints: both models side by side, and every layer."""
     timed = f"Latency on {escape(where(report))}."
-    notes = " ".join(filter(None, [drops(report), agreement(report), timed]))
+    said = [drops(report), agreement(report), for_parameters(report), timed]
+    notes = " ".join(filter(None, said))
     return f"{comparison(report)}\n\n{notes}\n\n{layers(report)}"
 
 

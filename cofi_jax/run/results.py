@@ -1,5 +1,6 @@
 """The report of a run: the content of `report.json`, and all that is drawn from it."""
 
+import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
@@ -106,16 +107,27 @@ def collect(
 
 
 def _asked(run, stair, sizes):
-    """What was asked, predicted and measured, and how it was found."""
+    """What was asked, predicted and measured, how it was found, and beside what."""
     time = latency_lib.cost(run.table)
     tried = [each._asdict() for each in stages.passes(run, stair)]
-    return {
+
+    def predicted(sizes):
+        return float(time.exact({}, run.dense) / time.exact({}, sizes))
+
+    found = {
         "asked": stair.speedup,
-        "predicted": float(time.exact({}, run.dense) / time.exact({}, sizes)),
+        "predicted": predicted(sizes),
         "chosen": tried[0] if tried else None,
         "passes": tried[1:],
         "table": run.times,
     }
+    if widths := stages.for_parameters(run, stair):
+        other = dataclasses.replace(sizes, **widths)
+        found["for_parameters"] = other.widths() | {
+            "encoder": cost.num_params({}, other),
+            "predicted": predicted(other),
+        }
+    return found
 
 
 def drop(

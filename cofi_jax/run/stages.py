@@ -31,12 +31,13 @@ from cofi_jax.evaluation import latency_table, predict
 from cofi_jax.export import certificate
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
-from cofi_jax.models.spec import KINDS
+from cofi_jax.models.spec import KINDS, blocks
 from cofi_jax.pruning import constraint, latency, transforms
 from cofi_jax.pruning import masks as masks_lib
 from cofi_jax.pruning.cost import PARAMETERS, Cost, exact_sparsity
 from cofi_jax.pruning.importance import magnitude, seed_log_alpha
 from cofi_jax.pruning.masks import LogAlpha, Masks
+from cofi_jax.pruning.slicing import spec_of
 from cofi_jax.pruning.speedup import Pass
 from cofi_jax.run import artefacts, speed, structure
 from cofi_jax.training import importance, loop, objectives, step
@@ -46,7 +47,8 @@ from cofi_jax.training.teacher import TeacherCache
 
 # The final masks may miss the target by this much, see `constraint.final_masks`.
 _TOLERANCE = 1e-3
-_PASSES = "passes"  # the name of an array beside the masks, see `passes`
+# The names of arrays beside the masks, see the functions of these names.
+_PASSES, _FOR_PARAMETERS = "passes", "for_parameters"
 
 
 class Stair(NamedTuple):
@@ -142,7 +144,7 @@ class Run:
         """The table of times; None where parameters are the cost."""
         return self.times and latency_table.table(self.times)
 
-    @property
+    @functools.cached_property
     def cost(self) -> Cost:
         """What the targets are fractions of."""
         return latency.cost(self.table) if self.table else PARAMETERS
@@ -508,17 +510,24 @@ class _Cut:
         run, sizes, settings = self.run, self.model.config, self.run.config.prune
         if settings.by_hand:
             return self._by_hand(log_alpha), []
+        if not run.table:
+            return self.for_parameters(log_alpha, self._target), []
         if settings.constraint == "exact":
-            log_alpha = self._at_target(log_alpha)
-        if run.table:
-            how = self.stair.speedup, run.table, self._settle
-            found = speed.search(run.config, run.dense, sizes, log_alpha, *how)
-            return found.masks, [found.chosen, *found.passes]
+            log_alpha = self._at_target(log_alpha, self._target, run.cost)
+        how = self.stair.speedup, run.table, self._settle
+        found = speed.search(run.config, run.dense, sizes, log_alpha, *how)
+        return found.masks, [found.chosen, *found.passes]
+
+    def for_parameters(self, log_alpha: LogAlpha, target: float) -> Masks:
+        """Returns masks that remove this fraction of the parameters of the model."""
+        sizes, settings = self.model.config, self.run.config.prune
+        if settings.constraint == "exact":
+            log_alpha = self._at_target(log_alpha, target, PARAMETERS)
         transform = self._settle
         if settings.round_widths:
             rounded = transforms.round_to_device(config=sizes)
             transform = transforms.chain(transform, rounded)
-        return constraint.final_masks(log_alpha, sizes, self._target, transform), []
+        return constraint.final_masks(log_alpha, sizes, target, transform)
 
     def _masks(self, log_alpha):
         settings = self.run.config.prune
@@ -527,7 +536,7 @@ class _Cut:
         if settings.constraint == "lagrangian":
             return masks_lib.evaluation_masks(log_alpha)
         # Any state can be cut to the target, also while that still rises.
-        log_alpha = self._at_target(log_alpha)
+        log_alpha = self._at_target(log_alpha, self._target, self.run.cost)
         aim = self._target, self.stair.tolerance, self.run.cost
         masks = constraint.target_masks(log_alpha, self.model.config, *aim)
         return self._settle(masks)
@@ -544,11 +553,12 @@ class _Cut:
 
     @functools.cached_property
     def _at_target(self):
-        """Compiles the bisection once, not at each evaluation."""
+        """Compiles the bisection once for each cost, not at each evaluation."""
         return jax.jit(
-            lambda log_alpha: constraint.at_target(
-                log_alpha, self.model.config, self._target, self.run.cost
-            )
+            lambda log_alpha, target, cost: constraint.at_target(
+                log_alpha, self.model.config, target, cost
+            ),
+            static_argnums=2,
         )
 
     @functools.cached_property
@@ -612,8 +622,15 @@ def _final_masks(cut: _Cut, log_alpha: LogAlpha) -> Masks:
         if not (stair.speedup or removed >= stair.target - _TOLERANCE):
             text = f"masks of sparsity {removed:.4f} miss target {stair.target}"
             raise RuntimeError(text)
+        beside = {}
+        if passes:
+            sizes = cut.model.config
+            other = cut.for_parameters(log_alpha, exact_sparsity(found, sizes))
+            sizes = spec_of(other, sizes).config(sizes)
+            widths = [block.sizes(sizes) for block in blocks(sizes)]
+            beside = {_PASSES: passes, _FOR_PARAMETERS: widths}
         file = io.BytesIO()
-        np.savez(file, **found, **({_PASSES: np.array(passes)} if passes else {}))
+        np.savez(file, **found, **{k: np.array(v) for k, v in beside.items()})
         files.write_atomically(path, file.getvalue())
 
     artefacts.settle(
@@ -634,11 +651,26 @@ def passes(run: Run, stair: Stair) -> list[Pass]:
 
     There are none where the model before was fast enough by the table.
     """
+    return [Pass(*each) for each in _beside(run, stair, _PASSES)]
+
+
+def for_parameters(run: Run, stair: Stair) -> dict[str, tuple[int, ...]]:
+    """What would be left of the layers if parameters were the cost, not the time.
+
+    It follows from the log-alphas that the masks follow from, and leaves as many
+    parameters. There is none where `passes` has none.
+    """
+    rows = zip(blocks(run.dense), _beside(run, stair, _FOR_PARAMETERS), strict=False)
+    return {block.widths: tuple(row) for block, row in rows}
+
+
+def _beside(run, stair, name):
+    """The rows of an array beside the masks, as lists; there may be none."""
     path = _masks_path(run, stair)
     if not path.exists():
         return []
     with np.load(path) as file:
-        return [Pass(*each) for each in file.get(_PASSES, np.zeros((0, 4))).tolist()]
+        return file[name].tolist() if name in file else []
 
 
 def finetune(
