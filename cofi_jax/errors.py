@@ -1,5 +1,6 @@
 """The one shape of every complaint and of every warning, each in one line."""
 
+import math
 import sys
 from typing import Any
 
@@ -28,6 +29,15 @@ def reject(field: str, value: Any, legal: str) -> UserError:
     What is legal may quote the message of another error, or text of a file.
     """
     return UserError(f"{printable(field)}={value!r}: {printable(legal)}")
+
+
+def at_most(highest: float) -> str:
+    """Names the largest legal value with four digits, rounded down.
+
+    What a complaint names is then legal itself.
+    """
+    unit = 10.0 ** (math.floor(math.log10(highest)) - 3) if highest > 0 else 1.0
+    return f"at most {math.floor(highest / unit) * unit:.4g}"
 
 
 def warn(text: str) -> None:

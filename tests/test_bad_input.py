@@ -24,6 +24,7 @@ from cofi_jax import UserError
 from cofi_jax.checkpoints import huggingface, saved_model
 from cofi_jax.config import Prune
 from cofi_jax.data import tasks, toy
+from cofi_jax.errors import at_most, reject
 from cofi_jax.models.bert import init_params
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS
@@ -1008,6 +1009,31 @@ def test_run_of_another_config_is_left_alone(there, begun, capsys):
     line = complaint(capsys, *arguments, "--config.prune.targets=0.75")
     check(line, f"workdir='{begun}'", "prune.targets=[0.5]", "0.75", "--workdir")
     assert tree(begun) == before
+
+
+def test_the_largest_legal_value_that_is_named_is_legal():
+    for highest in (0.0, 1.0, *np.geomspace(1e-9, 999.9, 200)):
+        named = float(at_most(highest).removeprefix("at most "))
+        assert 0.999 * highest <= named <= highest
+
+
+def test_a_speedup_that_the_table_refuses_leaves_the_folder_free(
+    there, tmp_path, monkeypatch, capsys
+):
+    """Another one may be asked for there, and finds the table that was measured."""
+
+    def table_of(config, sizes, workdir):
+        (workdir / "latency.json").touch()
+        raise reject("prune.target_speedup", config.prune.target_speedup, "at most 3")
+
+    monkeypatch.setattr(run.speed, "table_of", table_of)
+    workdir = tmp_path / "run"
+    arguments = [f"--config={there['config']}", f"--workdir={workdir}"]
+    arguments += ["--config.prune.targets=()", "--config.prune.kinds=head,ffn"]
+    for asked in ("8", "7"):
+        line = complaint(capsys, *arguments, f"--config.prune.target_speedup={asked}")
+        check(line, f"prune.target_speedup=({asked},)", "at most 3")
+    assert {path.name for path in workdir.iterdir()} == {".lock", "latency.json"}
 
 
 def test_run_at_work_is_left_alone(there, begun, capsys):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from cofi_jax.errors import reject, warn
+from cofi_jax.errors import at_most, reject, warn
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import INNER, KINDS
 from cofi_jax.pruning import hard_concrete
@@ -308,7 +308,7 @@ def meet_target(
 
     def apply(masks):
         if (highest := most_removable(config, tuple(masks), cost)) < target:
-            legal = f"masks of {tuple(masks)} reach at most {highest:.3f}"
+            legal = f"masks of {tuple(masks)} reach {at_most(highest)}"
             raise reject("target", target, legal)
         order = _closing_order(masks)
 

@@ -50,12 +50,19 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     digest = setup.digest(config, inputs)
     distributed.check_same("rows and model", lambda: digest)
     with contextlib.ExitStack() as held:
-        node, token = distributed.on_process_zero(lambda: _begin(config, workdir, held))
+        node, token = distributed.on_process_zero(lambda: _begin(workdir, held))
         with distributed.raise_together():
             lock = workdir / ".lock"
             if not lock.exists() or lock.read_text() != token:
                 legal = "must be one folder that all processes see"
                 raise reject("workdir", str(workdir), legal)
+        table = speed.table_of(config, inputs.model.config, workdir)
+        # From here on the folder is of this config. A speedup that the table refuses
+        # leaves nothing but the table, for the run that asks for a legal one.
+        text = config_lib.to_json(config)
+        distributed.on_process_zero(
+            lambda: files.write_atomically(workdir / "config.json", text)
+        )
         held.enter_context(compiled_in(workdir / f"compiled-{node}"))
         log = distributed.NullLog()
         if distributed.is_first():
@@ -73,7 +80,7 @@ def run(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             validation,
             log,
             digest,
-            speed.table_of(config, inputs.model.config, workdir),
+            table,
             inputs.judge,
         )
         return _stages(shared, inputs)
@@ -149,8 +156,8 @@ def _finished(config, workdir) -> dict[str, Any] | None:
     return report if report == results.of_run(saved) else None
 
 
-def _begin(config, workdir, held) -> tuple[str, str]:
-    """Locks the folder for as long as `held` is, and writes down the config.
+def _begin(workdir, held) -> tuple[str, str]:
+    """Locks the folder for as long as `held` is.
 
     Returns:
       The machine's name, and what now stands in the lock.
@@ -165,7 +172,6 @@ def _begin(config, workdir, held) -> tuple[str, str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise reject("workdir", str(workdir), "another run is at work") from error
-    files.write_atomically(workdir / "config.json", config_lib.to_json(config))
     token = f"{platform.node()} {time.time_ns()}"
     lock.truncate(0)
     lock.write(token)

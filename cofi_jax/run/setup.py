@@ -16,7 +16,7 @@ from cofi_jax.checkpoints.load import load_hugging_face
 from cofi_jax.config import Config, Model, flatten
 from cofi_jax.data import batches, sources, tasks, toy
 from cofi_jax.data.tasks import Task
-from cofi_jax.errors import reject, warn
+from cofi_jax.errors import at_most, reject, warn
 from cofi_jax.evaluation import predict
 from cofi_jax.models.bert import Encoder, init_params
 from cofi_jax.models.config import EncoderConfig
@@ -297,7 +297,7 @@ def _check_model(
         raise reject(
             "prune.targets",
             config.prune.targets,
-            f"masks of {tuple(config.prune.kinds)} reach at most {highest:.3f}",
+            f"masks of {tuple(config.prune.kinds)} reach {at_most(highest)}",
         )
 
 

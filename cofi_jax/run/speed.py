@@ -9,7 +9,7 @@ import jax
 
 from cofi_jax import distributed
 from cofi_jax.config import Config
-from cofi_jax.errors import reject, warn
+from cofi_jax.errors import at_most, reject, warn
 from cofi_jax.evaluation import latency as timed
 from cofi_jax.evaluation import latency_table, timing
 from cofi_jax.export import runtimes
@@ -105,10 +105,8 @@ def _read(config, sizes, path, field):
     if removed < 1:
         highest = min(highest, latency.speedup_of(removed))
     if prune.target_speedup[-1] > highest:
-        unit = 10.0 ** (math.floor(math.log10(highest)) - 3)  # four digits
-        highest = math.floor(highest / unit) * unit  # What is named is not refused.
-        legal = f"masks of {tuple(prune.kinds)} reach at most {highest:.4g} by the "
-        raise reject(_FIELD, prune.target_speedup, f"{legal}table of times")
+        legal = f"masks of {tuple(prune.kinds)} reach {at_most(highest)} by the table "
+        raise reject(_FIELD, prune.target_speedup, f"{legal}of times")
     return content
 
 
@@ -182,8 +180,9 @@ class Clock:
         self._dense = self._open(dense)
 
     def _open(self, sizes):
-        # The time does not depend on what the parameters are.
-        return self._opener(latency_table.random_params(sizes), sizes)
+        with timing.memory_suffices(self._how.batch_size, self._how.seq_length):
+            # The time does not depend on what the parameters are.
+            return self._opener(latency_table.random_params(sizes), sizes)
 
     def speedup(self, sizes: EncoderConfig) -> tuple[float, float]:
         """Returns the speedup of a model, and its standard error as a fraction of it.
