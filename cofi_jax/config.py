@@ -222,6 +222,9 @@ class Prune(Stage):
     seed_batches: int = _count(40)  # batches that importance is measured on
     seed_spread: float = _weight(30.0)  # from the most to the least important mask
     round_widths: bool = True  # up to what the device likes: transforms.round_to_device
+    # Batches that the output projections of a sliced model are fitted on, before it is
+    # fine-tuned; with 0 they are not: training.reconstruction.
+    reconstruction_batches: int = _count(0, least=0)
     sparsity_epsilon: float = _weight(0.01)  # so close to the target counts as met
     prepruning_epochs: int = _count(1, least=0)  # distillation before any mask moves
     warmup_epochs: int = _count(2, least=0)  # in which the target rises
@@ -235,6 +238,13 @@ class Prune(Stage):
     def by_hand(self) -> bool:
         """Whether a structure is given by hand."""
         return self.structure != Structure()
+
+    @property
+    def cuts_hidden(self) -> bool:
+        """Whether hidden dimensions are cut."""
+        if self.by_hand:
+            return self.structure.hidden < 1
+        return "hidden" in self.kinds
 
 
 @dataclasses.dataclass
@@ -329,6 +339,11 @@ def validate(config: Config) -> None:
                 f"must be at most {_BOUNDED_SPREAD} with prune.constraint='lagrangian'"
             )
             raise reject("prune.seed_spread", prune.seed_spread, legal)
+    if prune.reconstruction_batches and prune.cuts_hidden:
+        legal = "must be 0 where hidden dimensions are cut, which the fit would miss"
+        raise reject(
+            "prune.reconstruction_batches", prune.reconstruction_batches, legal
+        )
     left = prune.epochs - prune.prepruning_epochs
     if prune.warmup_epochs > left:
         legal = f"must be at most {left}, the epochs left after prune.prepruning_epochs"

@@ -367,6 +367,11 @@ COMMANDS = {
         ["prune.targets=()", "prune.target_speedup=8"],
         [f"prune.kinds={KINDS}", "without 'hidden'"],
     ),
+    "reconstruction of hidden dimensions": (
+        "config",
+        ["prune.reconstruction_batches=8"],
+        ["prune.reconstruction_batches=8", "must be 0 where hidden dimensions are cut"],
+    ),
     "speedup of a structure by hand": (
         "config",
         [

@@ -1,6 +1,7 @@
 """Models whose structure is given by hand or follows from one look at the gradients."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,16 @@ def test_a_structure_goes_with_masks_that_are_not_learned():
         config_lib.validate(config)
 
 
+def test_a_fit_needs_all_hidden_dimensions():
+    """A structure by hand does not read the kinds of masks, among which they may be."""
+    config = baselines.get_config("stsb,every,2")
+    config.prune.reconstruction_batches, config.prune.kinds = 2, ("hidden",)
+    config_lib.validate(config)
+    config.prune.structure.hidden = 0.5
+    with pytest.raises(UserError, match="prune.reconstruction_batches=2: must be 0"):
+        config_lib.validate(config)
+
+
 def test_magnitude_is_the_squares_that_slicing_takes_away(tiny):
     """Each mask is closed alone, and the parameters of the blocks are counted."""
     params = random_params(tiny, seed=3)
@@ -190,6 +201,46 @@ def test_every_second_layer_of_the_teacher(tmp_path):
     assert report["masked_vs_sliced_max_abs_diff"] < 1e-4
     _, _, spec = saved_model.load_model(workdir / "pruned")
     assert spec.heads == ((0, 1), ())
+
+
+def test_a_cut_model_is_fitted_before_it_trains(tmp_path, capsys):
+    """The fit is kept as a file, which is made anew where it is damaged."""
+    config = shrunk(baselines.get_config("stsb,every,2"))
+    config.prune.reconstruction_batches = 2
+    fit = tmp_path / "reconstruction.npz"
+
+    def saved():
+        report = run_lib.run(config, tmp_path)
+        params, *_ = saved_model.load_model(tmp_path / "pruned")
+        return report, jax.device_get(params)
+
+    report, params = saved()
+    (line,) = re.findall(r"reconstructed: .* (\S+)\n", capsys.readouterr().out)
+    before = report["pruned"]["score_before_finetune"]
+    assert float(line) == pytest.approx(before, abs=1e-4)
+    kept = fit.read_bytes()
+    for damage in (fit.unlink, lambda: fit.write_bytes(kept[:-100])):
+        damage()
+        (tmp_path / "report.json").unlink()
+        again, same = saved()
+        assert again["pruned"] == report["pruned"] and fit.read_bytes() == kept
+        jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def test_a_model_of_which_nothing_is_cut_is_not_fitted_anew(tiny, monkeypatch):
+    """It has recovered from the cuts before, which a fit would undo in part."""
+    params, config = random_params(tiny, 0), config_lib.Config()
+    config.prune.reconstruction_batches = 2
+    monkeypatch.setattr(stages.Run, "score", lambda *_: 0.0)
+    monkeypatch.setattr(stages.Run, "exact_logits", lambda *_: np.zeros((1, 3)))
+    task = tasks.find(config.data)
+    run = stages.Run(config, None, task, tiny, None, {}, None)
+    student = stages.Student(params, jnp.eye(tiny.hidden_size))
+    model, masks = Encoder(tiny), {"hidden": jnp.ones(tiny.hidden_size)}
+    (stair,) = stages.stairs((0.5,))
+    same, left, *_ = run_lib._slice(run, stair, model, student, masks, None)
+    assert same == model
+    jax.tree.map(np.testing.assert_array_equal, left.params, params)
 
 
 def masks_of_no_step(config, workdir, monkeypatch):

@@ -50,6 +50,12 @@ class Block(NamedTuple):
         """The name of the LayerNorm of the block in the parameters of a layer."""
         return f"{self.name}_norm"
 
+    @property
+    def output(self) -> str:
+        """The name of the linear module that writes to the hidden states."""
+        axes = self.modules.items()
+        return next(name for name, (kernel, _) in axes if kernel.endswith("D"))
+
     def sizes(self, config: EncoderConfig) -> tuple[int, ...]:
         """Returns the number of units of each layer."""
         return getattr(config, self.widths)

@@ -193,10 +193,11 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
     model, spec, reports = dense, None, []
     targets = structure.targets(config.prune, dense.config)
     for stair in stages.stairs(targets, config.prune.target_speedup):
+        whole = model, student.params
         student, masks, seconds[f"prune{stair.suffix}"] = stages.learn_masks(
             run, stair, model, student, teacher
         )
-        model, student, cut, figures = _slice(run, stair, model, student, masks)
+        model, student, cut, figures = _slice(run, stair, whole, student, masks)
         spec = cut if spec is None else spec.compose(cut)
         student, seconds[f"finetune{stair.suffix}"] = stages.finetune(
             run, stair, model, student, teacher
@@ -254,13 +255,21 @@ def _save_teacher(run, inputs, params) -> dict[str, Any]:
     return reached
 
 
-def _slice(run, stair, model, student, masks):
-    """The smaller model, which computes what the masked one computes.
+def _slice(run, stair, whole, student, masks):
+    """The smaller model, which computes what the masked one does until it is fitted.
+
+    Args:
+      run: the run.
+      stair: the model that is made.
+      whole: the module that is cut, with its parameters before masks were learned.
+      student: the parameters that the masks were learned with.
+      masks: the final masks.
 
     Returns:
       The module, the student with its parameters, what was kept of `model`, and the
       part of the report that is known before fine-tuning.
     """
+    model, _ = whole
     masked = run.exact_logits(model, student.params, masks)
     params, spec = slicing.prune(student.params, masks, model.config)
     small = Encoder(spec.config(model.config))
@@ -275,6 +284,11 @@ def _slice(run, stair, model, student, masks):
         f"from the masked model by at most {difference:.1e}",
         flush=True,
     )
+    # A model that stays as it is has recovered already, with LayerNorms of its own.
+    if run.config.prune.reconstruction_batches and small != model:
+        params = stages.reconstruct(run, stair, small, params, whole)
+        score = run.score(small, params)
+        print(f"reconstructed{stair.suffix}: {metric} {score:.4f}", flush=True)
     student = stages.Student(params, student.projection[np.asarray(spec.hidden)])
     return small, student, spec, results.Slicing(removed, score, float(difference))
 

@@ -60,7 +60,7 @@ def load_inputs(config: Config) -> Inputs:
     splits = ("train", *task.validation)
     task, columns = sources.load(task, splits)
     model, params, tokenizer = load_teacher(config, task)
-    if task.problem.pools and _prunes_hidden(config.prune):
+    if task.problem.pools and config.prune.cuts_hidden:
         params, sizes = slicing.keep_width(params, model.config)
         model = Encoder(sizes)
     _check_model(config, task, model.config, tokenizer)
@@ -83,12 +83,6 @@ def load_inputs(config: Config) -> Inputs:
     _check_rows(config, examples["train"])
     teacher_lib.check_teacher_cache(config, model.config, examples["train"])
     return Inputs(task, examples, model, params, tokenizer, judge)
-
-
-def _prunes_hidden(prune):
-    if prune.by_hand:
-        return prune.structure.hidden < 1
-    return "hidden" in prune.kinds
 
 
 def find_task(config: Config) -> Task:

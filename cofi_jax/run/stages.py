@@ -1,11 +1,11 @@
 """The stages of a run: calls of the same `fit` with another objective.
 
-teacher -> prepruning -> prune -> (slice) -> finetune
+teacher -> prepruning -> prune -> (slice, reconstruct) -> finetune
 
-With several targets, prune, slice and finetune run once for each of them, like the
-steps of a stair: each cuts the model that the one before has made. In a stage without a
-step, prune takes the masks that follow from the seeds, or a structure given by hand;
-they are 0 or 1.
+With several targets, all from prune on run once for each of them, like the steps of a
+stair: each cuts the model that the one before has made. In a stage without a step,
+prune takes the masks that follow from the seeds, or a structure given by hand; they are
+0 or 1.
 """
 
 import dataclasses
@@ -14,12 +14,13 @@ import io
 import itertools
 import pathlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from cofi_jax import config as config_lib
 from cofi_jax import distributed, files
@@ -29,7 +30,7 @@ from cofi_jax.data.metrics import main_score
 from cofi_jax.errors import warn
 from cofi_jax.evaluation import latency_table, predict
 from cofi_jax.export import certificate
-from cofi_jax.models.bert import Encoder
+from cofi_jax.models.bert import Batch, Encoder
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.models.spec import KINDS, blocks
 from cofi_jax.pruning import constraint, latency, transforms
@@ -40,7 +41,7 @@ from cofi_jax.pruning.masks import LogAlpha, Masks
 from cofi_jax.pruning.slicing import spec_of
 from cofi_jax.pruning.speedup import Pass
 from cofi_jax.run import artefacts, speed, structure
-from cofi_jax.training import importance, loop, objectives, step
+from cofi_jax.training import importance, loop, objectives, reconstruction, step
 from cofi_jax.training import log as log_lib
 from cofi_jax.training.objectives import whole_params
 from cofi_jax.training.teacher import TeacherCache
@@ -590,21 +591,26 @@ def _first_log_alpha(run, stage, model, params) -> LogAlpha:
 
 def _importance(run, stage, model, params, kinds) -> Masks:
     settings = run.config.prune
-    stream = batches.stream(
-        run._rows(stage),
-        batch_size=settings.batch_size // settings.micro_batches,
-        buckets=run.buckets,
-        seed=run.config.seed,
-        stage=f"importance of {stage}",
-    )
-    some = itertools.islice(stream, settings.seed_batches)
     return importance.importance(
         model,
         distributed.replicate(params),
-        (distributed.shard(batch) for _, batch in some),
+        _some_batches(run, f"importance of {stage}", settings.seed_batches),
         kinds=kinds,
         labels=bool(run.task.label_column),  # It has no loss by its own answers.
     )
+
+
+def _some_batches(run, purpose, count) -> Iterator[Batch]:
+    """The first batches of an epoch of the rows of pruning, without row numbers."""
+    settings = run.config.prune
+    stream = batches.stream(
+        run._rows("prune"),
+        batch_size=settings.batch_size // settings.micro_batches,
+        buckets=run.buckets,
+        seed=run.config.seed,
+        stage=purpose,
+    )
+    return (distributed.shard(batch) for _, batch in itertools.islice(stream, count))
 
 
 def _final_masks(cut: _Cut, log_alpha: LogAlpha) -> Masks:
@@ -629,9 +635,8 @@ def _final_masks(cut: _Cut, log_alpha: LogAlpha) -> Masks:
             sizes = spec_of(other, sizes).config(sizes)
             widths = [block.sizes(sizes) for block in blocks(sizes)]
             beside = {_PASSES: passes, _FOR_PARAMETERS: widths}
-        file = io.BytesIO()
-        np.savez(file, **found, **{k: np.array(v) for k, v in beside.items()})
-        files.write_atomically(path, file.getvalue())
+        arrays = found | {k: np.array(v) for k, v in beside.items()}
+        _write_arrays(path, arrays)
 
     artefacts.settle(
         path,
@@ -671,6 +676,44 @@ def _beside(run, stair, name):
         return []
     with np.load(path) as file:
         return file[name].tolist() if name in file else []
+
+
+def reconstruct(
+    run: Run,
+    stair: Stair,
+    model: Encoder,
+    params: dict,
+    whole: tuple[Encoder, dict],
+) -> dict:
+    """Fits the sliced `model` to the one before, a module and its parameters.
+
+    As with masks, the result is always read from its file, since it depends in its last
+    bits on the kind of device.
+    """
+    stage = f"reconstruction{stair.suffix}"
+    path, count = run.workdir / f"{stage}.npz", run.config.prune.reconstruction_batches
+
+    def make():
+        found = reconstruction.reconstruct(
+            model,
+            distributed.replicate(params),
+            whole[0],
+            distributed.replicate(whole[1]),
+            _some_batches(run, stage, count),
+        )
+        layers = {k: v for k, v in found.items() if k.startswith("layer_")}
+        arrays = traverse_util.flatten_dict(distributed.fetch(layers), sep="/")
+        distributed.on_process_zero(lambda: _write_arrays(path, arrays))
+
+    artefacts.settle(path, run.made_from(params, whole[1]), make)
+    with np.load(path) as file:
+        return params | traverse_util.unflatten_dict(dict(file), sep="/")
+
+
+def _write_arrays(path, arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    files.write_atomically(path, file.getvalue())
 
 
 def finetune(
