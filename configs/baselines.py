@@ -1,4 +1,4 @@
-"""Baselines that learn no masks, with the training that fast.py gives its models.
+"""Baselines: other structures than fast.py's, with the training of its models.
 
     python train.py --config configs/baselines.py:stsb,every,2 \
         --config.teacher.path=runs/fast-stsb/teacher --config.data.path=path/to/stsb
@@ -43,8 +43,8 @@ def get_config(argument: str = "sst2,every,2") -> Config:
         raise reject("baseline", name, f"must be one of {', '.join(NAMES)}")
     config = fast.get_config(task)
     prune = config.prune
-    config.finetune.epochs = 5 * prune.epochs
-    prune.epochs = prune.warmup_epochs = prune.recover_epochs = 0
+    config.finetune.epochs += prune.recover_epochs
+    prune.recover_epochs = prune.reconstruction_batches = 0
     prune.targets = (0.8,)
     if name == "first":
         prune.structure.layers = f":{_count(size)}"
