@@ -266,7 +266,7 @@ def _slice(run, stair, whole, student, masks):
       masks: the final masks.
 
     Returns:
-      The module, the student with its parameters, what was kept of `model`, and the
+      The module, the student with its parameters, what was kept of `whole`, and the
       part of the report that is known before fine-tuning.
     """
     model, _ = whole

@@ -51,10 +51,11 @@ def reconstruct(
     whole_params: dict,
     batches: Iterable[Batch],
 ) -> dict:
-    """Fits the output projections of a sliced model to the hidden states before.
+    """Fits a sliced model to the hidden states of the model that it was cut from.
 
-    Where blocks behind a block are gone, it is fitted to the sum in front of the
-    LayerNorm of the last one of them, and takes over that LayerNorm.
+    What changes are the output projections and the LayerNorms. Where blocks behind a
+    block are gone, the block is fitted to the sum in front of the LayerNorm of the last
+    one of them, and takes over that LayerNorm.
 
     Args:
       model: the module of the sliced model.
@@ -112,17 +113,16 @@ def reconstruct(
 def _places(model, whole) -> list[list[tuple[Block, tuple[int, Block]]]]:
     """Returns for each layer its blocks, and where in `whole` each is fitted."""
     found: list[list] = []
+    latest: list = []  # of the layer with the last block so far
     for layer in range(len(model.config.heads)):
         found.append([])
         for block in blocks(model.config):
             if block.sizes(model.config)[layer]:
-                found[-1].append((block, (layer, block)))
-            elif block.sizes(whole.config)[layer]:
-                # It is gone, so the block before it, if there is one, is fitted here.
-                for earlier in reversed(found):
-                    if earlier:
-                        earlier[-1] = (earlier[-1][0], (layer, block))
-                        break
+                latest = found[-1]
+                latest.append((block, (layer, block)))
+            elif block.sizes(whole.config)[layer] and latest:
+                # It is gone, so the block before it is fitted here.
+                latest[-1] = latest[-1][0], (layer, block)
     return found
 
 

@@ -18,7 +18,6 @@ from cofi_jax.errors import reject
 
 # A probability may be so far outside of [0, 1] by the rounding of what computed it.
 _BEYOND = 1e-6
-
 _ROUNDING = 0.1  # that the sum of probabilities may be off, written with few digits
 
 
