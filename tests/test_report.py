@@ -456,10 +456,18 @@ def test_loss_below_zero_is_drawn_on_a_linear_scale():
 
 def test_course_of_nothing_is_empty(tmp_path, recwarn):
     path = tmp_path / "sparsity.png"
-    sparsity, scores = figures.save(draw_course([]), path).axes
+    (scores,) = figures.save(draw_course([]), path).axes
     assert_png(path)
-    assert not sparsity.lines and not recwarn
-    assert [line.get_label() for line in scores.lines] == ["dense"]
+    assert [line.get_label() for line in scores.lines] == ["dense"] and not recwarn
+
+
+def test_course_without_learned_masks_is_that_of_the_recovery():
+    """The one evaluation before a cut is no curve of the sparsity."""
+    cut = {"stage": "prune", "step": 0, "score": 0.5, "sparsity": 0.6}
+    metrics = [x for x in make_metrics() if x["stage"] == "finetune"]
+    scores, losses = draw_course([cut, *metrics]).axes
+    assert scores.get_ylabel() != "sparsity" and losses.get_ylabel() == "loss"
+    assert losses.get_xlabel() == "optimizer step of the fine-tuning stage"
 
 
 @pytest.mark.parametrize("layers", [4, 12])

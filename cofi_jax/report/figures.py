@@ -121,21 +121,8 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
       report: the content of its `report.json`.
       metrics: the lines of its `metrics.jsonl`.
     """
-    expected = [x["expected_sparsity"] for x in metrics if "expected_sparsity" in x]
-    reached = f", which ends at {percent(expected[-1])}" if expected else ""
-    if lag := _lag(metrics):
-        reached += f" and is {lag}"
-    removed = "removed time" if "target_speedup" in report else "sparsity"
     best = ", ".join(f"{row[0]} {row[4]}" for row in stages(metrics).rows)
     charts = [
-        Chart(
-            f"{removed.capitalize()} and its target while pruning",
-            sparsity_panel,
-            (metrics, removed),
-            f"Line chart over the steps: the expected {removed}{reached}; the exact "
-            "one at each evaluation; the target, which rises to "
-            f"{target_text(target(report), '.1f')}.",
-        ),
         Chart(
             f"Validation {report['metric']}",
             score_panel,
@@ -143,6 +130,17 @@ def course(report: Report, metrics: Metrics) -> list[Chart]:
             f"Line chart of the evaluations of all stages; the best of each: {best}.",
         ),
     ]
+    expected = [x["expected_sparsity"] for x in metrics if "expected_sparsity" in x]
+    if expected:  # Else no mask was learned.
+        reached = f", which ends at {percent(expected[-1])}"
+        if lag := _lag(metrics):
+            reached += f" and is {lag}"
+        removed = "removed time" if "target_speedup" in report else "sparsity"
+        title = f"{removed.capitalize()} and its target while pruning"
+        alt = f"Line chart over the steps: the expected {removed}{reached}; the exact "
+        alt += "one at each evaluation; the target, which rises to "
+        alt += f"{target_text(target(report), '.1f')}."
+        charts.insert(0, Chart(title, sparsity_panel, (metrics, removed), alt))
     if any("multiplier_linear" in line for line in metrics):
         alt = "Line chart over the steps: the linear and the quadratic multiplier."
         title = "Lagrange multipliers while pruning"

@@ -149,7 +149,8 @@ def write_run(folder: pathlib.Path, report: Report, metrics: Metrics, config: st
     figures.plot_structure(report, folder / "structure.png")
     course = figures.course(report, metrics)
     pruning = [chart for chart in course if " pruning" in chart.title]
-    figures.save(figures.draw(pruning), folder / "sparsity.png")
+    # Where no mask was learned, what there is to see are the scores and the recovery.
+    figures.save(figures.draw(pruning or course), folder / "sparsity.png")
     if "target_speedup" in report:
         figures.save(figures.draw(figures.times(report), 2), folder / _TIMES)
     if points := _members(report):
