@@ -58,3 +58,4 @@ with _epy.lazy_api_imports(globals()):
     from cofi_jax.report.model_card import text as model_card
     from cofi_jax.training.importance import importance
     from cofi_jax.training.reconstruction import reconstruct
+    from cofi_jax.training.surgeon import compensated_importance

@@ -216,10 +216,11 @@ class Prune(Stage):
     # common offset of all log-alphas, which meets it in every step.
     constraint: str = _choice("lagrangian", "exact")
     structure: Structure = dataclasses.field(default_factory=Structure)
-    # Where log-alphas start: all alike as in the paper; by what each mask is worth; or
-    # by the magnitude of the parameters that closing it removes.
-    seeds: str = _choice("equal", "importance", "magnitude")
-    seed_batches: int = _count(40)  # batches that importance is measured on
+    # Where log-alphas start: all alike as in the paper; by what each mask is worth
+    # alone, or if what stays makes up for it; or by the magnitude of the parameters
+    # that closing it removes.
+    seeds: str = _choice("equal", "importance", "compensated", "magnitude")
+    seed_batches: int = _count(40)  # batches that what masks are worth is measured on
     seed_spread: float = _weight(30.0)  # from the most to the least important mask
     round_widths: bool = True  # up to what the device likes: transforms.round_to_device
     # Batches that the output projections of a sliced model are fitted on, before it is
@@ -333,6 +334,9 @@ def validate(config: Config) -> None:
         legal = f"must be at least {least} with prune.prepruning_epochs="
         legal += f"{prune.prepruning_epochs} and prune.constraint={prune.constraint!r}"
         raise reject("prune.epochs", prune.epochs, legal)
+    if prune.seeds == "compensated" and prune.cuts_hidden:
+        legal = "must be importance or equal where hidden dimensions are cut"
+        raise reject("prune.seeds", prune.seeds, legal)
     if prune.constraint == "lagrangian" and prune.seeds != "equal":
         if prune.seed_spread > _BOUNDED_SPREAD:
             legal = (

@@ -46,6 +46,7 @@ def get_config(argument: str = "sst2,every,2") -> Config:
     config.finetune.epochs += prune.recover_epochs
     prune.recover_epochs = prune.reconstruction_batches = 0
     prune.targets = (0.8,)
+    prune.seeds = "magnitude" if name == "ffn" else "importance"
     if name == "first":
         prune.structure.layers = f":{_count(size)}"
     elif name == "every":
@@ -57,7 +58,6 @@ def get_config(argument: str = "sst2,every,2") -> Config:
         vars(prune.structure).update(_TINYBERT)
     else:
         prune.kinds, prune.targets = _ONE_SHOT[name], (_fraction(size),)
-        prune.seeds = "magnitude" if name == "ffn" else "importance"
     return config
 
 

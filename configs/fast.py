@@ -74,7 +74,7 @@ def get_config(argument: str = "sst2") -> Config:
     config.prune.targets, config.prune.target_speedup = _targets(words)
     config.prune.kinds = ("mha", "head", "ffn", "intermediate")
     config.prune.constraint = "exact"
-    config.prune.seeds = "importance"
+    config.prune.seeds = "compensated"
     config.prune.reconstruction_batches = 16
     config.prune.epochs = config.prune.warmup_epochs = 0
     config.prune.prepruning_epochs = 0

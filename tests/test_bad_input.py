@@ -372,6 +372,11 @@ COMMANDS = {
         ["prune.reconstruction_batches=8"],
         ["prune.reconstruction_batches=8", "must be 0 where hidden dimensions are cut"],
     ),
+    "compensation of hidden dimensions": (
+        "config",
+        ["prune.seeds=compensated"],
+        ["prune.seeds='compensated'", "importance or equal where hidden dimensions"],
+    ),
     "speedup of a structure by hand": (
         "config",
         [

@@ -729,7 +729,8 @@ def settings(folder):
     config.data.path = str(folder / "texts.txt")
     config.data.max_length, config.data.buckets = 12, (12,)
     config.prune.targets, config.prune.structure.hidden = (0.6,), 0.75
-    config.prune.seed_batches, config.prune.reconstruction_batches = 1, 0
+    config.prune.seeds, config.prune.seed_batches = "importance", 1
+    config.prune.reconstruction_batches = 0
     config.prune.epochs = config.prune.warmup_epochs = 0
     config.finetune.epochs, config.finetune.batch_size = 3, 16
     config.benchmark.seq_length, config.benchmark.repeats = 12, 1

@@ -41,7 +41,14 @@ from cofi_jax.pruning.masks import LogAlpha, Masks
 from cofi_jax.pruning.slicing import spec_of
 from cofi_jax.pruning.speedup import Pass
 from cofi_jax.run import artefacts, speed, structure
-from cofi_jax.training import importance, loop, objectives, reconstruction, step
+from cofi_jax.training import (
+    importance,
+    loop,
+    objectives,
+    reconstruction,
+    step,
+    surgeon,
+)
 from cofi_jax.training import log as log_lib
 from cofi_jax.training.objectives import whole_params
 from cofi_jax.training.teacher import TeacherCache
@@ -590,8 +597,14 @@ def _first_log_alpha(run, stage, model, params) -> LogAlpha:
 
 
 def _importance(run, stage, model, params, kinds) -> Masks:
-    settings = run.config.prune
-    return importance.importance(
+    settings, found = run.config.prune, {}
+    measure = importance.importance
+    if settings.seeds == "compensated":
+        measure = surgeon.compensated_importance
+        if "hidden" in kinds:  # A structure that is given by hand keeps them all.
+            found["hidden"] = np.ones(model.config.hidden_size)
+            kinds = tuple(kind for kind in kinds if kind != "hidden")
+    return found | measure(
         model,
         distributed.replicate(params),
         _some_batches(run, f"importance of {stage}", settings.seed_batches),

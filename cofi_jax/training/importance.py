@@ -59,17 +59,33 @@ def importance(
     return without_padding(jax.tree.map(lambda x: x / count, total), config)
 
 
+def own_loss(
+    problem: str, logits: jax.Array, batch: Batch, key: jax.Array, labels: bool
+) -> jax.Array:
+    """Returns the loss whose gradients tell what a part of a model is worth.
+
+    Args:
+      problem: the name of the model's problem.
+      logits: the answers of the model.
+      batch: the batch that they are of.
+      key: the key of the noise.
+      labels: whether the loss is that of the task. If not, it is the distance of the
+        logits from the same logits with noise.
+    """
+    known = PROBLEMS[problem]
+    if labels:
+        return known.loss(logits, batch)
+    noisy = known.noisy(logits, key)
+    return known.distill(logits, jax.lax.stop_gradient(noisy), batch, 1.0)
+
+
 @functools.cache
 def _squared_gradient(model, labels):
     """Returns the jitted function of (masks of 1, params, batch, key)."""
-    problem = PROBLEMS[model.config.problem]
 
     def loss(masks, params, batch, key):
         logits = model.apply({"params": params, "masks": masks}, batch).logits
-        if labels:
-            return problem.loss(logits, batch)
-        noisy = problem.noisy(logits, key)
-        return problem.distill(logits, jax.lax.stop_gradient(noisy), batch, 1.0)
+        return own_loss(model.config.problem, logits, batch, key, labels)
 
     def squared_gradient(*arguments):
         return jax.tree.map(jnp.square, jax.grad(loss)(*arguments))
