@@ -75,7 +75,7 @@ def get_config(argument: str = "sst2") -> Config:
     config.prune.kinds = ("mha", "head", "ffn", "intermediate")
     config.prune.constraint = "exact"
     config.prune.seeds = "compensated"
-    config.prune.reconstruction_batches = 16
+    config.prune.seed_batches = config.prune.reconstruction_batches = 16
     config.prune.epochs = config.prune.warmup_epochs = 0
     config.prune.prepruning_epochs = 0
     config.prune.mask_learning_rate = 0.05  # where epochs are set to learn masks
