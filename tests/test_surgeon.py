@@ -166,6 +166,14 @@ def test_of_a_ragged_model_what_is_not_there_is_0(tiny, tiny_batch):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), found, once)
 
 
+def test_what_nothing_depends_on_is_worth_nothing(tiny, tiny_batch):
+    params = random_params(tiny, seed=5)
+    params["classifier"]["kernel"][:] = 0
+    batch = tiny_batch | {"labels": np.array([0, 2, 1]), "weight": np.ones(3)}
+    found = compensated_importance(Encoder(tiny), params, [batch])
+    assert not any(values.any() for values in found.values())
+
+
 def test_without_labels_they_are_not_read(tiny, tiny_params, tiny_batch):
     batch = tiny_batch | {"weight": np.ones(3, np.float32)}
     args = Encoder(tiny), tiny_params, [batch]

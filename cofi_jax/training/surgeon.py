@@ -89,7 +89,9 @@ def compensated_importance(
         outputs, gradients = map(np.float64, distributed.fetch(moments))
         kernel = params[f"layer_{layer}"][block.name][block.output]["kernel"]
         kernel = np.float64(distributed.fetch(kernel)).reshape(-1, len(gradients))
-        outputs /= max(np.trace(gradients), np.finfo(np.float64).tiny)
+        if not (total_gradient := np.trace(gradients)):
+            continue  # Nothing depends on the block.
+        outputs /= total_gradient
         units = block.sizes(config)[layer]
         added = _added_losses(outputs, kernel @ _root(gradients / count), units)
         if block.inner in found:
