@@ -298,6 +298,22 @@ def test_a_structure_is_met_whatever_its_seeds(
     assert cost.exact_sparsity(masks, sizes) == target
 
 
+def test_a_structure_keeps_the_units_that_others_cannot_make_up_for(
+    tmp_path, monkeypatch
+):
+    """Hidden dimensions, which are not measured, all stay."""
+    config = shrunk(baselines.get_config("stsb,every,2"))
+    config.prune.structure.layers, config.prune.structure.intermediate = ":", 0.5
+    config.prune.seeds = "compensated"
+    config_lib.validate(config)
+    sizes, target, masks = masks_of_no_step(config, tmp_path, monkeypatch)
+    assert cost.exact_sparsity(masks, sizes) == target
+    assert np.all(masks["hidden"] == 1)
+    config.prune.structure.hidden = 0.5
+    with pytest.raises(UserError, match="prune.seeds='compensated': must be"):
+        config_lib.validate(config)
+
+
 @pytest.mark.parametrize(
     "argument, said",
     [

@@ -21,6 +21,8 @@ from cofi_jax.data.problems import entities as entities_lib
 from cofi_jax.data.problems.entities import Sentences
 from cofi_jax.export import certificate, verify
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ENTITIES = PROBLEMS["entities"]
 
 SEQEVAL = pathlib.Path(__file__).parent / "fixtures" / "seqeval.json"

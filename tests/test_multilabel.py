@@ -16,6 +16,8 @@ from cofi_jax.data import batches, sources, tasks
 from cofi_jax.data.problems import PROBLEMS
 from cofi_jax.export import certificate
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def own(path="", **more):
     fields = {"columns": ("text",), "problem": "multilabel"} | more

@@ -10,6 +10,8 @@ import pytest
 
 from cofi_jax.models.layers import ACTIVATIONS, Dropout, Norm, gelu
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def kept(function, *inputs):
     """The arrays that are kept for the backward pass, but for single numbers."""

@@ -13,6 +13,8 @@ from cofi_jax.pruning import masks, slicing
 from cofi_jax.training import reconstruction
 from cofi_jax.training.reconstruction import reconstruct
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 def batches_of(tiny, count, seed=3):
     """Batches of rows of 1 to 7 tokens, and padding of which nothing may depend.

@@ -11,6 +11,8 @@ from cofi_jax import config, errors
 from cofi_jax.data import batches, sources, tasks
 from cofi_jax.data.problems import PROBLEMS
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 LABELS = ("poor", "fair", "great")
 
 
