@@ -335,7 +335,7 @@ def validate(config: Config) -> None:
         legal += f"{prune.prepruning_epochs} and prune.constraint={prune.constraint!r}"
         raise reject("prune.epochs", prune.epochs, legal)
     if prune.seeds == "compensated" and prune.cuts_hidden:
-        legal = "must be importance or equal where hidden dimensions are cut"
+        legal = "must be equal, importance or magnitude where hidden dimensions are cut"
         raise reject("prune.seeds", prune.seeds, legal)
     if prune.constraint == "lagrangian" and prune.seeds != "equal":
         if prune.seed_spread > _BOUNDED_SPREAD:

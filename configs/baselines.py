@@ -47,6 +47,7 @@ def get_config(argument: str = "sst2,every,2") -> Config:
     prune.recover_epochs = prune.reconstruction_batches = 0
     prune.targets = (0.8,)
     prune.seeds = "magnitude" if name == "ffn" else "importance"
+    prune.seed_batches = 40
     if name == "first":
         prune.structure.layers = f":{_count(size)}"
     elif name == "every":

@@ -90,6 +90,9 @@ def learn(folder, cache="none"):
     assert sorted(traced) == [(8, length) for length in BUCKETS]  # once for each
     trainable = last_theta(folder, run, model, start)
     found = trainable | {"gates": gates, "student": student.params}
+    for seeds in ("importance", "compensated"):
+        config.prune.seeds = seeds
+        found[seeds] = stages._first_log_alpha(run, "prune", model, start)
     paths = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
 

@@ -375,7 +375,7 @@ COMMANDS = {
     "compensation of hidden dimensions": (
         "config",
         ["prune.seeds=compensated"],
-        ["prune.seeds='compensated'", "importance or equal where hidden dimensions"],
+        ["prune.seeds='compensated'", "importance or magnitude where hidden dim"],
     ),
     "speedup of a structure by hand": (
         "config",

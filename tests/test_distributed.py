@@ -92,6 +92,8 @@ def test_every_kind_has_moved(steps):
     one = steps["one"]
     assert abs(one["['multipliers']['linear']"]) > 0.1
     assert np.ptp(one["['log_alpha']['head']"]) > 0.1
+    for seeds in ("importance", "compensated"):
+        assert np.ptp(one[f"['{seeds}']['intermediate']"]) > 0.1
 
 
 # Two processes

@@ -109,7 +109,7 @@ def test_the_curvature_is_that_of_gradients_of_the_bias(layer, name, tiny):
         g = np.float64(own["bias"])
         both = np.concatenate([np.reshape(own["kernel"], (-1, len(g))), g[None]])
         outputs, curvature = outputs + both @ both.T, curvature + np.outer(g, g)
-    outputs = outputs / np.trace(curvature)
+    outputs = outputs / np.trace(curvature)  # Each batch has one row.
     kernel = params[f"layer_{layer}"][name][block]["kernel"]
     kernel = np.reshape(kernel, (-1, tiny.hidden_size))
     root = np.linalg.cholesky(curvature / 5 + 1e-12 * np.eye(len(curvature)))
@@ -149,6 +149,25 @@ def test_padding_and_rows_that_fill_up_a_batch_are_not_read(tiny, tiny_params):
     model = Encoder(tiny)
     one, two = (compensated_importance(model, tiny_params, [b]) for b in (batch, other))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), one, two)
+
+
+def test_a_row_counts_alike_in_a_full_and_in_a_short_batch(tiny, tiny_batch):
+    """A batch of three rows, and the same rows with two of them in a short one."""
+    params, labels = random_params(tiny, seed=5), np.array([0, 2, 1])
+    full = tiny_batch | {"labels": labels, "weight": np.ones(3, np.float32)}
+    parts = [full | {"weight": np.float32(weight)} for weight in ([1, 1, 0], [0, 0, 1])]
+    whole = compensated_importance(Encoder(tiny), params, [full])
+    found = compensated_importance(Encoder(tiny), params, parts)
+    for kind in whole:
+        np.testing.assert_allclose(found[kind], whole[kind], rtol=1e-4)
+
+
+def test_what_is_not_finite_is_said(tiny, tiny_batch):
+    params = random_params(tiny, seed=5)
+    params["classifier"]["kernel"][:] = np.nan
+    batch = tiny_batch | {"labels": np.array([0, 2, 1]), "weight": np.ones(3)}
+    with pytest.raises(ValueError, match="layer_0/attention: a gradient is not finite"):
+        compensated_importance(Encoder(tiny), params, [batch])
 
 
 def test_of_a_ragged_model_what_is_not_there_is_0(tiny, tiny_batch):

@@ -588,7 +588,7 @@ def _first_log_alpha(run, stage, model, params) -> LogAlpha:
     if settings.seeds == "magnitude":
         found = magnitude(params, model.config, kinds)
     else:
-        found = distributed.local(_importance(run, stage, model, params, kinds))
+        found = distributed.fetch(_importance(run, stage, model, params, kinds))
     # The Lagrangian's log-alphas have bounds, which leave no room for later ones.
     later = {"blocks_later": 0.0} if settings.constraint == "lagrangian" else {}
     straight = latency.cost(run.table.straight()) if run.table else PARAMETERS

@@ -2,13 +2,14 @@
 
 It is the optimal brain surgeon (Hassibi & Stork, 1993) with the curvature of LLM
 Surgeon (van der Ouderaa et al., ICLR 2024). If the kernel and the bias W of the
-projection that writes a block's output change by V, the loss grows to second order by
+projection that writes a block's output change by V, the mean loss of a row grows, to
+second order and with the Fisher information in place of the Hessian, by
 
-    1/2 tr(V^T A V H),    A = sum |g|^2 u u^T / sum |g|^2,    H = sum g g^T / batches
+    1/2 tr(V^T A V H),    A = sum |g|^2 u u^T / sum |g|^2,    H = sum g g^T / rows
 
 with sums over all tokens, where u are the outputs of the units and 1, and g is the
-gradient of a batch's loss with respect to the sum in front of the LayerNorm. Of all V
-that remove the unit j, the best one leaves
+gradient of a row's loss with respect to the sum in front of the LayerNorm. A part of
+its mean is added to the diagonal of A. Of all V that remove the unit j, the best leaves
 
     1/2 tr(W_j^T ([A^-1]_jj)^-1 W_j H)
 
@@ -61,39 +62,43 @@ def compensated_importance(
       model: the module, dense or sliced.
       params: its parameters.
       batches: the batches of `data.batches.stream`, without the row numbers. About 16
-        batches of 32 rows are enough.
+        batches of 32 rows are enough for the order of the units.
       kinds: the kinds of masks that are measured, all but `hidden`.
       labels: whether the loss is that of the task, as in `importance`.
 
     Returns:
       For each kind a float array of the shape of its masks, at least 0, and 0 at
-      padding. The value of a unit is twice the loss that its removal adds, and never
-      below that of one that was removed before. That of a whole block is the sum over
-      its units.
+      padding. The value of a unit is twice the estimate of the loss that its removal
+      adds, and never below that of one that was removed before. The estimate is for the
+      rows that it was measured on; on others, more is lost. That of a whole block is
+      the sum over its units.
 
     Raises:
       UserError: if a kind is unknown or `hidden`, or if there is none.
-      ValueError: if there is no batch.
+      ValueError: if there is no batch, or if a gradient is not finite.
     """
     config = dataclasses.replace(model.config, dropout=0.0)
     found = {k: np.zeros(shape) for k, shape in mask_shapes(config, kinds).items()}
     if "hidden" in found:
         raise reject("kinds", "hidden", "has no units that could make up for others")
-    measure, total, count = _moments(Encoder(config), labels), None, 0
+    measure, total = _moments(Encoder(config), labels, tuple(kinds)), None
     for count, batch in enumerate(batches, start=1):
         moments = measure(params, batch, jax.random.fold_in(jax.random.key(0), count))
         total = moments if total is None else jax.tree.map(jnp.add, total, moments)
     if total is None:
         raise ValueError("batches: there must be at least one")
-    for (layer, block), moments in zip(_places(config), total, strict=True):
+    rows = float(distributed.fetch(total[0]))
+    for (layer, block), moments in zip(_places(config, kinds), total[1], strict=True):
         outputs, gradients = map(np.float64, distributed.fetch(moments))
+        if not np.isfinite(outputs).all():
+            raise ValueError(f"layer_{layer}/{block.name}: a gradient is not finite")
         kernel = params[f"layer_{layer}"][block.name][block.output]["kernel"]
         kernel = np.float64(distributed.fetch(kernel)).reshape(-1, len(gradients))
         if not (total_gradient := np.trace(gradients)):
             continue  # Nothing depends on the block.
         outputs /= total_gradient
         units = block.sizes(config)[layer]
-        added = _added_losses(outputs, kernel @ _root(gradients / count), units)
+        added = _added_losses(outputs, kernel @ _root(gradients / rows), units)
         if block.inner in found:
             found[block.inner][layer, :units] = added
         if block.outer in found:
@@ -101,27 +106,27 @@ def compensated_importance(
     return found
 
 
-def _places(config) -> list[tuple[int, Block]]:
-    """The layers and the blocks that are there."""
+def _places(config, kinds) -> list[tuple[int, Block]]:
+    """The layers and the blocks that are there and have masks of these kinds."""
     return [
         (layer, block)
         for layer in range(len(config.heads))
         for block in blocks(config)
-        if block.sizes(config)[layer]
+        if block.sizes(config)[layer] and {block.inner, block.outer} & {*kinds}
     ]
 
 
 @functools.cache
-def _moments(model, labels):
+def _moments(model, labels, kinds):
     """Returns the jitted function of (params, batch, key).
 
-    For each of the `_places` it gives the sums over tokens of |g|^2 u u^T, which is
-    (N + 1, N + 1), and of g g^T, which is (D, D).
+    It gives the number of rows and, for each of the `_places`, the sums over tokens of
+    |g|^2 u u^T, which is (N + 1, N + 1), and of g g^T, which is (D, D).
     """
-    config = model.config
-    places = {
+    config, places = model.config, _places(model.config, kinds)
+    numbers = {
         (f"layer_{layer}", name): number
-        for number, (layer, block) in enumerate(_places(config))
+        for number, (layer, block) in enumerate(places)
         for name in (block.name, block.norm)
     }
 
@@ -130,10 +135,10 @@ def _moments(model, labels):
 
         def watch(call, args, kwargs, context):
             module = context.module
-            number = places.get(module.path[:2])
-            if isinstance(module, Projection):
+            number = numbers.get(module.path[:2])
+            if number is not None and isinstance(module, Projection):
                 units[number] = args[0]
-            elif isinstance(module, Norm) and number is not None:
+            elif number is not None and isinstance(module, Norm):
                 args = (args[0] + shifts[number], *args[1:])
             return call(*args, **kwargs)
 
@@ -143,11 +148,12 @@ def _moments(model, labels):
 
     def moments(params, batch, key):
         shape = (*batch["attention_mask"].shape, config.hidden_size)  # (B, T, D)
-        shifts = [jnp.zeros(shape) for _ in _places(config)]
+        shifts = [jnp.zeros(shape) for _ in places]
         gradients, units = jax.grad(loss, has_aux=True)(shifts, params, batch, key)
+        rows = batch["weight"].sum()  # The loss is the mean over them.
         real = (batch["attention_mask"] > 0) * batch["weight"][:, None]  # (B, T)
-        return [
-            _of_block(each, gradient * real[..., None])
+        return rows, [
+            _of_block(each, gradient * (rows * real)[..., None])
             for each, gradient in zip(units, gradients, strict=True)
         ]
 
