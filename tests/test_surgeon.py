@@ -152,7 +152,7 @@ def test_padding_and_rows_that_fill_up_a_batch_are_not_read(tiny, tiny_params):
 
 
 def test_a_row_counts_alike_in_a_full_and_in_a_short_batch(tiny, tiny_batch):
-    """A batch of three rows, and the same rows with two of them in a short one."""
+    """Three rows in one batch, and the same rows in batches of two and of one."""
     params, labels = random_params(tiny, seed=5), np.array([0, 2, 1])
     full = tiny_batch | {"labels": labels, "weight": np.ones(3, np.float32)}
     parts = [full | {"weight": np.float32(weight)} for weight in ([1, 1, 0], [0, 0, 1])]
@@ -206,6 +206,4 @@ def test_what_cannot_be_measured_is_refused(tiny, tiny_params, tiny_batch):
         compensated_importance(*args, [])
     for kinds, said in ((("head", "hidden"), "hidden"), (("heads",), "heads")):
         with pytest.raises(UserError, match=said):
-            compensated_importance(
-                Encoder(tiny), tiny_params, [tiny_batch], kinds=kinds
-            )
+            compensated_importance(*args, [tiny_batch], kinds=kinds)

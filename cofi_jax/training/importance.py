@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,14 +50,26 @@ def importance(
     config = dataclasses.replace(model.config, dropout=0.0)
     shapes = mask_shapes(config, kinds)
     ones = {kind: jnp.ones(shape) for kind, shape in shapes.items()}
-    measure, total, count = _squared_gradient(Encoder(config), labels), None, 0
+    measure = functools.partial(
+        _squared_gradient(Encoder(config), labels), ones, params
+    )
+    total, count = summed(measure, batches)
+    return without_padding(jax.tree.map(lambda x: x / count, total), config)
+
+
+def summed(measure: Callable, batches: Iterable[Batch]) -> tuple[Any, int]:
+    """Returns the sum of `measure(batch, key)` over batches, and their number.
+
+    Raises:
+      ValueError: if there is no batch.
+    """
+    total, count = None, 0
     for count, batch in enumerate(batches, start=1):
-        key = jax.random.fold_in(jax.random.key(0), count)
-        squares = measure(ones, params, batch, key)
-        total = squares if total is None else jax.tree.map(jnp.add, total, squares)
+        found = measure(batch, jax.random.fold_in(jax.random.key(0), count))
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
         raise ValueError("batches: there must be at least one")
-    return without_padding(jax.tree.map(lambda x: x / count, total), config)
+    return total, count
 
 
 def own_loss(

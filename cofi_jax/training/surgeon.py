@@ -34,7 +34,7 @@ from cofi_jax.models.bert import Batch, Encoder, Projection
 from cofi_jax.models.layers import Norm
 from cofi_jax.models.spec import Block, blocks
 from cofi_jax.pruning.masks import Masks, mask_shapes
-from cofi_jax.training.importance import own_loss
+from cofi_jax.training.importance import own_loss, summed
 from cofi_jax.training.step import quick_to_compile
 
 # What is added to the diagonal of A, as a fraction of its mean.
@@ -81,14 +81,10 @@ def compensated_importance(
     found = {k: np.zeros(shape) for k, shape in mask_shapes(config, kinds).items()}
     if "hidden" in found:
         raise reject("kinds", "hidden", "has no units that could make up for others")
-    measure, total = _moments(Encoder(config), labels, tuple(kinds)), None
-    for count, batch in enumerate(batches, start=1):
-        moments = measure(params, batch, jax.random.fold_in(jax.random.key(0), count))
-        total = moments if total is None else jax.tree.map(jnp.add, total, moments)
-    if total is None:
-        raise ValueError("batches: there must be at least one")
-    rows = float(distributed.fetch(total[0]))
-    for (layer, block), moments in zip(_places(config, kinds), total[1], strict=True):
+    measure = _moments(Encoder(config), labels, tuple(kinds))
+    (rows, sums), _ = summed(functools.partial(measure, params), batches)
+    rows = float(distributed.fetch(rows))
+    for (layer, block), moments in zip(_places(config, kinds), sums, strict=True):
         outputs, gradients = map(np.float64, distributed.fetch(moments))
         if not np.isfinite(outputs).all():
             raise ValueError(f"layer_{layer}/{block.name}: a gradient is not finite")
