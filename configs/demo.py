@@ -5,7 +5,7 @@
 A small language of sentences whose label hangs on word order, negation and
 contrast; a small encoder learns it from scratch, is pruned by 90 %, sliced and
 fine-tuned. Expected: accuracy above 0.95 before and after, at least 3 times faster.
-Time: about three minutes on two CPU cores.
+Time: three to six minutes on two CPU cores.
 """
 
 from cofi_jax.config import Config
