@@ -261,6 +261,16 @@ def test_chosen_buckets_are_the_best_of_their_number(lengths, longest):
     assert not best(len(chosen) + 1) < 0.95 * found
 
 
+@pytest.mark.parametrize(
+    "epochs, expected",
+    [(0, (48,)), (3.9, (48,)), (3.91, (16, 48)), (31.2, (16, 48)), (31.3, (8, 16, 48))],
+)
+def test_chosen_buckets_pay_for_their_programs(epochs, expected):
+    """A second length saves 12,800 tokens of an epoch, and a third one 1,600."""
+    lengths = np.repeat([5, 16, 48], [200, 200, 10])
+    assert batches.choose_buckets(lengths, 64, epochs) == expected
+
+
 def test_chosen_buckets_of_nothing():
     setting = config.Data(max_length=30)
     assert batches.bucket_lengths(tasks.find(setting), np.array([], int)) == (30,)

@@ -19,7 +19,10 @@ from cofi_jax import errors
 if TYPE_CHECKING:
     from cofi_jax.data.tasks import Task
 
-_LEAST_GAIN = 0.05  # of the tokens, for which one more program is worth compiling
+# One more padded length, for which a step and more are compiled, has to save this part
+# of the tokens, and this many in a stage, which take a core of a CPU about as long
+# as that compilation, where a model is pruned in part.
+_LEAST_GAIN, _LEAST_SAVED = 0.05, 50_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,21 +71,27 @@ def first_rows(examples: Examples, rows: int, *, field: str) -> Examples:
     return examples.take(np.random.default_rng(0).permutation(len(examples))[:rows])
 
 
-def bucket_lengths(task: "Task", lengths: np.ndarray) -> tuple[int, ...]:
+def bucket_lengths(
+    task: "Task", lengths: np.ndarray, epochs: float = np.inf
+) -> tuple[int, ...]:
     """The padded lengths in use; the last one is the longest that a row may have.
 
-    They are `task.buckets`, or where there are none chosen for rows of `lengths` (N,).
+    They are `task.buckets`, or where there are none chosen for rows of `lengths` (N,)
+    that are read in so many epochs, see `choose_buckets`.
     """
     longest = task.max_length
-    buckets = task.buckets or choose_buckets(lengths, longest)
+    buckets = task.buckets or choose_buckets(lengths, longest, epochs)
     return (*(b for b in buckets if b < longest), longest)
 
 
-def choose_buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
+def choose_buckets(
+    lengths: np.ndarray, longest: int, epochs: float = np.inf
+) -> tuple[int, ...]:
     """Padded lengths for rows of `lengths` (N,), each a multiple of 8 or `longest`.
 
     A step is compiled for each of them, so there is one more only where it saves 5 % of
-    the tokens. Of all choices of that many lengths, this one pads least.
+    the tokens, and 50,000 of them in all `epochs`. Of all choices of that many lengths,
+    this one pads least.
     """
     multiples = np.minimum(-(-np.asarray(lengths) // 8) * 8, longest)
     widths, counts = np.unique(multiples, return_counts=True)
@@ -98,7 +107,8 @@ def choose_buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
             start = int(np.argmin(costs))
             new[e], ways[e] = costs[start], (*chosen[start], int(widths[e - 1]))
         tokens, chosen = new, ways
-        if not tokens[-1] < best[0] * (1 - _LEAST_GAIN):
+        pays = tokens[-1] < best[0] * (1 - _LEAST_GAIN)
+        if best[1] and not (pays and (best[0] - tokens[-1]) * epochs >= _LEAST_SAVED):
             break
         best = tokens[-1], chosen[-1]
     return best[1]

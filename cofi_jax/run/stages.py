@@ -159,8 +159,15 @@ class Run:
 
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
-        """The padded lengths."""
-        return batches.bucket_lengths(self.task, self.train.lengths)
+        """The padded lengths, which suit the stage that sees the fewest rows."""
+        prune = self.config.prune
+        seen = [
+            self.steps(f"{kind}{stair.suffix}") * self._settings(kind).batch_size
+            for stair in stairs(prune.targets, prune.target_speedup)
+            for kind in ("prune", "finetune")
+        ]
+        epochs = min(filter(None, seen), default=0) / max(len(self.train), 1)
+        return batches.bucket_lengths(self.task, self.train.lengths, epochs)
 
     def made_from(self, *trees: Any) -> int:
         """A digest of the run's inputs and of arrays, see `artefacts`."""
@@ -614,12 +621,17 @@ def _importance(run, stage, model, params, kinds) -> Masks:
 
 
 def _some_batches(run, purpose, count) -> Iterator[Batch]:
-    """The first batches of an epoch of the rows of pruning, without row numbers."""
-    settings = run.config.prune
+    """The first batches of an epoch of the rows of pruning, without row numbers.
+
+    They are so few that they mostly share one padded length.
+    """
+    settings, rows = run.config.prune, run._rows("prune")
+    batch_size = settings.batch_size // settings.micro_batches
+    epochs = count * batch_size / max(len(rows), 1)
     stream = batches.stream(
-        run._rows("prune"),
-        batch_size=settings.batch_size // settings.micro_batches,
-        buckets=run.buckets,
+        rows,
+        batch_size=batch_size,
+        buckets=batches.choose_buckets(rows.lengths, run.task.max_length, epochs),
         seed=run.config.seed,
         stage=purpose,
     )
