@@ -28,7 +28,7 @@ from cofi_jax.training import step as step_lib
 STEPS, HALF = 50, 25
 
 
-BUCKETS = (5, 9)
+BUCKETS = (9,)
 
 
 def learn(folder, cache="none"):

@@ -12,7 +12,7 @@ from conftest import random_params
 from cofi_jax import config as config_lib
 from cofi_jax.checkpoints import saved_model
 from cofi_jax.config import Prune, Structure
-from cofi_jax.data import batches, tasks
+from cofi_jax.data import batches, tasks, toy
 from cofi_jax.errors import UserError
 from cofi_jax.models.bert import Encoder
 from cofi_jax.models.config import EncoderConfig
@@ -189,7 +189,14 @@ def shrunk(config):
     return small
 
 
-def test_every_second_layer_of_the_teacher(tmp_path, capsys):
+@pytest.fixture
+def few_rows(monkeypatch):
+    """A demo of few rows, which are tokenised and scored sooner."""
+    monkeypatch.setitem(toy.SIZES, "train", 100)
+    monkeypatch.setitem(toy.SIZES, "validation", 40)
+
+
+def test_every_second_layer_of_the_teacher(tmp_path, few_rows, capsys):
     """The model is fitted before it trains; a damaged fit is made anew."""
     config = shrunk(baselines.get_config("stsb,every,2"))
     config.prune.reconstruction_batches = 2

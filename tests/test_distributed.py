@@ -39,7 +39,8 @@ def get_config():
     config.teacher.train_rows = 320
     config.teacher.epochs = 1
     config.prune.train_rows = 320
-    config.prune.epochs = 6
+    config.prune.epochs = 5
+    config.prune.prepruning_epochs = 0
     config.prune.targets = (0.6,)
     config.finetune.train_rows = 320
     config.finetune.epochs = 1
@@ -190,6 +191,7 @@ def test_only_the_first_process_speaks_and_writes(finished):
     assert {"teacher", "pruned", "report.json"} <= {p.name for p in finished.iterdir()}
 
 
+@pytest.mark.slow
 def test_killed_processes_end_with_the_same_bits(finished, killed, config_file):
     pieces = shutil.copytree(killed, killed.with_name("again"))
     assert wait(train_two(config_file, pieces)) == [0, 0]

@@ -15,13 +15,13 @@ config.model.num_layers = 3
 config.model.num_heads = 2
 config.model.hidden_size = 16
 config.model.intermediate_size = 32
-config.teacher.train_rows = 640
+config.teacher.train_rows = 128
 config.teacher.epochs = 1
-config.prune.train_rows = 640
+config.prune.train_rows = 128
 config.prune.epochs = 7
 config.prune.prepruning_epochs = 0
 config.prune.targets = (0.6,)
-config.finetune.train_rows = 640
+config.finetune.train_rows = 128
 config.finetune.epochs = 1
 config.benchmark.repeats = 3
 """
