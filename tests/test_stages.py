@@ -1,11 +1,14 @@
-"""Widths that are rounded, and the target that is met all the same."""
+"""What stages share: padded lengths; widths that are rounded to meet a target."""
 
 import jax
 import numpy as np
 import pytest
 
+from cofi_jax.config import Config
+from cofi_jax.data import batches, tasks
 from cofi_jax.models.config import EncoderConfig
 from cofi_jax.pruning import constraint, cost, masks, transforms
+from cofi_jax.run import stages
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -66,3 +69,36 @@ def test_a_cpu_likes_all_widths_and_a_gpu_multiples_of_64():
     assert (widths(gates) % 64).any() and not (widths(rounded) % 64).any()
     assert (widths(rounded) >= widths(gates)).all()
     assert ((widths(rounded) == 0) == (widths(gates) == 0)).all()
+
+
+# Padded lengths
+
+
+def run_of(lengths, recover_epochs=1, buckets=()):
+    """A run of two targets whose last model is fine-tuned for 9 epochs."""
+    config = Config()
+    config.data.max_length, config.data.buckets = 64, buckets
+    config.prune.targets, config.prune.recover_epochs = (0.5, 0.8), recover_epochs
+    config.prune.epochs = config.prune.prepruning_epochs = 0
+    config.finetune.epochs = 9
+    ids = [np.full(length, 5, np.int32) for length in lengths]
+    types = [np.zeros_like(row) for row in ids]
+    rows = batches.Examples(ids, types, np.zeros(len(ids), np.int32))
+    return stages.Run(config, None, tasks.find(config.data), CONFIG, rows, {}, None)
+
+
+def test_padded_lengths_suit_the_shortest_stage():
+    """A second length saves 17,920 tokens of an epoch of 640 rows."""
+    lengths = [8, 64] * 320
+    assert run_of(lengths, recover_epochs=2).buckets == (64,)
+    assert run_of(lengths, recover_epochs=3).buckets == (8, 64)
+    assert run_of(lengths, recover_epochs=3, buckets=(32,)).buckets == (32, 64)
+
+
+def test_few_batches_share_a_length():
+    """Also where the stages have more of them."""
+    run = run_of([8, 64] * 320, recover_epochs=3)
+    found = list(stages._some_batches(run, "importance", 5))
+    assert [batch["input_ids"].shape for batch in found] == [(32, 64)] * 5
+    found = stages._some_batches(run_of([8, 64] * 3200), "importance", 100)
+    assert {batch["input_ids"].shape[1] for batch in found} == {8, 64}
