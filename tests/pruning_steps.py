@@ -10,6 +10,7 @@ import dataclasses
 import pathlib
 import shutil
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -80,11 +81,10 @@ def learn(folder, cache="none"):
         return guarded
 
     step_lib.make_step = make_guarded
+    (stair,) = stages.stairs((0.5,))
     try:
         teaching = teacher.TeacherCache(model, start, config.distill)
-        student, gates, _ = stages.learn_masks(
-            run, stages.stairs((0.5,))[0], model, student, teaching
-        )
+        student, gates, _ = stages.learn_masks(run, stair, model, student, teaching)
     finally:
         step_lib.make_step = make_step
     assert sorted(traced) == [(8, length) for length in BUCKETS]  # once for each
@@ -92,7 +92,9 @@ def learn(folder, cache="none"):
     found = trainable | {"gates": gates, "student": student.params}
     for seeds in ("importance", "compensated"):
         config.prune.seeds = seeds
-        found[seeds] = stages._first_log_alpha(run, "prune", model, start)
+        # A folder keeps what was measured in it; this one has nothing yet.
+        apart = dataclasses.replace(run, workdir=pathlib.Path(tempfile.mkdtemp()))
+        found[seeds], _ = stages._first_log_alpha(apart, stair, model, start)
     paths = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}
 

@@ -18,7 +18,7 @@ from cofi_jax.checkpoints import saved_model, state
 from cofi_jax.checkpoints.state import Checkpoints
 from cofi_jax.data import toy
 from cofi_jax.pruning import constraint, slicing
-from cofi_jax.run import cli, run, setup
+from cofi_jax.run import artefacts, cli, run, setup
 
 # What the storage library's own tasks leave behind when a file is damaged.
 pytestmark = [
@@ -226,6 +226,22 @@ def test_a_sparsity_that_misses_the_target_is_not_saved(config, begun, monkeypat
         main(config, begun)
     left = {path.name for path in begun.iterdir()}
     assert not left & {"masks.npz", "pruned", "report.json"}
+
+
+def test_an_artefact_is_made_once_and_keeps_its_seconds(tmp_path, monkeypatch):
+    path, moments = tmp_path / "masks.npz", iter((10.0, 12.5, 20.0, 20.5))
+    monkeypatch.setattr(artefacts.time, "monotonic", lambda: next(moments))
+    written = []
+
+    def make():
+        written.append(path.write_text("here"))
+
+    assert artefacts.settle(path, 1, make) == artefacts.settle(path, 1, make) == 2.5
+    assert artefacts.settle(path, 2, make) == 0.5 and len(written) == 2
+    known = json.loads((tmp_path / "made_from.json").read_text())
+    del known["masks.npz"]["seconds"]  # as it was once
+    (tmp_path / "made_from.json").write_text(json.dumps(known))
+    assert artefacts.settle(path, 2, make) == 0.0 and len(written) == 2
 
 
 # Damage

@@ -196,7 +196,7 @@ def few_rows(monkeypatch):
     monkeypatch.setitem(toy.SIZES, "validation", 40)
 
 
-def test_every_second_layer_of_the_teacher(tmp_path, few_rows, capsys):
+def test_every_second_layer_of_the_teacher(tmp_path, few_rows, capsys, monkeypatch):
     """The model is fitted before it trains; a damaged fit is made anew."""
     config = shrunk(baselines.get_config("stsb,every,2"))
     config.prune.reconstruction_batches = 2
@@ -222,7 +222,11 @@ def test_every_second_layer_of_the_teacher(tmp_path, few_rows, capsys):
     kept = fit.read_bytes()
     fit.write_bytes(kept[:-100])
     (tmp_path / "report.json").unlink()
+    monkeypatch.delattr(stages.importance, "importance")  # What it found is kept.
     again, same, _ = saved()
+    names = "teacher", "prepruning", "importance", "prune", "reconstruction", "finetune"
+    assert tuple(again["seconds"]) == names
+    assert again["seconds"]["importance"] == report["seconds"]["importance"] > 0
     assert again["pruned"] == report["pruned"] and fit.read_bytes() == kept
     jax.tree.map(np.testing.assert_array_equal, same, params)
 

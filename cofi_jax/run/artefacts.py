@@ -1,8 +1,9 @@
 """What a run leaves in its folder, made anew wherever it came from something else.
 
-`made_from.json` names for each artefact what it was made from, and its own bytes:
+`made_from.json` names for each artefact what it was made from, its own bytes, and the
+seconds that it took to make:
 
-    {"masks.npz": {"made_from": 1234, "bytes": 5678}, "teacher": ..., "pruned": ...}
+    {"masks.npz": {"made_from": 1234, "bytes": 5678, "seconds": 0.5}, "teacher": ...}
 
 So neither what is left of a stage that was learned anew, nor a file that was damaged or
 exchanged, decides what a run ends with. Checkpoints name their own start.
@@ -10,6 +11,7 @@ exchanged, decides what a run ends with. Checkpoints name their own start.
 
 import json
 import pathlib
+import time
 import zlib
 from collections.abc import Callable
 
@@ -19,7 +21,7 @@ from cofi_jax.checkpoints import saved_model
 _NAME = "made_from.json"
 
 
-def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> None:
+def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> float:
     """Makes the artefact at `path`, unless it is there whole and made from the same.
 
     All processes call this at the same time.
@@ -28,28 +30,39 @@ def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> None
       path: the file, or the folder of a saved model; an old one is removed.
       made_from: a digest of all that `make` depends on.
       make: writes the artefact, all at once; called in all processes.
+
+    Returns:
+      The seconds that `make` took, in this process or in the one that called it.
     """
 
     def entry():
-        return {path.name: {"made_from": made_from, "bytes": _bytes(path)}}
+        return {"made_from": made_from, "bytes": _bytes(path)}
 
-    def settled():
-        known = _read(path.parent)
-        return path.exists() and known == known | entry()
+    def seconds():
+        """Those of the artefact that is there; None where there is no such one."""
+        known = _read(path.parent).get(path.name, {})
+        if path.exists() and known == known | entry():
+            return known.get("seconds", 0.0)
+        return None
 
-    def record():
-        files.write_json(path.parent / _NAME, _read(path.parent) | entry())
+    def record(seconds):
+        new = {path.name: entry() | {"seconds": seconds}}
+        files.write_json(path.parent / _NAME, _read(path.parent) | new)
 
-    if not distributed.on_process_zero(settled):
+    if (taken := distributed.on_process_zero(seconds)) is None:
         distributed.on_process_zero(lambda: files.remove(path))
+        start = time.monotonic()
         make()
-        distributed.on_process_zero(record)
+        taken = time.monotonic() - start
+        distributed.on_process_zero(lambda: record(taken))
+    return taken
 
 
 def _read(workdir):
     try:
-        return dict(json.loads((workdir / _NAME).read_text()))
-    except (OSError, TypeError, ValueError):  # All is made anew.
+        known = json.loads((workdir / _NAME).read_text())
+        return {name: dict(entry) for name, entry in known.items()}
+    except (AttributeError, OSError, TypeError, ValueError):  # All is made anew.
         return {}
 
 

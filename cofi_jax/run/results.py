@@ -32,6 +32,7 @@ class Slicing(NamedTuple):
     sparsity: float  # the removed share of the encoder's parameters
     score: float  # the metric that decides
     difference: float  # the largest between its logits and those of the masked model
+    seconds: Mapping[str, float]  # those of the fit, by its name, if there was one
 
 
 def collect(

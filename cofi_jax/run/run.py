@@ -194,10 +194,10 @@ def _stages(run: stages.Run, inputs: setup.Inputs) -> dict[str, Any]:
     targets = structure.targets(config.prune, dense.config)
     for stair in stages.stairs(targets, config.prune.target_speedup):
         whole = model, student.params
-        student, masks, seconds[f"prune{stair.suffix}"] = stages.learn_masks(
-            run, stair, model, student, teacher
-        )
+        student, masks, taken = stages.learn_masks(run, stair, model, student, teacher)
+        seconds |= taken
         model, student, cut, figures = _slice(run, stair, whole, student, masks)
+        seconds |= figures.seconds
         spec = cut if spec is None else spec.compose(cut)
         student, seconds[f"finetune{stair.suffix}"] = stages.finetune(
             run, stair, model, student, teacher
@@ -285,12 +285,14 @@ def _slice(run, stair, whole, student, masks):
         flush=True,
     )
     # A model that stays as it is has recovered already, with LayerNorms of its own.
+    seconds: dict[str, float] = {}
     if run.config.prune.reconstruction_batches and small != model:
-        params = stages.reconstruct(run, stair, small, params, whole)
+        params, seconds = stages.reconstruct(run, stair, small, params, whole)
         score = run.score(small, params)
         print(f"reconstructed{stair.suffix}: {metric} {score:.4f}", flush=True)
     student = stages.Student(params, student.projection[np.asarray(spec.hidden)])
-    return small, student, spec, results.Slicing(removed, score, float(difference))
+    figures = results.Slicing(removed, score, float(difference), seconds)
+    return small, student, spec, figures
 
 
 def _save(run, name, params, config, spec, tokenizer, about):

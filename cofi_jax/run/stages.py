@@ -422,17 +422,21 @@ def learn_masks(
     model: Encoder,
     student: Student,
     teacher: TeacherCache | None,
-) -> tuple[Student, Masks, float]:
-    """Prunes `model`: the student, masks that meet the target, and the time taken.
+) -> tuple[Student, Masks, dict[str, float]]:
+    """Prunes `model`: the student, masks that meet the target, and the times taken.
 
     Where the target before removed so much that this one is met too, nothing closes.
+
+    Returns:
+      The student, the masks, and the seconds of the stage and of the importance that it
+      begins with, if that was measured.
     """
     settings, stage = run.config.prune, f"prune{stair.suffix}"
     steps = run.steps(stage)
     share = float(run.cost.exact({}, model.config) / run.cost.exact({}, run.dense))
     if share < 1 and 1 - share >= stair.target:
         _leave(run, stair, share)
-        return student, {"hidden": jnp.ones(model.config.hidden_size)}, 0.0
+        return student, {"hidden": jnp.ones(model.config.hidden_size)}, {stage: 0.0}
     rates = {"masks": (settings.mask_learning_rate, settings.mask_schedule)}
     trainable: dict[str, Any] = {}
     if settings.constraint == "lagrangian":
@@ -442,7 +446,8 @@ def learn_masks(
         )
         trainable["multipliers"] = {"linear": 0.0, "quadratic": 0.0}
     cut = _Cut(run, stair, model, share)
-    state, seconds = run.fit(
+    log_alpha, taken = _first_log_alpha(run, stair, model, student.params)
+    state, taken[stage] = run.fit(
         stage,
         model,
         student.params,
@@ -457,7 +462,7 @@ def learn_masks(
         | ({"table": jax.tree.map(np.float32, run.table)} if run.table else {}),
         evaluate=cut.evaluate,
         distill_projection=student.projection,
-        log_alpha=_first_log_alpha(run, stage, model, student.params),
+        log_alpha=log_alpha,
         **trainable,
     )
     best = state.best
@@ -466,7 +471,7 @@ def learn_masks(
         _warn_of_last_masks(stair, settings.sparsity_epsilon)
     masks = _final_masks(cut, best["log_alpha"])
     params = whole_params(best, state.frozen)
-    return Student(params, best["distill_projection"]), masks, seconds
+    return Student(params, best["distill_projection"]), masks, taken
 
 
 def _leave(run, stair, share):
@@ -583,27 +588,30 @@ class _Cut:
         return transforms.chain() if learned else transforms.harden()
 
 
-def _first_log_alpha(run, stage, model, params) -> LogAlpha:
-    settings = run.config.prune
+def _first_log_alpha(run, stair, model, params) -> tuple[LogAlpha, dict[str, float]]:
+    """What the masks start from, and the seconds of what was measured for it."""
+    settings, taken = run.config.prune, {}
     # An earlier target may have removed all that a kind of masks could close. A
     # structure that is given by hand may cut any kind.
     kinds = KINDS if settings.by_hand else settings.kinds
     kinds = masks_lib.kinds_left(model.config, kinds)
     if settings.seeds == "equal":
         key = jax.random.key(run.config.seed)
-        return masks_lib.init_log_alpha(model.config, key, kinds)
+        return masks_lib.init_log_alpha(model.config, key, kinds), taken
     if settings.seeds == "magnitude":
         found = magnitude(params, model.config, kinds)
     else:
-        found = distributed.fetch(_importance(run, stage, model, params, kinds))
+        name = f"importance{stair.suffix}"
+        measure = functools.partial(_importance, run, stair, model, params, kinds)
+        found, taken[name] = _made_once(run, name, (params,), measure)
     # The Lagrangian's log-alphas have bounds, which leave no room for later ones.
     later = {"blocks_later": 0.0} if settings.constraint == "lagrangian" else {}
     straight = latency.cost(run.table.straight()) if run.table else PARAMETERS
     how = {"spread": settings.seed_spread, "cost": straight}
-    return seed_log_alpha(found, model.config, **how, **later)
+    return seed_log_alpha(found, model.config, **how, **later), taken
 
 
-def _importance(run, stage, model, params, kinds) -> Masks:
+def _importance(run, stair, model, params, kinds) -> Masks:
     settings, found = run.config.prune, {}
     measure = importance.importance
     if settings.seeds == "compensated":
@@ -614,7 +622,7 @@ def _importance(run, stage, model, params, kinds) -> Masks:
     return found | measure(
         model,
         distributed.replicate(params),
-        _some_batches(run, f"importance of {stage}", settings.seed_batches),
+        _some_batches(run, f"importance of prune{stair.suffix}", settings.seed_batches),
         kinds=kinds,
         labels=bool(run.task.label_column),  # It has no loss by its own answers.
     )
@@ -709,30 +717,48 @@ def reconstruct(
     model: Encoder,
     params: dict,
     whole: tuple[Encoder, dict],
-) -> dict:
+) -> tuple[dict, dict[str, float]]:
     """Fits the sliced `model` to the one before, a module and its parameters.
 
-    As with masks, the result is always read from its file, since it depends in its last
-    bits on the kind of device.
+    Returns:
+      The parameters, and the seconds that the fit took, by its name.
     """
-    stage = f"reconstruction{stair.suffix}"
-    path, count = run.workdir / f"{stage}.npz", run.config.prune.reconstruction_batches
+    name, count = (
+        f"reconstruction{stair.suffix}",
+        run.config.prune.reconstruction_batches,
+    )
 
-    def make():
+    def fitted():
         found = reconstruction.reconstruct(
             model,
             distributed.replicate(params),
             whole[0],
             distributed.replicate(whole[1]),
-            _some_batches(run, stage, count),
+            _some_batches(run, name, count),
         )
         layers = {k: v for k, v in found.items() if k.startswith("layer_")}
-        arrays = traverse_util.flatten_dict(distributed.fetch(layers), sep="/")
+        return traverse_util.flatten_dict(layers, sep="/")
+
+    arrays, seconds = _made_once(run, name, (params, whole[1]), fitted)
+    params = params | traverse_util.unflatten_dict(arrays, sep="/")
+    return params, {name: seconds}
+
+
+def _made_once(run, name, made_from, make) -> tuple[dict[str, np.ndarray], float]:
+    """The arrays that `make` returns, which are kept in a file, and its seconds.
+
+    As with masks, they are always read from the file, since they depend in their last
+    bits on the kind of device.
+    """
+    path = run.workdir / f"{name}.npz"
+
+    def write():
+        arrays = distributed.fetch(make())
         distributed.on_process_zero(lambda: _write_arrays(path, arrays))
 
-    artefacts.settle(path, run.made_from(params, whole[1]), make)
+    seconds = artefacts.settle(path, run.made_from(*made_from), write)
     with np.load(path) as file:
-        return params | traverse_util.unflatten_dict(dict(file), sep="/")
+        return dict(file), seconds
 
 
 def _write_arrays(path, arrays):
