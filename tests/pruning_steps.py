@@ -10,7 +10,6 @@ import dataclasses
 import pathlib
 import shutil
 import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from cofi_jax.training import step as step_lib
 STEPS, HALF = 50, 25
 
 
-BUCKETS = (9,)
+BUCKETS = (5, 9)
 
 
 def learn(folder, cache="none"):
@@ -93,7 +92,9 @@ def learn(folder, cache="none"):
     for seeds in ("importance", "compensated"):
         config.prune.seeds = seeds
         # A folder keeps what was measured in it; this one has nothing yet.
-        apart = dataclasses.replace(run, workdir=pathlib.Path(tempfile.mkdtemp()))
+        shutil.rmtree(folder / seeds, ignore_errors=True)
+        (folder / seeds).mkdir()
+        apart = dataclasses.replace(run, workdir=folder / seeds)
         found[seeds], _ = stages._first_log_alpha(apart, stair, model, start)
     paths = jax.tree_util.tree_leaves_with_path(found)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in paths}

@@ -197,7 +197,7 @@ def few_rows(monkeypatch):
 
 
 def test_every_second_layer_of_the_teacher(tmp_path, few_rows, capsys, monkeypatch):
-    """The model is fitted before it trains; a damaged fit is made anew."""
+    """The model is fitted before it trains; only a damaged fit is made anew."""
     config = shrunk(baselines.get_config("stsb,every,2"))
     config.prune.reconstruction_batches = 2
     fit = tmp_path / "reconstruction.npz"

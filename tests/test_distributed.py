@@ -41,6 +41,10 @@ def get_config():
     config.prune.train_rows = 320
     config.prune.epochs = 5
     config.prune.prepruning_epochs = 0
+    config.prune.kinds = ("head", "mha", "intermediate", "ffn")
+    config.prune.constraint = "exact"
+    config.prune.seeds = "compensated"
+    config.prune.seed_batches = config.prune.reconstruction_batches = 2
     config.prune.targets = (0.6,)
     config.finetune.train_rows = 320
     config.finetune.epochs = 1

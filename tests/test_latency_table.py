@@ -324,7 +324,9 @@ def test_a_stage_is_cut_to_the_speedup_that_the_clock_shows(
         true = milliseconds(SIZES, 0.08) / milliseconds(small, 0.08)
         assert chosen.measured == pytest.approx(true)
         asked = results._asked(run, stair, small)
-        _beside_stands_what_parameters_would_keep(run, asked, model, student, small)
+        _beside_stands_what_parameters_would_keep(
+            run, stair, asked, model, student, small
+        )
         assert asked["asked"] == stair.speedup and asked["chosen"] in asked["passes"]
         assert asked["predicted"] == pytest.approx(chosen.predicted)
         student, model = stages.Student(params, jnp.eye(8)), Encoder(small)
@@ -334,13 +336,13 @@ def test_a_stage_is_cut_to_the_speedup_that_the_clock_shows(
     assert "prune-1.2x: by the table of times, the model before is 1.9" in said
 
 
-def _beside_stands_what_parameters_would_keep(run, asked, model, student, small):
+def _beside_stands_what_parameters_would_keep(run, stair, asked, model, student, small):
     """As many parameters, of the same seeds, cut as a run for a sparsity cuts them."""
     found, sizes = asked["for_parameters"], model.config
     left, whole = (cost.num_params({}, each) for each in (small, sizes))
     unit = 2 * 8 + 1
     assert -1e-3 * whole <= left - found["encoder"] <= 1e-3 * whole + unit
-    seeds = stages._first_log_alpha(run, "prune", model, student.params)
+    seeds, _ = stages._first_log_alpha(run, stair, model, student.params)
     target = 1 - left / whole
     moved = constraint.at_target(seeds, sizes, target)
     gates = constraint.target_masks(moved, sizes, target)

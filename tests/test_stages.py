@@ -1,5 +1,7 @@
 """What stages share: padded lengths; widths that are rounded to meet a target."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -75,30 +77,41 @@ def test_a_cpu_likes_all_widths_and_a_gpu_multiples_of_64():
 
 
 def run_of(lengths, recover_epochs=1, buckets=()):
-    """A run of two targets whose last model is fine-tuned for 9 epochs."""
+    """A run of two targets whose teacher is given."""
     config = Config()
     config.data.max_length, config.data.buckets = 64, buckets
     config.prune.targets, config.prune.recover_epochs = (0.5, 0.8), recover_epochs
     config.prune.epochs = config.prune.prepruning_epochs = 0
-    config.finetune.epochs = 9
+    config.finetune.epochs, config.teacher.path = 9, "some/teacher"
     ids = [np.full(length, 5, np.int32) for length in lengths]
     types = [np.zeros_like(row) for row in ids]
     rows = batches.Examples(ids, types, np.zeros(len(ids), np.int32))
     return stages.Run(config, None, tasks.find(config.data), CONFIG, rows, {}, None)
 
 
-def test_padded_lengths_suit_the_shortest_stage():
-    """A second length saves 17,920 tokens of an epoch of 640 rows."""
-    lengths = [8, 64] * 320
-    assert run_of(lengths, recover_epochs=2).buckets == (64,)
-    assert run_of(lengths, recover_epochs=3).buckets == (8, 64)
-    assert run_of(lengths, recover_epochs=3, buckets=(32,)).buckets == (32, 64)
+@pytest.mark.parametrize(
+    "epochs, buckets, expected",
+    [(2, (), (64,)), (3, (), (8, 64)), (3, (32,), (32, 64))],
+)
+def test_padded_lengths_suit_the_mean_of_the_stages(epochs, buckets, expected):
+    """Of 640 rows, a second length saves 17,920 tokens of an epoch: 2.8 are enough."""
+    run = run_of([8, 64] * 320, recover_epochs=epochs - 1, buckets=buckets)
+    run.config.finetune.epochs = epochs + 1
+    assert run.buckets == expected
+    run.config.teacher.path = ""  # Many epochs of a teacher are worth more lengths.
+    run.config.teacher.epochs = 30
+    more = dataclasses.replace(run)
+    assert more.buckets == (buckets and expected or (8, 64))
 
 
 def test_few_batches_share_a_length():
-    """Also where the stages have more of them."""
-    run = run_of([8, 64] * 320, recover_epochs=3)
+    """Also where the stages have more of them, but for those that are given."""
+    run = run_of([8, 64] * 320, recover_epochs=30)
+    assert run.buckets == (8, 64)
     found = list(stages._some_batches(run, "importance", 5))
     assert [batch["input_ids"].shape for batch in found] == [(32, 64)] * 5
     found = stages._some_batches(run_of([8, 64] * 3200), "importance", 100)
     assert {batch["input_ids"].shape[1] for batch in found} == {8, 64}
+    given = run_of([8, 29] * 320, buckets=(12,))
+    found = stages._some_batches(given, "importance", 20)
+    assert {batch["input_ids"].shape[1] for batch in found} == {12, 64}

@@ -19,9 +19,9 @@ from cofi_jax import errors
 if TYPE_CHECKING:
     from cofi_jax.data.tasks import Task
 
-# One more padded length, for which a step and more are compiled, has to save this part
-# of the tokens, and this many in a stage, which take a core of a CPU about as long
-# as that compilation, where a model is pruned in part.
+# One more padded length has to save this part of the tokens, and this many of them in a
+# stage, or its programs do not pay. With an encoder of 6 layers, these take a core of a
+# CPU 20 to 50 seconds, in which it trains a model of 80 % on as many tokens.
 _LEAST_GAIN, _LEAST_SAVED = 0.05, 50_000
 
 

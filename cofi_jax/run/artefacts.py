@@ -32,13 +32,14 @@ def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> floa
       make: writes the artefact, all at once; called in all processes.
 
     Returns:
-      The seconds that `make` took, in this process or in the one that called it.
+      The seconds that `make` took, now or when the artefact was made; 0 if they are not
+      known.
     """
 
     def entry():
         return {"made_from": made_from, "bytes": _bytes(path)}
 
-    def seconds():
+    def known_seconds():
         """Those of the artefact that is there; None where there is no such one."""
         known = _read(path.parent).get(path.name, {})
         if path.exists() and known == known | entry():
@@ -49,7 +50,7 @@ def settle(path: pathlib.Path, made_from: int, make: Callable[[], None]) -> floa
         new = {path.name: entry() | {"seconds": seconds}}
         files.write_json(path.parent / _NAME, _read(path.parent) | new)
 
-    if (taken := distributed.on_process_zero(seconds)) is None:
+    if (taken := distributed.on_process_zero(known_seconds)) is None:
         distributed.on_process_zero(lambda: files.remove(path))
         start = time.monotonic()
         make()

@@ -51,7 +51,7 @@ def collect(
       models: the modules and parameters: `dense`, the teacher's, and `pruned`.
       reached: what `Run.reached` says of each of them.
       sliced: the figures from before fine-tuning.
-      seconds: the time that each stage took.
+      seconds: the time that each stage, importance and fit took.
     """
     config, found, more = run.config, {}, {}
     if run.task.scored_by_answers:

@@ -17,7 +17,7 @@ from cofi_jax import config as config_lib
 from cofi_jax import distributed, files
 from cofi_jax.checkpoints import saved_model
 from cofi_jax.config import Config
-from cofi_jax.data import tasks
+from cofi_jax.data import batches, tasks
 from cofi_jax.data.metrics import main_score
 from cofi_jax.errors import reject
 from cofi_jax.models.bert import Encoder
@@ -300,7 +300,8 @@ def _save(run, name, params, config, spec, tokenizer, about):
     task, data = run.task, dataclasses.asdict(run.config.data)
     if run.config.data.task == tasks.OWN:
         data["labels"] = task.labels  # which may have been read off the rows
-    data["buckets"] = run.buckets  # likewise
+    # Those of the run suit its length, not the use of the model.
+    data["buckets"] = batches.bucket_lengths(task, run.train.lengths)
     about = {"task": task.name, "labels": list(task.labels), "data": data} | about
     if base := setup.base_model(run.config):
         about["base_model"] = base

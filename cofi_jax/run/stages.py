@@ -159,14 +159,21 @@ class Run:
 
     @functools.cached_property
     def buckets(self) -> tuple[int, ...]:
-        """The padded lengths, which suit the stage that sees the fewest rows."""
+        """The padded lengths, which suit the mean of the stages that have steps.
+
+        Each of them compiles its step for each length.
+        """
         prune = self.config.prune
+        stages = [] if self.config.teacher.path else ["teacher"]
+        stages.append("prepruning")
+        for stair in stairs(prune.targets, prune.target_speedup):
+            stages += [f"prune{stair.suffix}", f"finetune{stair.suffix}"]
         seen = [
-            self.steps(f"{kind}{stair.suffix}") * self._settings(kind).batch_size
-            for stair in stairs(prune.targets, prune.target_speedup)
-            for kind in ("prune", "finetune")
+            steps * self._settings(stage).batch_size
+            for stage in stages
+            if (steps := self.steps(stage))
         ]
-        epochs = min(filter(None, seen), default=0) / max(len(self.train), 1)
+        epochs = sum(seen) / len(seen) / len(self.train)
         return batches.bucket_lengths(self.task, self.train.lengths, epochs)
 
     def made_from(self, *trees: Any) -> int:
@@ -423,13 +430,13 @@ def learn_masks(
     student: Student,
     teacher: TeacherCache | None,
 ) -> tuple[Student, Masks, dict[str, float]]:
-    """Prunes `model`: the student, masks that meet the target, and the times taken.
+    """Prunes `model` to its target.
 
     Where the target before removed so much that this one is met too, nothing closes.
 
     Returns:
-      The student, the masks, and the seconds of the stage and of the importance that it
-      begins with, if that was measured.
+      The student, masks that meet the target, and the seconds of the stage, and of the
+      importance that the seeds need, by their names.
     """
     settings, stage = run.config.prune, f"prune{stair.suffix}"
     steps = run.steps(stage)
@@ -631,15 +638,15 @@ def _importance(run, stair, model, params, kinds) -> Masks:
 def _some_batches(run, purpose, count) -> Iterator[Batch]:
     """The first batches of an epoch of the rows of pruning, without row numbers.
 
-    They are so few that they mostly share one padded length.
+    They are so few that rows of a sentence or two share one padded length.
     """
     settings, rows = run.config.prune, run._rows("prune")
     batch_size = settings.batch_size // settings.micro_batches
-    epochs = count * batch_size / max(len(rows), 1)
+    epochs = count * batch_size / len(rows)
     stream = batches.stream(
         rows,
         batch_size=batch_size,
-        buckets=batches.choose_buckets(rows.lengths, run.task.max_length, epochs),
+        buckets=batches.bucket_lengths(run.task, rows.lengths, epochs),
         seed=run.config.seed,
         stage=purpose,
     )
@@ -723,10 +730,8 @@ def reconstruct(
     Returns:
       The parameters, and the seconds that the fit took, by its name.
     """
-    name, count = (
-        f"reconstruction{stair.suffix}",
-        run.config.prune.reconstruction_batches,
-    )
+    name = f"reconstruction{stair.suffix}"
+    count = run.config.prune.reconstruction_batches
 
     def fitted():
         found = reconstruction.reconstruct(
@@ -745,10 +750,10 @@ def reconstruct(
 
 
 def _made_once(run, name, made_from, make) -> tuple[dict[str, np.ndarray], float]:
-    """The arrays that `make` returns, which are kept in a file, and its seconds.
+    """The arrays that `make` returns, which a file keeps, and the seconds that it took.
 
-    As with masks, they are always read from the file, since they depend in their last
-    bits on the kind of device.
+    As with masks, the arrays are always read from the file, since they depend in their
+    last bits on the kind of device.
     """
     path = run.workdir / f"{name}.npz"
 
