@@ -27,8 +27,9 @@ more than to learn masks (docs/results.md). To learn them all the same, for some
 a target, set --config.prune.epochs and .warmup_epochs.
 
 Expected: with an encoder of 6 layers and 250 steps a target on 8,000 rows of SST-2, an
-accuracy of 0.868 of 0.869 at 60 %, 0.860 at 80 %, 0.856 at 90 % and 0.839 at 95 %
-(docs/results.md). Time: 36 minutes for these four targets on one busy CPU core.
+accuracy of 0.872 of 0.869 at 60 %, 0.857 at 80 %, 0.853 at 90 % and 0.838 at 95 %, the
+means of three seeds (docs/results.md). Time: 34 to 39 minutes for these four targets on
+one of two busy CPU cores.
 """
 
 import math
