@@ -195,7 +195,6 @@ def test_only_the_first_process_speaks_and_writes(finished):
     assert {"teacher", "pruned", "report.json"} <= {p.name for p in finished.iterdir()}
 
 
-@pytest.mark.slow
 def test_killed_processes_end_with_the_same_bits(finished, killed, config_file):
     pieces = shutil.copytree(killed, killed.with_name("again"))
     assert wait(train_two(config_file, pieces)) == [0, 0]

@@ -268,6 +268,7 @@ CASES = {
         [
             "data.task=mrpc",
             "data.extra_file={top}/more.tsv",
+            "prune.prepruning_epochs=1",
             "distill.logits=0",
             "distill.layers=0",
         ],
@@ -434,7 +435,7 @@ def test_every_loss_is_finite(name, finished):
     workdir, _ = finished(name)
     lines = log.read_metrics(workdir / "metrics.jsonl")
     stages = {line["stage"] for line in lines}
-    first = {"teacher", "prepruning"} if name == "mnli" else {"teacher"}
+    first = {"teacher", "prepruning"} if name in ("mnli", "mrpc") else {"teacher"}
     assert stages == first | {"prune", "finetune"}
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.isfinite(losses).all()
@@ -598,7 +599,7 @@ def terms(workdir, stage):
 
 def test_without_distillation_the_labels_are_learnt(finished):
     workdir, _ = finished("mrpc")
-    for stage in ("prune", "finetune"):
+    for stage in ("prepruning", "prune", "finetune"):
         found = terms(workdir, stage)
         assert "loss_task" in found
         assert not found & {"loss_logits", "loss_layers"}

@@ -127,7 +127,7 @@ def assert_sliced_equals_masked(masked, gates, config, params, batch):
         assert not np.delete(ours, kept, axis=-1).any()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(gates=drawn_gates())
 def test_masked_equals_sliced(gates, run_masked, tiny, tiny_params, tiny_batch):
     masked = run_masked(gates)

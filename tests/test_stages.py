@@ -98,10 +98,14 @@ def test_padded_lengths_suit_the_mean_of_the_stages(epochs, buckets, expected):
     run = run_of([8, 64] * 320, recover_epochs=epochs - 1, buckets=buckets)
     run.config.finetune.epochs = epochs + 1
     assert run.buckets == expected
-    run.config.teacher.path = ""  # Many epochs of a teacher are worth more lengths.
-    run.config.teacher.epochs = 30
-    more = dataclasses.replace(run)
-    assert more.buckets == (buckets and expected or (8, 64))
+
+
+def test_padded_lengths_suit_the_training_of_a_teacher_too():
+    run = run_of([8, 64] * 320)
+    run.config.finetune.epochs, run.config.teacher.epochs = 1, 30
+    assert dataclasses.replace(run).buckets == (64,)  # The teacher is given.
+    run.config.teacher.path = ""
+    assert run.buckets == (8, 64)
 
 
 def test_few_batches_share_a_length():

@@ -107,8 +107,8 @@ def choose_buckets(
             start = int(np.argmin(costs))
             new[e], ways[e] = costs[start], (*chosen[start], int(widths[e - 1]))
         tokens, chosen = new, ways
-        pays = tokens[-1] < best[0] * (1 - _LEAST_GAIN)
-        if best[1] and not (pays and (best[0] - tokens[-1]) * epochs >= _LEAST_SAVED):
+        saved, least = best[0] - tokens[-1], best[0] * _LEAST_GAIN
+        if best[1] and (saved <= least or saved * epochs < _LEAST_SAVED):
             break
         best = tokens[-1], chosen[-1]
     return best[1]
